@@ -1,0 +1,43 @@
+"""Swarm: run and fine-tune large language models on the computers of people who share them.
+
+The public names are imported on first use, so that `import swarm` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+PROTOCOL_VERSION = 1
+"""Version of the wire contract in proto/swarm/v1; peers of another version are not called."""
+
+_PUBLIC = {
+    "AutoDistributedConfig": "swarm.client",
+    "AutoDistributedModel": "swarm.client",
+    "AutoDistributedModelForCausalLM": "swarm.client",
+    "AutoDistributedModelForSequenceClassification": "swarm.client",
+    "EMBEDDED_MODEL": "swarm.embedded",
+}
+
+__all__ = ["PROTOCOL_VERSION", "__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from swarm.client import (
+        AutoDistributedConfig,
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+    )
+    from swarm.embedded import EMBEDDED_MODEL
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

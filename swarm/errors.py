@@ -1,0 +1,116 @@
+"""Every error that Swarm raises on purpose.
+
+    SwarmError
+    ├── UserError                  the caller asked for something that cannot be; never retried
+    │   ├── BadRequest             a tensor, range or argument that does not fit the model or the call
+    │   │   └── PromptTooLong      more tokens than the session or the server allows
+    │   ├── BadLink                a join link that is malformed, expired or not of this swarm
+    │   ├── BadCheckpoint          a model path or checkpoint that cannot be read
+    │   ├── UnsupportedModel       an architecture that cannot be cut into blocks
+    │   └── ResourceError          a port in use, no memory for one block, ...
+    ├── PeerError                  one peer failed; another may do better
+    │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
+    │   ├── SessionLost            it no longer holds the session's cache
+    │   ├── CacheFull              it has no room for this session now
+    │   ├── Draining               it is about to leave
+    │   └── ProtocolError          it sent something that the wire contract does not allow
+    ├── NoRoute                    no set of live peers covers all blocks
+    └── PeerBug                    a peer reported a failure of its own code; another peer may do better
+
+A class exists only where some caller reacts differently. `code` is what travels on the wire and `retry` says
+who may try again; both belong to the class, so a raised error needs nothing but its sentence.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from swarm.v1 import blocks_pb2 as pb
+
+
+class SwarmError(Exception):
+    """Base of all; the message says what was wanted, what was found, and what to do."""
+
+    code: ClassVar[pb.ErrorCode.ValueType] = pb.ERROR_CODE_INTERNAL
+    retry: ClassVar[pb.Retry.ValueType] = pb.RETRY_NEVER
+
+
+class UserError(SwarmError):
+    """The request cannot be fulfilled as asked; asking again, anywhere, gives the same answer."""
+
+    code = pb.ERROR_CODE_BAD_REQUEST
+
+
+class BadRequest(UserError, ValueError):
+    """A tensor, block range or argument does not fit the model or the call."""
+
+
+class PromptTooLong(BadRequest):
+    """More tokens than the session, the server or the model can hold."""
+
+    code = pb.ERROR_CODE_PROMPT_TOO_LONG
+
+
+class BadLink(UserError, ValueError):
+    """A join link is malformed, expired, or leads to another swarm."""
+
+
+class BadCheckpoint(UserError):
+    """A checkpoint is missing, truncated, pickled, or is not the model that was asked for."""
+
+
+class UnsupportedModel(UserError):
+    """An architecture that cannot be cut into blocks; the message names what is missing."""
+
+    code = pb.ERROR_CODE_UNSUPPORTED
+
+
+class ResourceError(UserError):
+    """This machine lacks what the call needs: a free port, memory for one block, a device."""
+
+
+class PeerError(SwarmError):
+    """One peer failed; the same request may succeed elsewhere."""
+
+    code = pb.ERROR_CODE_UNAVAILABLE
+    retry = pb.RETRY_OTHER_PEER
+
+
+class PeerUnavailable(PeerError):
+    """The peer cannot be reached, does not answer in time, or broke the connection."""
+
+
+class SessionLost(PeerError):
+    """The peer does not hold this session's cache (any more); replay the session."""
+
+    code = pb.ERROR_CODE_SESSION_LOST
+
+
+class CacheFull(PeerError):
+    """The peer has no room for this session at present."""
+
+    code = pb.ERROR_CODE_CACHE_FULL
+
+
+class Draining(PeerError):
+    """The peer is about to leave and takes no new work."""
+
+    code = pb.ERROR_CODE_DRAINING
+
+
+class ProtocolError(PeerError):
+    """A peer sent what the wire contract does not allow, or speaks another version of it."""
+
+    code = pb.ERROR_CODE_PROTOCOL
+
+
+class PeerBug(PeerError):
+    """The peer's own code failed; its operator finds the details in its log."""
+
+    code = pb.ERROR_CODE_INTERNAL
+
+
+class NoRoute(SwarmError):
+    """No set of live peers covers the blocks that are needed; the message names the missing ones."""
+
+    code = pb.ERROR_CODE_UNAVAILABLE
