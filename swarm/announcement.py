@@ -1,0 +1,155 @@
+"""What a server says about itself in the directory, checked before anybody uses it.
+
+An announcement comes from a stranger: every string and list is bounded, text is printable (it ends on people's
+terminals), addresses are plain host:port (never a gRPC target such as "unix:…"), and numbers are finite.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from swarm.errors import BadRequest, ProtocolError
+from swarm.ranges import BlockRange
+
+MAX_ANNOUNCEMENT_BYTES = 8 * 1024
+
+_TARGET_SCHEMES = {"dns", "google-c2p", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"}
+_HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?):([0-9]{1,5})")
+_MULTIADDR = re.compile(r"/[A-Za-z0-9/:._-]{1,255}")
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must hold printable characters only")
+    return text
+
+
+def _check_host_port(text: str) -> str:
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or not 0 < int(match[1]) < 65536 or text.rpartition(":")[0].lower() in _TARGET_SCHEMES:
+        raise ValueError("must be host:port")
+    return text
+
+
+def _check_multiaddr(text: str) -> str:
+    if not _MULTIADDR.fullmatch(text):
+        raise ValueError("must be a multiaddr such as /ip4/192.0.2.1/tcp/31337/p2p/Qm…")
+    return text
+
+
+def _check_peer_id(text: str) -> str:
+    if not _PEER_ID.fullmatch(text):
+        raise ValueError("must be a base58 peer id")
+    return text
+
+
+Text = Annotated[str, Field(max_length=256), AfterValidator(_check_printable)]
+ShortText = Annotated[str, Field(max_length=64), AfterValidator(_check_printable)]
+RequiredText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_check_printable)]
+PeerId = Annotated[str, Field(max_length=64), AfterValidator(_check_peer_id)]
+HostPort = Annotated[str, Field(max_length=300), AfterValidator(_check_host_port)]
+MultiaddrText = Annotated[str, Field(max_length=256), AfterValidator(_check_multiaddr)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+Rate = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelListing:
+    """A model that a swarm serves, in whole or in part."""
+
+    name: str
+    fingerprint: str
+    num_blocks: int
+    hidden_size: int
+
+
+class Announcement(BaseModel):
+    """One server's blocks, addresses, speed and limits, valid until `expires_at_s`."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="ignore",  # a newer peer may say more
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        protected_namespaces=(),
+    )
+
+    protocol_version: Positive
+    software_version: ShortText
+    peer_id: PeerId
+    server_name: ShortText
+    model_name: RequiredText
+    model_fingerprint: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_check_printable)]
+    model_commit: ShortText | None = None
+    num_model_blocks: Annotated[int, Field(ge=1, le=100_000)]
+    hidden_size: Annotated[int, Field(ge=1, le=2**24)]
+    start: Annotated[int, Field(ge=0, le=100_000)]
+    end: Annotated[int, Field(ge=1, le=100_000)]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    quantization: ShortText | None = None
+    state: Literal["joining", "online", "draining"]
+    direct: Annotated[list[HostPort], Field(max_length=8)] = []
+    """Addresses of the gRPC port, best first; empty for a peer that only the tunnel reaches."""
+    tls_certificate: Annotated[bytes, Field(max_length=4096)]
+    """DER; the one certificate that clients accept from this peer."""
+    multiaddrs: Annotated[list[MultiaddrText], Field(max_length=16)] = []
+    decode_tokens_per_s: Rate
+    forward_tokens_per_s: Rate
+    max_session_tokens: Count
+    max_step_tokens: Count
+    max_batch_tokens: Count
+    max_batch_size: Count
+    cache_free_tokens: Count
+    expires_at_s: Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
+    """Unix time; a server announces itself again well before."""
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        try:
+            self.blocks.check_inside(self.num_model_blocks)
+        except BadRequest as exc:
+            raise ValueError(str(exc)) from exc
+        return self
+
+    @property
+    def blocks(self) -> BlockRange:
+        return BlockRange(self.start, self.end)
+
+    @property
+    def listing(self) -> ModelListing:
+        return ModelListing(self.model_name, self.model_fingerprint, self.num_model_blocks, self.hidden_size)
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON.
+
+        Raises: BadRequest: it would be larger than readers accept.
+        """
+        data = self.model_dump_json(exclude_none=True).encode()
+        if len(data) > MAX_ANNOUNCEMENT_BYTES:
+            raise BadRequest(
+                f"an announcement of {len(data)} bytes exceeds the {MAX_ANNOUNCEMENT_BYTES} that readers accept: "
+                "announce fewer or shorter addresses"
+            )
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read and check what a peer wrote.
+
+        Raises: ProtocolError: anything about it is not allowed.
+        """
+        if len(data) > MAX_ANNOUNCEMENT_BYTES:
+            raise ProtocolError(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "announcement"
+            raise ProtocolError(f"a malformed announcement: {where}: {first['msg']}") from exc
