@@ -21,7 +21,15 @@ _PUBLIC = {
     "EMBEDDED_MODEL": "swarm.embedded",
 }
 
-__all__ = ["PROTOCOL_VERSION", "__version__", *_PUBLIC]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "PROTOCOL_VERSION",
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from swarm.client import (

@@ -34,6 +34,9 @@ class SwarmError(Exception):
     code: ClassVar[pb.ErrorCode.ValueType] = pb.ERROR_CODE_INTERNAL
     retry: ClassVar[pb.Retry.ValueType] = pb.RETRY_NEVER
 
+    peer_id: str = ""
+    """The peer at fault, where there is one."""
+
 
 class UserError(SwarmError):
     """The request cannot be fulfilled as asked; asking again, anywhere, gives the same answer."""

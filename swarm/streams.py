@@ -1,0 +1,46 @@
+"""Reading and writing messages whose tensors may need several parts; used at both ends of every stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc.aio
+from torch import Tensor
+
+from swarm.codec import Unpacker
+from swarm.errors import PeerUnavailable, ProtocolError
+from swarm.v1 import blocks_pb2 as pb
+
+PART_TIMEOUT_S = 60.0
+"""How long the next part of a message that has begun may take."""
+
+
+async def write_message(write: Callable[[Any], Awaitable[None]], first: Any, more: Sequence[bytes]) -> None:
+    """Send a message and the parts of its tensors that did not fit into it."""
+    await write(first)
+    for part in more:
+        await write(type(first)(more=part))
+
+
+async def read_tensors(
+    read: Callable[[], Awaitable[Any]], specs: Sequence[pb.TensorSpec | None], data: bytes, *, max_bytes: int
+) -> list[Tensor | None]:
+    """Return the tensors of a message whose first part is `data`, reading more parts as needed.
+
+    Raises: ProtocolError: specs that are not allowed, or parts that do not add up to them.
+    """
+    unpacker = Unpacker(specs, max_bytes=max_bytes)
+    if data:
+        unpacker.feed(data)
+    while not unpacker.done:
+        try:
+            async with asyncio.timeout(PART_TIMEOUT_S):
+                message = await read()
+        except TimeoutError as exc:
+            raise PeerUnavailable(f"the rest of a message did not come within {PART_TIMEOUT_S:.0f} s") from exc
+        if message is grpc.aio.EOF or message.WhichOneof("kind") != "more":
+            raise ProtocolError("a message ended before the bytes that its tensors need had come")
+        unpacker.feed(message.more)
+    return unpacker.tensors()
