@@ -1,0 +1,270 @@
+"""The client half of a model: the library's own class with its blocks replaced by one call.
+
+Embeddings, norms, positions, scaling and heads are the class's own and lie here; the list of blocks is a list of
+weightless shadows that hands the loop in `forward` a single module, which passes the hidden states to the swarm.
+"""
+
+# B batch, L new tokens, T cached and new tokens, D hidden
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
+from swarm.model.anatomy import Anatomy, anatomy_of
+from swarm.model.checkpoint import Checkpoint
+from swarm.model.loading import load_part
+from swarm.model.remote_cache import RemoteCache
+
+logger = logging.getLogger(__name__)
+
+REMOTE_ATTENTION = "swarm_remote"
+"""An attention name that no mask function is registered for: the library then builds no masks on the client."""
+
+
+class RemoteCall(Protocol):
+    """Runs hidden states through all blocks of the model, wherever they are."""
+
+    def __call__(
+        self,
+        x_BLD: Tensor,
+        *,
+        cache: RemoteCache | None,
+        attention_mask_BT: Tensor | None,
+        position_ids_BL: Tensor | None,
+    ) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            x_BLD: hidden states entering block 0.
+            cache: None for a stateless call, through which gradients flow; else `cache.position` tokens came before.
+            attention_mask_BT: None unless there is padding.
+            position_ids_BL: None unless they differ from the L positions after the cached tokens.
+        Returns: hidden states leaving the last block; shape, dtype and device of the input.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _Arguments:
+    """What the base model was called with and its blocks are not told."""
+
+    cache: RemoteCache | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+class RemoteBlocks(nn.Module):
+    """What the loop over the layers gets instead of the layers."""
+
+    def __init__(self, call: RemoteCall, first_layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.call = call
+        self.arguments = threading.local()
+        self._returns_tuple = returns_tuple
+        # In __dict__, not in _modules: its attributes (layer type, window, ...) are asked for, it is no child.
+        self.__dict__["_first_layer"] = first_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_first_layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        arguments: _Arguments = self.arguments.now
+        cache, length = arguments.cache, hidden_states.shape[1]
+        x_BLD = self.call(
+            hidden_states,
+            cache=cache,
+            attention_mask_BT=_mask_if_padded(arguments.attention_mask),
+            position_ids_BL=_positions_if_special(arguments.position_ids, 0 if cache is None else cache.position),
+        )
+        if cache is not None:
+            cache.advance(length)
+        return (x_BLD, None) if self._returns_tuple else x_BLD
+
+
+class RemoteLayers(nn.ModuleList):
+    """The layer list of the client: shadows of all blocks to look at, one module to run.
+
+    The shadows have the shapes of the real weights as plain tensors on `meta`, not as parameters. Otherwise
+    `parameters()` would hand meta tensors to optimizers, `state_dict()` would save them, and `.to(device)` would fail.
+    PEFT finds its targets by module names and sizes and is content with them.
+    """
+
+    def __init__(self, layers: nn.ModuleList, remote: RemoteBlocks) -> None:
+        super().__init__(layers)
+        self.__dict__["remote"] = remote
+        for module in self.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name in list(tensors):
+                    tensor = tensors.pop(name)
+                    module.__dict__[name] = None if tensor is None else tensor.detach().to("meta")
+            module._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialize
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self.__dict__["remote"]
+
+    def __getitem__(self, index: Any) -> Any:
+        return [self.__dict__["remote"]] if isinstance(index, slice) else super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+class _ClientHalf:
+    """What the client half adds to the library's class."""
+
+    new_remote_cache: Callable[[], RemoteCache] = RemoteCache
+    """Makes the cache of a new generation; client code sets its own on the instance."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            generation_config.cache_implementation = None
+            model_kwargs["past_key_values"] = self.new_remote_cache()
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+
+def load_client_half(
+    auto_class: Any,
+    checkpoint: Checkpoint,
+    call: RemoteCall,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **hf_kwargs: Any,
+) -> PreTrainedModel:
+    """Load everything but the blocks.
+
+    Args:
+        auto_class: AutoModel, AutoModelForCausalLM or AutoModelForSequenceClassification.
+        call: runs the blocks.
+        dtype: None means that of the checkpoint.
+        hf_kwargs: passed on to `from_pretrained`; `num_labels` and other config entries change the config.
+    Returns: an instance of the library's class for this config.
+    Raises:
+        UnsupportedModel: the architecture cannot be cut, or has no such class.
+        BadCheckpoint: tensors are missing, corrupt, or of the wrong shape.
+    """
+    config: PretrainedConfig = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
+    config.name_or_path = checkpoint.name
+    for name in [name for name in hf_kwargs if hasattr(config, name)]:
+        setattr(config, name, hf_kwargs.pop(name))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # only blocks are quantized, and they are not here
+    anatomy = anatomy_of(config)
+    model, missing = load_part(
+        _client_class(_class_of(auto_class, config), anatomy, call),
+        config,
+        checkpoint,
+        dtype=dtype or getattr(config, "dtype", None) or torch.float32,
+        device=torch.device(device),
+        **hf_kwargs,
+    )
+    _check_missing(model, missing, checkpoint, auto_class is AutoModelForSequenceClassification)
+    model.config._attn_implementation_internal = REMOTE_ATTENTION
+    if model.can_generate():
+        model.generation_config = _generation_config(checkpoint, config)
+    return model
+
+
+def _class_of(auto_class: Any, config: PretrainedConfig) -> type[PreTrainedModel]:
+    found = auto_class._model_mapping.get(type(config), None)
+    if isinstance(found, tuple):
+        found = found[0]
+    if found is None:
+        raise UnsupportedModel(f"models of the type {config.model_type!r} have no class for {auto_class.__name__}")
+    return found
+
+
+def _client_class(model_class: type[PreTrainedModel], anatomy: Anatomy, call: RemoteCall) -> type[PreTrainedModel]:
+    """The library's class, with a constructor that replaces its blocks."""
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        base = self.base_model
+        layers = anatomy.find_layers(base)
+        remote = RemoteBlocks(call, layers[0], anatomy.layers_return_tuple)
+        base.set_submodule(anatomy.layers, RemoteLayers(layers, remote))
+        _capture_arguments(self, base, remote)
+
+    bases = (_ClientHalf, model_class)
+    return type(model_class.__name__, bases, {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> None:
+    """Hand the remote blocks what only the base model is told, per call and per thread."""
+    parameters = list(inspect.signature(base.forward).parameters)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = {**kwargs, **dict(zip(parameters, args, strict=False))}
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache"):
+            cache = kwargs["past_key_values"] = model.new_remote_cache()
+        kwargs["use_cache"] = cache is not None
+        if cache is not None and not isinstance(cache, RemoteCache):
+            raise BadRequest(
+                f"past_key_values is a {type(cache).__name__}, but the keys and values of remote blocks lie on "
+                "servers: pass a cache that this model returned, or none"
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() != 2:
+            raise BadRequest(f"the attention mask must be [batch, length], not {list(mask.shape)}")
+        remote.arguments.now = _Arguments(cache, mask, kwargs.get("position_ids"))
+        return (), kwargs
+
+    def after(*_: Any) -> None:
+        remote.arguments.now = None
+
+    base.register_forward_pre_hook(before, with_kwargs=True)
+    base.register_forward_hook(after, always_call=True)
+
+
+def _mask_if_padded(mask_BT: Tensor | None) -> Tensor | None:
+    if mask_BT is None or bool(mask_BT.all()):
+        return None
+    return mask_BT.to(torch.int64)
+
+
+def _positions_if_special(position_ids: Tensor | None, position: int) -> Tensor | None:
+    if position_ids is None:
+        return None
+    default = torch.arange(position, position + position_ids.shape[-1], device=position_ids.device)
+    return None if bool((position_ids == default).all()) else position_ids
+
+
+def _check_missing(model: PreTrainedModel, missing: set[str], checkpoint: Checkpoint, may_lack_head: bool) -> None:
+    inside = {name for name in missing if not may_lack_head or name.startswith(model.base_model_prefix + ".")}
+    if inside:
+        raise BadCheckpoint(f"{checkpoint.name!r} lacks {len(inside)} tensors, {min(inside)} among them")
+    if missing:
+        logger.info("%s has no %s: newly initialized, train it", checkpoint.name, ", ".join(sorted(missing)))
+
+
+def _generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> GenerationConfig:
+    path = checkpoint.source.fetch("generation_config.json")
+    if path is None:
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_pretrained(path.parent)
+
+
+__all__ = ["RemoteCache", "RemoteCall", "RemoteLayers", "load_client_half"]
