@@ -1,0 +1,438 @@
+"""A node of the swarm's hivemind DHT on our own event loop: the one door to hivemind and libp2p.
+
+`open_dht` starts a p2pd, connects it to the initial peers and runs hivemind's `DHTNode` (not `hivemind.DHT`, which
+forks). What the records look like is described in swarm/dht_records.py. hivemind takes a second to import and pulls
+in torch, so it is imported when a DHT is opened, not with this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from swarm.errors import BadRequest, PeerUnavailable, ResourceError
+from swarm.identity import Identity
+from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
+
+if TYPE_CHECKING:
+    from hivemind.dht import DHTNode
+    from hivemind.p2p import P2P
+
+    from swarm.dht_records import HivemindDirectory, SwarmClock
+
+logger = logging.getLogger(__name__)
+
+STREAM_BUFFER_BYTES = 1024 * 1024
+_CONNECT_TIMEOUT_S = 5.0
+_STRAGGLER_TIMEOUT_S = 0.5
+_RPC_TIMEOUT_S = 3.0
+_REJOIN_INTERVAL_S = 10.0
+_CLOCK_NOTICE_S = 2.0
+_CLOCK_WARNING_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DhtConfig:
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddrs ending in /p2p/<peer id>; empty starts a new swarm."""
+    identity_path: Path | None = None
+    """Key file, made if it does not exist; None: a fresh identity for this run only."""
+    host: str = "127.0.0.1"
+    """IP address to listen on; 0.0.0.0 for all interfaces."""
+    port: int = 0
+    """TCP port to listen on; 0: any free one."""
+    announce_host: str | None = None
+    """IP address or DNS name that others shall dial instead of `host`; needs a fixed port."""
+    client_mode: bool = False
+    """Only ask: store nothing for others; on a loopback `host` do not listen at all."""
+    relay: bool = True
+    """Reach others, and be reached, through relays; relay for others where this node is publicly reachable."""
+    reachability: Literal["auto", "public", "private"] = "auto"
+    """Whether others can dial this node; "auto" finds out by asking them."""
+    startup_timeout_s: float = 15.0
+    """How long joining may take."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise BadRequest(f"port {self.port} is not between 0 and 65535")
+        if self.announce_host is not None and self.port == 0:
+            raise BadRequest("announcing another host needs a fixed port: set port as well")
+        try:
+            ip_address(self.host)
+        except ValueError as exc:
+            raise BadRequest(f"host {self.host!r} is not an IP address: use 0.0.0.0 to listen everywhere") from exc
+
+
+class Dht:
+    """An open DHT node; get one from `open_dht`."""
+
+    directory: HivemindDirectory
+    p2p: P2P
+
+    def __init__(self, config: DhtConfig, identity: Identity, daemon: P2pd) -> None:
+        self.config = config
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self._daemon = daemon
+        self._initial = _parse_initial_peers(config.initial_peers, identity.peer_id)
+        self._node: DHTNode
+        self._clock: SwarmClock
+        self._next_rejoin_s = 0.0
+
+    async def multiaddrs(self) -> list[str]:
+        """Where others can dial this node, /p2p/<peer id> included, loopback last; empty if it does not listen."""
+        try:
+            addresses = [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        except ValueError:  # hivemind's way to say "none"
+            return []
+        return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))
+
+    async def wait_stopped(self) -> None:
+        """Wait until this node can no longer work because its p2pd ended; a supervisor then opens another one."""
+        last_line = await self._daemon.wait_stopped()
+        logger.warning("the libp2p daemon ended: %s", last_line)
+
+    async def connect(self, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float) -> None:
+        """Make sure that there is a connection to a peer, over these addresses or those that libp2p finds itself.
+
+        Raises: PeerUnavailable
+        """
+        from hivemind.p2p import PeerID
+        from hivemind.proto import p2pd_pb2
+
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.CONNECT,
+            connect=p2pd_pb2.ConnectRequest(
+                peer=PeerID.from_base58(peer_id).to_bytes(), addrs=_usable_addresses(multiaddrs, peer_id)
+            ),
+        )
+        _, writer = await self._ask_daemon(request, peer_id, timeout_s)
+        writer.close()
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, *, timeout_s: float
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a binary stream to a peer's handler for `protocol`; the caller closes the writer.
+
+        Raises: PeerUnavailable
+        """
+        from hivemind.p2p import PeerID
+        from hivemind.proto import p2pd_pb2
+
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.STREAM_OPEN,
+            streamOpen=p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol]),
+        )
+        return await self._ask_daemon(request, peer_id, timeout_s)
+
+    async def _ask_daemon(
+        self, request: Any, peer_id: str, timeout_s: float
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request over a connection of its own, as p2pd wants it, and leave that open if it succeeds."""
+        from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
+        from hivemind.proto import p2pd_pb2
+
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_unix_connection(
+                    str(self._daemon.control_socket), limit=STREAM_BUFFER_BYTES
+                )
+                await write_pbmsg(writer, request)
+                response = p2pd_pb2.Response()
+                await read_pbmsg_safe(reader, response)
+            if response.type == p2pd_pb2.Response.ERROR:
+                raise PeerUnavailable(f"peer {peer_id} cannot be reached: {response.error.msg}")
+            opened, writer = writer, None
+            return reader, opened
+        except TimeoutError as exc:
+            raise PeerUnavailable(f"peer {peer_id} did not answer within {timeout_s:.1f} s") from exc
+        except (OSError, asyncio.IncompleteReadError) as exc:
+            raise PeerUnavailable("the libp2p daemon of this process has ended: open the DHT again") from exc
+        finally:
+            if writer is not None:
+                writer.close()
+
+    async def _connect_initial(self, *, timeout_s: float) -> list[str]:
+        """Connect to the initial peers; return those that answered within a moment of the first one."""
+        tasks = {
+            asyncio.create_task(self.connect(peer_id, addresses, timeout_s=timeout_s)): peer_id
+            for peer_id, addresses in self._initial.items()
+        }
+        connected: list[str] = []
+        pending = set(tasks)
+        try:
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending,
+                    timeout=_STRAGGLER_TIMEOUT_S if connected else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    break
+                for task in done:
+                    if (error := task.exception()) is None:
+                        connected.append(tasks[task])
+                    elif not isinstance(error, PeerUnavailable):
+                        raise error
+                    else:
+                        logger.debug("initial peer: %s", error)
+        finally:
+            for task in pending:
+                task.cancel()
+            if pending:
+                await asyncio.wait(pending)
+        return connected
+
+    async def _ensure_joined(self) -> None:
+        """Keep contact with the initial peers.
+
+        hivemind forgets a node that once did not answer. Without this, a restarted bootstrap node would never learn
+        of the others again, and a node that was offline for a moment would stay alone for ever.
+
+        Raises: PeerUnavailable: this node knows nobody in its swarm and none of the initial peers answers.
+        """
+        known = self._node.protocol.routing_table.peer_id_to_uid
+        missing = [peer_id for peer_id in self._initial if peer_id not in known]
+        now_s = asyncio.get_running_loop().time()
+        if not missing or (known and now_s < self._next_rejoin_s):
+            return
+        self._next_rejoin_s = now_s + _REJOIN_INTERVAL_S
+        if await self._connect_initial(timeout_s=_CONNECT_TIMEOUT_S):
+            await self._ping_initial(missing)
+        if not known:
+            raise PeerUnavailable(_unreachable(self.config.initial_peers))
+
+    async def _ping_initial(self, peer_ids: Sequence[str]) -> None:
+        from hivemind.p2p import PeerID
+
+        protocol = self._node.protocol
+        for peer_id in peer_ids:
+            peer = PeerID.from_base58(peer_id)
+            node_id = await protocol.call_ping(peer)
+            if node_id is not None:
+                await protocol.update_routing_table(node_id, peer)  # hivemind does it too, a moment later
+
+    async def _measure_clock(self, peer_ids: Sequence[str]) -> None:
+        """Compare this machine's clock with the initial peers'."""
+        from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+        from hivemind.proto import dht_pb2
+
+        offsets_s = []
+        for peer_id in peer_ids[:5]:
+            stub = self._node.protocol.get_stub(PeerID.from_base58(peer_id))
+            asked_s = self._clock.local_now_s()
+            try:
+                response = await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_RPC_TIMEOUT_S)
+            except (TimeoutError, P2PDaemonError, P2PHandlerError):
+                continue
+            offsets_s.append(response.dht_time - (asked_s + self._clock.local_now_s()) / 2)
+        if offsets_s and abs(offset_s := median(offsets_s)) > _CLOCK_NOTICE_S:
+            self._clock.offset_s = offset_s
+            if abs(offset_s) > _CLOCK_WARNING_S:
+                logger.warning("this machine's clock differs from the swarm's by %.0f s: set it right", offset_s)
+
+    async def _join(self, deadline_s: float) -> None:
+        from hivemind.dht import DHTNode
+        from hivemind.dht.routing import DHTID
+        from hivemind.p2p import P2P
+        from hivemind.utils.multiaddr import Multiaddr
+
+        from swarm.dht_records import AnnouncementValidator, HivemindDirectory, SwarmClock, signing_key
+
+        class PrivateP2P(P2P):  # hivemind puts its sockets into /tmp; ours go into our private directory
+            _UNIX_SOCKET_PREFIX = f"/unix{self._daemon.control_socket.parent}/"
+
+        self._clock = SwarmClock()
+        validator = AnnouncementValidator(signing_key(self.identity), self._clock)
+        self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
+        connected: list[str] = []
+        if self._initial:
+            connected = await self._connect_initial(timeout_s=deadline_s - asyncio.get_running_loop().time() - 0.1)
+            if not connected:
+                raise PeerUnavailable(_unreachable(self.config.initial_peers))
+        self._node = await DHTNode.create(
+            p2p=self.p2p,
+            node_id=DHTID.generate(source=self.peer_id),
+            client_mode=self.config.client_mode,
+            record_validator=validator,
+            wait_timeout=_RPC_TIMEOUT_S,
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            reuse_get_requests=False,
+        )
+        await self._ping_initial(connected)
+        if self._initial and not self._node.protocol.routing_table.peer_id_to_uid:
+            raise PeerUnavailable(_unreachable(self.config.initial_peers))
+        if connected:
+            await self._measure_clock(connected)
+            await self._node.find_nearest_nodes([self._node.node_id])  # makes this node known to its neighbours
+        self.directory = HivemindDirectory(self._node, validator, self.identity, self._clock, self._ensure_joined)
+
+    async def _aclose(self) -> None:
+        """Stop hivemind's tasks, which it cancels but does not wait for."""
+        if not hasattr(self, "p2p"):
+            return
+        control = self.p2p._client.control
+        node = getattr(self, "_node", None)
+        tasks = [self.p2p._listen_task, control._read_task, control._write_task, *control._handler_tasks.values()]
+        if node is not None:
+            node.is_alive = False
+            tasks.append(node.cache_refresh_task)
+        await self.p2p.shutdown()
+        running = [task for task in tasks if task is not None and not task.done()]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=1.0)
+
+
+@asynccontextmanager
+async def open_dht(config: DhtConfig) -> AsyncIterator[Dht]:
+    """Start a DHT node and join the swarm of `config.initial_peers`, or start a new one.
+
+    Raises:
+        PeerUnavailable: none of the initial peers answers.
+        BadRequest: an address or the identity file is malformed.
+        ResourceError: the port or the identity is in use.
+    """
+    await asyncio.to_thread(_import_hivemind)
+    _parse_initial_peers(config.initial_peers, "")
+    async with AsyncExitStack() as owned:
+        directory = owned.enter_context(open_socket_directory())
+        identity_path = config.identity_path or directory / "identity.key"
+        identity = await asyncio.to_thread(Identity.load_or_create, identity_path)  # making a key takes 0.2 s
+        owned.enter_context(_sole_use(identity.path))
+        daemon = await _start_daemon(owned, config, identity, directory)
+        dht = Dht(config, identity, daemon)
+        owned.push_async_callback(lambda: finish(dht._aclose()))
+        try:
+            async with asyncio.timeout(config.startup_timeout_s):
+                await dht._join(asyncio.get_running_loop().time() + config.startup_timeout_s)
+        except TimeoutError as exc:
+            raise PeerUnavailable(_unreachable(config.initial_peers)) from exc
+        yield dht
+
+
+async def _start_daemon(owned: AsyncExitStack, config: DhtConfig, identity: Identity, directory: Path) -> P2pd:
+    deadline_s = asyncio.get_running_loop().time() + config.startup_timeout_s
+    try:
+        return await owned.enter_async_context(
+            open_p2pd(directory, _daemon_options(config, identity), deadline_s=deadline_s)
+        )
+    except ResourceError as exc:
+        if "address already in use" in str(exc):
+            raise ResourceError(
+                f"port {config.port} on {config.host} is already in use: stop what uses it, or choose another port"
+            ) from exc
+        raise
+
+
+def _daemon_options(config: DhtConfig, identity: Identity) -> list[str]:
+    address = ip_address(config.host)
+    listens = not (config.client_mode and address.is_loopback)
+    options = [
+        f"-id={identity.path}",
+        f"-dht{'Client' if config.client_mode else 'Server'}=1",
+        "-idleTimeout=30s",
+        "-connManager=1",
+        "-tls=1",
+        f"-natPortMap={int(not address.is_loopback and listens)}",
+        f"-autonat={int(not address.is_loopback)}",
+        f"-relay={int(config.relay)}",
+        f"-relayService={int(config.relay and not config.client_mode)}",
+    ]
+    if listens:
+        options.append(f"-hostAddrs=/ip{address.version}/{address}/tcp/{config.port}")
+    else:
+        options.append("-noListenAddrs=1")
+    if config.announce_host is not None:
+        options.append(f"-announceAddrs=/{_multiaddr_host(config.announce_host)}/tcp/{config.port}")
+    if config.reachability != "auto":
+        options.append(f"-forceReachability{config.reachability.capitalize()}=1")
+    may_need_relay = config.reachability == "private" or not (address.is_loopback or config.client_mode)
+    if config.relay and config.initial_peers and may_need_relay:
+        options += ["-autoRelay=1", f"-trustedRelays={','.join(config.initial_peers)}"]
+    return options
+
+
+def _multiaddr_host(host: str) -> str:
+    try:
+        return f"ip{ip_address(host).version}/{host}"
+    except ValueError:
+        return f"dns/{host}"
+
+
+def _import_hivemind() -> None:
+    """Import hivemind and undo what it does to logging: its own handler, at INFO, and the name of WARNING."""
+    if "hivemind" in sys.modules:
+        return
+    import hivemind  # noqa: F401
+    from hivemind.utils.logging import use_hivemind_log_handler
+
+    use_hivemind_log_handler("nowhere")
+    logging.addLevelName(logging.WARNING, "WARNING")
+    logging.getLogger("hivemind").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _sole_use(path: Path) -> Iterator[None]:
+    """Hold a lock on the identity file: two live nodes with one identity steal each other's messages."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ResourceError(
+                f"the identity {path} is in use by another running node: give each node its own identity file"
+            ) from exc
+        yield
+
+
+def _parse_initial_peers(initial_peers: Sequence[str], own_peer_id: str) -> dict[str, list[str]]:
+    """Addresses by peer id, without our own (a bootstrap node that was started with its own link)."""
+    from hivemind.p2p import PeerID
+    from hivemind.utils.multiaddr import Multiaddr
+
+    peers: dict[str, list[str]] = {}
+    for text in initial_peers:
+        peer_id = text.rpartition("/p2p/")[2]
+        try:
+            Multiaddr(text)
+            PeerID.from_base58(peer_id)
+        except (ValueError, LookupError) as exc:
+            raise BadRequest(
+                f"initial peer {text!r} is not an address such as /ip4/192.0.2.1/tcp/31337/p2p/Qm…: "
+                "copy it from the output of the peer that you want to join"
+            ) from exc
+        if peer_id != own_peer_id:
+            peers.setdefault(peer_id, []).append(text)
+    return peers
+
+
+def _usable_addresses(multiaddrs: Sequence[str], peer_id: str) -> list[bytes]:
+    """Those that can be parsed, as bytes, without the peer id, which p2pd gets beside them."""
+    from hivemind.utils.multiaddr import Multiaddr
+
+    addresses = []
+    for text in multiaddrs:
+        with contextlib.suppress(ValueError, LookupError):
+            addresses.append(Multiaddr(text.removesuffix(f"/p2p/{peer_id}")).to_bytes())
+    return addresses
+
+
+def _unreachable(initial_peers: Sequence[str]) -> str:
+    return (
+        f"none of the initial peers answers ({', '.join(initial_peers)}): "
+        "check that one of them is running and that this machine can reach its address"
+    )
