@@ -112,19 +112,24 @@ async def open_tunnel(
 
 
 async def _join(left: Stream, right: Stream) -> None:
-    """Carry bytes both ways until one side ends; then close both."""
-    (left_reader, left_writer), (right_reader, right_writer) = left, right
+    """Carry bytes both ways until one side ends; then deliver what is on its way and close both."""
     directions = {
-        asyncio.create_task(_pipe(left_reader, right_writer)),
-        asyncio.create_task(_pipe(right_reader, left_writer)),
+        asyncio.create_task(_pipe(left[0], right[1])),
+        asyncio.create_task(_pipe(right[0], left[1])),
     }
+    writers = (left[1], right[1])
     try:
         await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        for writer in writers:
+            writer.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
     finally:
         for direction in directions:
             direction.cancel()
-        left_writer.close()
-        right_writer.close()
+        for writer in writers:
+            writer.transport.abort()
         await asyncio.wait(directions)
 
 
@@ -133,9 +138,6 @@ async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(_CHUNK_BYTES):
             writer.write(data)
             await writer.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
-                await writer.drain()
     except OSError as exc:
         logger.debug("a tunnel connection broke: %s", exc)
 
