@@ -1,0 +1,19 @@
+"""The client: distributed models that are Hugging Face models."""
+
+from .auto import (
+    AutoDistributedConfig,
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+)
+from .network import ClientConfig
+from .session import InferenceSession
+
+__all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "ClientConfig",
+    "InferenceSession",
+]

@@ -86,6 +86,11 @@ class ComputeThread:
             self._changed.notify()
         return await future
 
+    @property
+    def closed(self) -> bool:
+        """Whether the thread is asked to end; long work looks at it to give up early."""
+        return self._closed
+
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(len(self._jobs), self._num_jobs, self._busy_s)
 

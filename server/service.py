@@ -16,6 +16,7 @@ import swarm
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, wire_dtype
 from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
+from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange
@@ -63,14 +64,15 @@ class BlocksService(pb_grpc.BlocksServicer):
     def __init__(
         self,
         model: ServedModel,
-        span: Span,
+        views: SpanViews,
         engine: ComputeThread,
         sessions: SessionTable,
         connector: Connector,
         limits: ServiceLimits,
     ) -> None:
         self._model = model
-        self._span = span
+        self._views = views
+        self._span = views.span
         self._engine = engine
         self._sessions = sessions
         self._connector = connector
@@ -151,7 +153,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         """See the wire contract."""
         async with errors_to_wire(context, "Forward"), self._counted():
             batch = await self._read_batch(context.read)
-            y_BLD = await self._engine.run(Priority.TRAINING, lambda: _forward(self._span, batch))
+            y_BLD = await self._engine.run(Priority.TRAINING, lambda: _forward(self._views.view(batch.blocks), batch))
             packed = pack(y_BLD)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -161,7 +163,9 @@ class BlocksService(pb_grpc.BlocksServicer):
         async with errors_to_wire(context, "Backward"), self._counted():
             batch = await self._read_batch(context.read)
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
-            dx_BLD, dprompts = await self._engine.run(Priority.TRAINING, lambda: _backward(self._span, batch, grad_BLD))
+            dx_BLD, dprompts = await self._engine.run(
+                Priority.TRAINING, lambda: _backward(self._views.view(batch.blocks), batch, grad_BLD)
+            )
             packed = pack(dx_BLD, dprompts)
             result = pb.ComputeResult(hidden_states=packed.specs[0], prompts=packed.specs[1], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -341,7 +345,7 @@ class _Batch:
 
 def _run_span(span: Span, batch: _Batch, x_BLD: Tensor, prompts: Tensor | None) -> Tensor:
     device = span.device
-    return span.narrow(batch.blocks)(
+    return span(
         x_BLD,
         attention_mask_BT=None if batch.mask_BL is None else batch.mask_BL.to(device),
         position_ids_BL=None if batch.position_ids_BL is None else batch.position_ids_BL.to(device),

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PromptTooLong, SessionLost
-from swarm.model.span import Span, SpanCache
+from swarm.errors import BadRequest, CacheFull, PromptTooLong, SessionLost, UnsupportedModel
+from swarm.model.narrow import SpanViews
+from swarm.model.span import Span
+from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -152,7 +154,10 @@ class ServerSession:
             if self.mask_BT is not None:
                 self.mask_BT = self.mask_BT[beam_idx]
         if step.position < cached:
-            self.cache.rewind(step.position)
+            try:
+                self.cache.rewind(step.position)
+            except UnsupportedModel as exc:
+                raise SessionLost(f"{exc}: replay the session") from exc
         self._extend_mask(step)
         x_BLD = step.x_BLD.to(self.span.device, self.span.dtype)
         ids_BL = None if step.position_ids_BL is None else step.position_ids_BL.to(self.span.device)
@@ -186,8 +191,9 @@ class SessionTableStatistics:
 class SessionTable:
     """All sessions of a server."""
 
-    def __init__(self, span: Span, cache_bytes: int) -> None:
-        self._span = span
+    def __init__(self, views: SpanViews, cache_bytes: int, bytes_per_token: int) -> None:
+        self.views = views
+        self._bytes_per_token = max(1, bytes_per_token)
         self._budget = CacheBudget(cache_bytes)
         self._sessions: dict[bytes, ServerSession] = {}
 
@@ -206,8 +212,8 @@ class SessionTable:
 
         Raises: BadRequest: the id is taken. PromptTooLong, CacheFull: see CacheBudget.reserve.
         """
-        span = self._span.narrow(blocks)
-        num_bytes = max_tokens * batch_size * span.cache_bytes_per_token()
+        span = self.views.view(blocks)
+        num_bytes = max_tokens * batch_size * self._bytes_per_token * len(blocks) // len(self.views.span.blocks)
         async with self._budget.reserve(num_bytes, timeout_s):
             if session_id in self._sessions:
                 raise BadRequest("a session with this id is open already")
@@ -239,5 +245,6 @@ class SessionTable:
         return SessionTableStatistics(len(self._sessions), self._budget.used_bytes, self._budget.total_bytes)
 
     @property
-    def cache_free_bytes(self) -> int:
-        return self._budget.free_bytes
+    def cache_free_tokens(self) -> int:
+        """Tokens, over all blocks served here, that still fit."""
+        return self._budget.free_bytes // self._bytes_per_token

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swarm.errors import ProtocolError
+from swarm.errors import BadRequest, ProtocolError
 from swarm.v1 import blocks_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
@@ -36,6 +36,19 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def wire_dtype(dtype: torch.dtype) -> pb.DType.ValueType:
     """Return the wire's number for a torch dtype."""
     return _WIRE_DTYPES[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the floating-point dtype of that name ("bfloat16"). Raises: BadRequest: it is none that travels."""
+    for dtype in FLOAT_DTYPES:
+        if name == dtype_name(dtype):
+            return dtype
+    raise BadRequest(f"dtype {name!r} is not supported: use float32, float16 or bfloat16")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)

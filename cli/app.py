@@ -1,0 +1,78 @@
+"""The `swarm` command: flags in, exit codes out. Logging is set up here and nowhere else.
+
+Exit codes: 0 done, 1 it failed (a peer, the network, a resource), 2 the command or its input is wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import swarm
+from swarm.errors import ResourceError, SwarmError, UserError
+
+app = typer.Typer(
+    name="swarm",
+    help="Run and fine-tune large language models on the computers of people who share them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: debug.")] = 0,
+) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    if level > logging.DEBUG:
+        for noisy in ("hivemind", "transformers", "asyncio", "httpx", "huggingface_hub"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+@app.command()
+def version() -> None:
+    """Print the version.
+
+    Example: swarm version
+    """
+    typer.echo(f"swarm {swarm.__version__} (protocol {swarm.PROTOCOL_VERSION})")
+
+
+def _register() -> None:
+    from . import bootstrap, generate, serve, status
+
+    app.command("serve")(serve.serve_command)
+    app.command("dht")(bootstrap.dht_command)
+    app.command("status")(status.status_command)
+    app.command("generate")(generate.generate_command)
+
+
+def main() -> None:
+    """Run the command line; every error that Swarm raises on purpose becomes one sentence and an exit code."""
+    _register()
+    try:
+        app(standalone_mode=True)
+    except ResourceError as exc:
+        _fail(exc, 1)
+    except UserError as exc:
+        _fail(exc, 2)
+    except SwarmError as exc:
+        _fail(exc, 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error: SwarmError, code: int) -> None:
+    print(f"swarm: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What several commands need: join links, output, running until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from swarm.errors import BadLink
+from swarm.link import JoinLink
+
+console = Console()
+errors = Console(stderr=True)
+
+JoinOption = Annotated[
+    str,
+    typer.Option("--join", "-j", envvar="SWARM_JOIN", help="Join link of the swarm, swarm://…", show_default=False),
+]
+
+
+def parse_join(text: str) -> JoinLink | None:
+    """Return the link of --join or SWARM_JOIN; None where neither is set. Raises: BadLink."""
+    return JoinLink.parse(text) if text.strip() else None
+
+
+def need_join(text: str) -> JoinLink:
+    """Return the link of --join or SWARM_JOIN. Raises: BadLink: there is none, or it cannot be read."""
+    link = parse_join(text)
+    if link is None:
+        raise BadLink("a join link is needed: pass --join swarm://…, as printed by `swarm serve`, or set SWARM_JOIN")
+    return link
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees all of it or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """What a long-running command shares with the signal handlers."""
+
+    stop: asyncio.Event
+    ready: bool = False
+    """Set by the command when it has something to wind down; before that, a signal cancels it at once."""
+
+
+def run_until_signal(work: Callable[[Lifetime], Awaitable[None]]) -> None:
+    """Run `work`; once it is ready the first SIGINT or SIGTERM asks it to stop, and a second one cancels it.
+
+    Raises: typer.Exit: it was cancelled (130).
+    """
+
+    async def run() -> None:
+        lifetime = Lifetime(asyncio.Event())
+        task = asyncio.ensure_future(work(lifetime))
+
+        def on_signal() -> None:
+            if lifetime.ready and not lifetime.stop.is_set():
+                lifetime.stop.set()
+            else:
+                task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        try:
+            await task
+        except asyncio.CancelledError:
+            raise typer.Exit(130) from None
+
+    asyncio.run(run())

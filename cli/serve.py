@@ -1,0 +1,108 @@
+"""`swarm serve`: host blocks of a model."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from swarm.ranges import BlockRange
+
+from .common import JoinOption, Lifetime, console, errors, parse_join, run_until_signal, write_atomically
+
+
+def serve_command(
+    model: Annotated[str, typer.Argument(help="Hub repository or local directory.")],
+    blocks: Annotated[str, typer.Option(help="Exactly these blocks, START:END.", show_default=False)] = "",
+    num_blocks: Annotated[int, typer.Option(help="How many blocks; default: what fits.", show_default=False)] = 0,
+    join: JoinOption = "",
+    link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
+    name: Annotated[str, typer.Option(help="What people see in `swarm status`.")] = platform.node(),
+    identity: Annotated[Path | None, typer.Option(help="Key file that keeps this server's identity.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    host: Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port for clients; 0: any.")] = 0,
+    dht_port: Annotated[int, typer.Option(help="TCP port of the DHT; 0: any.")] = 0,
+    announce_host: Annotated[str, typer.Option(help="Address that others dial instead.", show_default=False)] = "",
+    tunnel_only: Annotated[bool, typer.Option(help="Be reachable through the tunnel only.")] = False,
+    cache_mib: Annotated[int, typer.Option(help="KV cache; default: from free memory.", show_default=False)] = 0,
+    max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds for running sessions when stopping.")] = 20.0,
+    announce_period: Annotated[float, typer.Option(help="Seconds between announcements.")] = 15.0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where downloads go.")] = None,
+) -> None:
+    """Host blocks of a model. Without --join, start a new swarm and print its join link.
+
+    Example: swarm serve Qwen/Qwen3-8B --host 0.0.0.0
+    """
+    from swarm.model.checkpoint import CheckpointSource
+    from swarm.server.app import Running, serve
+    from swarm.server.checks import ServiceLimits
+    from swarm.server.config import ServerConfig
+
+    link = parse_join(join)
+    progress = Progress(
+        TextColumn("loading blocks"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
+    task = progress.add_task("loading", total=None)
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        progress.update(task, completed=done_bytes, total=total_bytes)
+
+    config = ServerConfig(
+        source=CheckpointSource(model, revision, token, cache_dir),
+        blocks=BlockRange.parse(blocks) if blocks else None,
+        num_blocks=num_blocks or None,
+        initial_peers=link.initial_peers if link else (),
+        identity_path=identity,
+        name=name,
+        device=device,
+        dtype=dtype,
+        host=host,
+        port=port,
+        dht_port=dht_port,
+        announce_host=announce_host or None,
+        tunnel_only=tunnel_only,
+        cache_bytes=cache_mib << 20 or None,
+        limits=ServiceLimits(max_session_tokens=max_session_tokens),
+        drain_timeout_s=drain_timeout,
+        announce_period_s=announce_period,
+        num_threads=threads or None,
+        on_progress=on_progress,
+    )
+
+    async def work(lifetime: Lifetime) -> None:
+        def on_ready(running: Running) -> None:
+            lifetime.ready = True
+            progress.stop()
+            if link_file is not None:
+                write_atomically(link_file, running.link + "\n")
+            _print_ready(running)
+
+        await serve(config, lifetime.stop, on_ready)
+
+    with progress:
+        run_until_signal(work)
+
+
+def _print_ready(running: Any) -> None:
+    console.print(
+        f"Serving blocks [bold]{running.blocks}[/] of [bold]{running.model_name}[/] "
+        f"on {running.device} in {running.dtype}. Ctrl-C to stop.",
+        highlight=False,
+    )
+    console.print(f"Join link: {running.link}", soft_wrap=True, highlight=False, markup=False)

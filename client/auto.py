@@ -1,0 +1,150 @@
+"""The Auto classes: a distributed model by name, as one line of code."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from swarm.codec import torch_dtype
+from swarm.errors import BadLink, BadRequest
+from swarm.link import JoinLink
+from swarm.model.anatomy import anatomy_of
+from swarm.model.checkpoint import Checkpoint, CheckpointSource
+from swarm.model.client_half import load_client_half
+from swarm.ranges import BlockRange
+
+from .connection import Connection
+from .model import DistributedMixin, make_call
+from .network import ClientConfig
+from .prompts import Prompts, TuningMode
+from .routing import Needs
+
+
+class AutoDistributedConfig:
+    """`from_pretrained` returns a model's ordinary Hugging Face config; no swarm is contacted."""
+
+    def __init__(self) -> None:
+        raise TypeError("use AutoDistributedConfig.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+    ) -> PretrainedConfig:
+        """Raises: BadCheckpoint: there is no such model. UnsupportedModel: it cannot be cut into blocks."""
+        config = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir)).config
+        anatomy_of(config)
+        return config
+
+
+class _AutoDistributed:
+    auto_class: ClassVar[Any]
+
+    def __init__(self) -> None:
+        raise TypeError(f"use {type(self).__name__}.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        join: str | None = None,
+        initial_peers: Sequence[str] = (),
+        client_config: ClientConfig | None = None,
+        tuning_mode: TuningMode | None = None,
+        pre_seq_len: int = 0,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Load the client's part of a model and join the swarm that serves the rest.
+
+        Args:
+            name_or_path: hub repository or local directory, the same model and revision as the servers'.
+            join: a join link, swarm://…
+            initial_peers: instead of a link: libp2p multiaddrs of peers to join through.
+            client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
+            tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
+            dtype: of the client's weights; None or "auto": that of the checkpoint.
+            device: where the client's part lies.
+            hf_kwargs: config entries such as num_labels, and what Hugging Face's from_pretrained takes.
+        Returns: an instance of the model's Hugging Face class.
+        Raises: BadLink, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
+        """
+        config = _client_config(join, initial_peers, client_config)
+        checkpoint = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir))
+        anatomy = anatomy_of(checkpoint.config)
+        needs = Needs(BlockRange(0, anatomy.num_blocks), checkpoint.fingerprint, checkpoint.commit)
+        connection = Connection(config)
+        try:
+            connection.loop.run(connection.network.check_model(needs, checkpoint.name))
+            call = make_call(connection, needs, num_blocks=anatomy.num_blocks, hidden_size=anatomy.hidden_size)
+            model = load_client_half(cls.auto_class, checkpoint, call, dtype=_dtype(dtype), device=device, **hf_kwargs)
+            model.__class__ = _distributed_class(type(model))
+            model.__dict__["_swarm"] = call  # not a submodule: it holds no weights
+            if tuning_mode is not None:
+                model.requires_grad_(False)
+                prompts = Prompts(tuning_mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32).to(
+                    device
+                )
+                model.swarm_prompts = prompts
+                call.prompts = prompts
+            elif pre_seq_len:
+                raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+        except BaseException:
+            connection.close()
+            raise
+        weakref.finalize(model, connection.close)
+        return model
+
+
+class AutoDistributedModel(_AutoDistributed):
+    """The base model: token ids in, hidden states out."""
+
+    auto_class = AutoModel
+
+
+class AutoDistributedModelForCausalLM(_AutoDistributed):
+    """A language model: logits, loss and `generate`."""
+
+    auto_class = AutoModelForCausalLM
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """A classifier with a trainable head; pass num_labels."""
+
+    auto_class = AutoModelForSequenceClassification
+
+
+def _client_config(join: str | None, initial_peers: Sequence[str], config: ClientConfig | None) -> ClientConfig:
+    if join is not None and initial_peers:
+        raise BadLink("pass either join or initial_peers, not both")
+    peers = JoinLink.parse(join).initial_peers if join is not None else tuple(initial_peers)
+    if config is None:
+        return ClientConfig(initial_peers=peers)
+    from dataclasses import replace
+
+    return replace(config, initial_peers=peers) if peers else config
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    return torch_dtype(dtype)
+
+
+def _distributed_class(model_class: type) -> type:
+    """The Hugging Face class with what a distributed model adds, under the Hugging Face name."""
+    name = f"Distributed{model_class.__name__}"
+    return type(name, (DistributedMixin, model_class), {"__module__": model_class.__module__})

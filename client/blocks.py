@@ -1,0 +1,112 @@
+"""Remote blocks as a torch module: sliceable, differentiable with respect to what the client owns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swarm.errors import BadRequest
+from swarm.ranges import BlockRange
+
+from .compute import Batch, RemoteCompute
+from .loop import LoopThread
+
+# B batch, L length, D hidden, N blocks, P virtual tokens
+
+
+class RemoteBlocks(nn.Module):
+    """The blocks of a model that run elsewhere; it has no parameters.
+
+    `blocks[4:9]` is a module over some of them, `blocks[4]` over one. The hidden states that enter and leave have
+    the shape [B, L, D]; gradients flow back to the inputs (and prompts), never into the blocks.
+    """
+
+    def __init__(self, loop: LoopThread, compute: RemoteCompute, blocks: BlockRange, hidden_size: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self._loop = loop
+        self._compute = compute
+        self._hidden_size = hidden_size
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int | slice) -> RemoteBlocks:
+        numbers = range(self.blocks.start, self.blocks.end)
+        if isinstance(index, slice):
+            chosen = numbers[index]
+            if chosen.step != 1 or not chosen:
+                raise BadRequest(f"remote blocks {self.blocks} take non-empty slices with step 1")
+            blocks = BlockRange(chosen.start, chosen.stop)
+        else:
+            blocks = BlockRange(numbers[index], numbers[index] + 1)
+        return RemoteBlocks(self._loop, self._compute, blocks, self._hidden_size)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> Tensor:
+        """Run hidden states through the blocks.
+
+        Args:
+            x_BLD: hidden states entering the first of these blocks.
+            attention_mask: int64 [B, L], 0 for padding.
+            position_ids: int64 [B or 1, L]; None: 0, 1, ...
+            prompts: deep prompts [N, B or 1, P, D] for these blocks, added at the first P positions of each.
+        Raises: BadRequest: a shape does not fit. NoRoute: no servers for some blocks within the timeout.
+        """
+        if x_BLD.dim() != 3 or x_BLD.shape[2] != self._hidden_size or not x_BLD.dtype.is_floating_point:
+            raise BadRequest(
+                f"remote blocks take floating-point hidden states [batch, length, {self._hidden_size}], "
+                f"got {x_BLD.dtype} {list(x_BLD.shape)}"
+            )
+        if prompts is not None and (prompts.dim() != 4 or prompts.shape[0] != len(self.blocks)):
+            raise BadRequest(f"prompts must have the shape [{len(self.blocks)}, batch or 1, tokens, hidden_size]")
+        if prompts is not None and prompts.shape[2] > x_BLD.shape[1]:
+            raise BadRequest("prompts are longer than the sequence they are added to")
+        y_BLD: Tensor = _RemoteFunction.apply(self, attention_mask, position_ids, x_BLD, prompts)
+        return y_BLD
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}"
+
+    def _batch(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None, prompts_NBPD: Tensor | None
+    ) -> Batch:
+        """The tensors on the CPU, prompts padded in front so that index 0 is block 0 of the model."""
+        prompts = None
+        if prompts_NBPD is not None:
+            num_before = self.blocks.start
+            padding = prompts_NBPD.new_zeros(num_before, *prompts_NBPD.shape[1:], device="cpu")
+            prompts = torch.cat([padding, prompts_NBPD.detach().cpu()])
+        mask = None if mask_BL is None else mask_BL.cpu().to(torch.int64)
+        ids = None if position_ids_BL is None else position_ids_BL.cpu().to(torch.int64)
+        return Batch(x_BLD.detach().cpu(), mask, ids, prompts)
+
+
+class _RemoteFunction(torch.autograd.Function):
+    """Forward and backward calls as one differentiable operation."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: RemoteBlocks, mask: Any, position_ids: Any, x_BLD: Tensor, prompts: Any) -> Tensor:
+        batch = blocks._batch(x_BLD, mask, position_ids, prompts)
+        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks))
+        if any(ctx.needs_input_grad):
+            ctx.blocks, ctx.batch, ctx.traces = blocks, batch, traces
+        return y_BLD.to(x_BLD.device)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[None, None, None, Tensor, Tensor | None]:
+        blocks: RemoteBlocks = ctx.blocks
+        grad = grad_BLD.cpu().contiguous()
+        dx_BLD, dprompts = blocks._loop.run(blocks._compute.backward(ctx.batch, ctx.traces, grad))
+        if dprompts is not None:
+            dprompts = dprompts[blocks.blocks.start :].to(grad_BLD.device)
+        return None, None, None, dx_BLD.to(grad_BLD.device), dprompts

@@ -1,0 +1,270 @@
+"""One attempt at a session: an open stream to every hop of a route, steps in at one end and results out at the other.
+
+A chain is never repaired. When any hop fails, everything that waits on the chain fails with the error of the peer
+at fault, and the session opens another chain and replays its record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc.aio
+from torch import Tensor
+
+from swarm import PROTOCOL_VERSION
+from swarm.codec import optional, pack, torch_dtype
+from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
+from swarm.rpc import errors_from_wire
+from swarm.streams import read_tensors, write_message
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
+
+from .network import Network
+from .routing import Hop
+
+# B batch, L length, D hidden, N blocks, P virtual tokens
+
+PROBE_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainConfig:
+    """What every hop of a chain is opened with."""
+
+    fingerprint: str
+    batch_size: int
+    max_tokens: int
+    hidden_size: int
+    open_timeout_s: float
+    prompts_NBPD: Tensor | None = None
+    """Deep prompts of all blocks of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step sends; see Step in the wire contract."""
+
+    position: int
+    num_outputs: int
+    x_BLD: Tensor
+    mask_BL: Tensor | None = None
+    position_ids_BL: Tensor | None = None
+    beam_idx: Sequence[int] = ()
+
+
+class Chain:
+    """The streams of a session over one route; made by `open_chain`."""
+
+    def __init__(self, network: Network, config: ChainConfig, hops: Sequence[Hop]) -> None:
+        self.hops = hops
+        self.max_step_tokens = 1
+        self._network = network
+        self._config = config
+        self._calls: list[grpc.aio.StreamStreamCall] = []
+        self._results: dict[int, asyncio.Future[Tensor | None]] = {}
+        self._last_step_id = 0
+        self._failure: SwarmError | None = None
+
+    async def send(self, step: Step) -> asyncio.Future[Tensor | None]:
+        """Send a step into the first hop; the future gives the last hop's [B, num_outputs, D].
+
+        Raises: PeerError: some hop failed.
+        """
+        self._raise_failure()
+        self._last_step_id += 1
+        # The server casts to its own dtype first thing; casting here makes the message smaller, not different.
+        x_BLD = step.x_BLD.to(torch_dtype(self.hops[0].server.dtype))
+        packed = pack(x_BLD, step.mask_BL, step.position_ids_BL)
+        wire = pb.Step(
+            step_id=self._last_step_id,
+            position=step.position,
+            num_outputs=step.num_outputs,
+            beam_idx=step.beam_idx,
+            hidden_states=packed.specs[0],
+            attention_mask=packed.specs[1],
+            position_ids=packed.specs[2],
+            data=packed.data,
+        )
+        result: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
+        self._results[self._last_step_id] = result
+        try:
+            async with errors_from_wire(self.hops[0].peer_id):
+                await write_message(self._calls[0].write, pb.SessionRequest(step=wire), packed.more)
+        except (PeerError, asyncio.InvalidStateError) as exc:
+            # The stream's reader learns why it ended; give it a moment, for its reason is the better one.
+            await self._wait_failure()
+            raise self._failure or self._blame(0, "closed the session") from exc
+        return result
+
+    async def receive(self, result: asyncio.Future[Tensor | None]) -> Tensor | None:
+        """Wait for a step's result, asking the hops whether they are alive when it takes long.
+
+        Raises: PeerError: some hop failed or fell silent.
+        """
+        config = self._network.config
+        try:
+            async with asyncio.timeout(config.step_timeout_s):
+                while not (await asyncio.wait({result}, timeout=config.silence_s))[0]:
+                    await self._probe()
+        except TimeoutError as exc:
+            raise self._blame(0, f"and those behind it gave no result in {config.step_timeout_s:.0f} s") from exc
+        return result.result()
+
+    async def _probe(self) -> None:
+        async def alive(hop: Hop) -> bool:
+            channel = await self._network.connector.channel(hop.address)
+            try:
+                await pb_grpc.BlocksStub(channel).Describe(
+                    pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=PROBE_TIMEOUT_S
+                )
+            except grpc.aio.AioRpcError:
+                return False
+            return True
+
+        answers = await asyncio.gather(*(alive(hop) for hop in self.hops), return_exceptions=True)
+        for index, answer in enumerate(answers):
+            if answer is not True:
+                raise self._blame(index, f"does not answer within {PROBE_TIMEOUT_S:.0f} s")
+
+    def _blame(self, index: int, what: str) -> PeerUnavailable:
+        hop = self.hops[index]
+        error = PeerUnavailable(f"peer {hop} {what}")
+        error.peer_id = hop.peer_id
+        return error
+
+    def check_outputs(self, outputs: Sequence[Tensor], num_outputs: int) -> None:
+        """Raise ProtocolError, and blame the last hop, unless the outputs are what was asked for."""
+        batch_size, width = self._config.batch_size, self._config.hidden_size
+        fits = all(y.shape[0] == batch_size and y.shape[2] == width and y.is_floating_point() for y in outputs)
+        if not fits or sum(y.shape[1] for y in outputs) != num_outputs:
+            error = ProtocolError(f"peer {self.hops[-1]} returned hidden states of the wrong shape")
+            error.peer_id = self.hops[-1].peer_id
+            raise error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _wait_failure(self) -> None:
+        for _ in range(20):
+            if self._failure is not None:
+                return
+            await asyncio.sleep(0.01)
+
+    def fail(self, error: SwarmError) -> None:
+        """End the chain: whatever waits for a result gets this error; the first one counts."""
+        if self._failure is None:
+            self._failure = error
+        for result in self._results.values():
+            if not result.done():
+                result.set_exception(self._failure)
+                result.exception()  # retrieved: the step that waits for it may have been cancelled
+
+    async def open_hop(self, index: int, session_ids: Sequence[bytes]) -> None:
+        """Open the stream to one hop and wait until it has room. Raises: PeerError, UserError."""
+        hop, config = self.hops[index], self._config
+        channel = await self._network.connector.channel(hop.address)
+        async with errors_from_wire(hop.peer_id):
+            call = pb_grpc.BlocksStub(channel).Session()
+            self._calls[index] = call
+            first, more = self._opening(index, session_ids)
+            await write_message(call.write, first, more)
+            try:
+                async with asyncio.timeout(config.open_timeout_s + self._network.config.connect_timeout_s):
+                    answer = await call.read()
+            except TimeoutError as exc:
+                raise self._blame(index, "did not open a session in time") from exc
+            if answer is grpc.aio.EOF:
+                await call.code()
+                raise self._blame(index, "closed the session at once")
+        if answer.WhichOneof("kind") != "opened":
+            raise ProtocolError(f"peer {hop} did not answer `open` with `opened`")
+        self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
+
+    def _opening(self, index: int, session_ids: Sequence[bytes]) -> tuple[pb.SessionRequest, list[bytes]]:
+        hop, config = self.hops[index], self._config
+        prompts = config.prompts_NBPD
+        packed = pack(None if prompts is None else prompts[hop.blocks.start : hop.blocks.end])
+        opening = pb.SessionOpen(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=config.fingerprint,
+            session_id=session_ids[index],
+            blocks=pb.BlockRange(start=hop.blocks.start, end=hop.blocks.end),
+            batch_size=config.batch_size,
+            max_tokens=config.max_tokens,
+            timeout_ms=int(config.open_timeout_s * 1000),
+            prompts=packed.specs[0],
+            data=packed.data,
+        )
+        if index + 1 < len(self.hops):
+            opening.next.CopyFrom(self.hops[index + 1].address.to_wire())
+            opening.next_session_id = session_ids[index + 1]
+        return pb.SessionRequest(open=opening), packed.more
+
+    async def open(self, owned: list[asyncio.Task[None]]) -> None:
+        """Open all hops at once; `owned` receives the tasks that read from them."""
+        self._calls = [None] * len(self.hops)
+        self.max_step_tokens = 1 << 30
+        session_ids = [secrets.token_bytes(16) for _ in self.hops]
+        openings = [asyncio.create_task(self.open_hop(index, session_ids)) for index in range(len(self.hops))]
+        try:
+            await asyncio.gather(*openings)
+        except BaseException:
+            for opening in openings:
+                opening.cancel()
+            await asyncio.gather(*openings, return_exceptions=True)
+            raise
+        for index in range(len(self.hops)):
+            owned.append(asyncio.create_task(self._listen(index)))
+
+    async def _listen(self, index: int) -> None:
+        """Read a hop's stream to its end: results from the last hop, errors from any."""
+        hop, call = self.hops[index], self._calls[index]
+        try:
+            async with errors_from_wire(hop.peer_id):
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    if message.WhichOneof("kind") != "result" or index + 1 < len(self.hops):
+                        raise ProtocolError(f"peer {hop} sent an unexpected message")
+                    await self._take_result(message.result, call)
+                await call.code()
+        except SwarmError as exc:
+            exc.peer_id = exc.peer_id or hop.peer_id
+            self.fail(exc)
+        else:
+            self.fail(self._blame(index, "closed the session"))
+
+    async def _take_result(self, wire: pb.StepResult, call: grpc.aio.StreamStreamCall) -> None:
+        config = self._config
+        max_bytes = config.batch_size * config.max_tokens * config.hidden_size * 4
+        specs = optional(wire, "hidden_states")
+        if specs[0] is not None and len(specs[0].shape) != 3:
+            raise ProtocolError("a step's result must have the shape [batch, length, hidden_size]")
+        (y_BLD,) = await read_tensors(call.read, specs, wire.data, max_bytes=max_bytes)
+        result = self._results.pop(wire.step_id, None)
+        if result is not None and not result.done():
+            result.set_result(y_BLD)
+
+    def cancel_calls(self) -> None:
+        """Close all streams; the servers free what they hold for us."""
+        for call in self._calls:
+            if call is not None:
+                call.cancel()
+
+
+@asynccontextmanager
+async def open_chain(network: Network, config: ChainConfig, hops: Sequence[Hop]) -> AsyncIterator[Chain]:
+    """Open a session on every hop. Raises: PeerError: a hop cannot be reached or has no room; UserError."""
+    chain = Chain(network, config, hops)
+    listeners: list[asyncio.Task[None]] = []
+    try:
+        await chain.open(listeners)
+        yield chain
+    finally:
+        chain.cancel_calls()
+        for listener in listeners:
+            listener.cancel()
+        await asyncio.gather(*listeners, return_exceptions=True)

@@ -1,0 +1,229 @@
+"""Forward and backward through remote blocks: stateless calls, split into micro-batches, retried on other peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import grpc.aio
+import torch
+from torch import Tensor
+
+from swarm import PROTOCOL_VERSION
+from swarm.codec import optional, pack, torch_dtype
+from swarm.errors import PeerUnavailable, PromptTooLong, ProtocolError
+from swarm.ranges import BlockRange
+from swarm.rpc import errors_from_wire
+from swarm.streams import read_tensors, write_message
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
+
+from .network import Network
+from .routing import Hop, Needs
+
+# B batch, L length, D hidden, N blocks, P virtual tokens
+
+MAX_PARALLEL = 4
+"""Micro-batches on their way at once, so that the servers of a route work at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Hidden states on their way through a range of blocks, with what belongs to them."""
+
+    x_BLD: Tensor
+    mask_BL: Tensor | None = None
+    position_ids_BL: Tensor | None = None
+    prompts_NBPD: Tensor | None = None
+    """Deep prompts of all blocks of the model (block 0 first), or None."""
+
+    def split(self, max_tokens: int) -> list[Batch]:
+        """Cut along the batch. Raises: PromptTooLong: one sequence alone has more tokens."""
+        batch_size, length, _ = self.x_BLD.shape
+        if length > max_tokens:
+            raise PromptTooLong(
+                f"a sequence of {length} tokens does not fit the {max_tokens} that servers take at once in training: "
+                "use shorter sequences"
+            )
+        rows = max(1, max_tokens // length)
+        return [self._rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]
+
+    def _rows(self, start: int, end: int) -> Batch:
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:end]
+
+        prompts = self.prompts_NBPD
+        if prompts is not None and prompts.shape[1] > 1:
+            prompts = prompts[:, start:end]
+        return Batch(self.x_BLD[start:end], rows(self.mask_BL), rows(self.position_ids_BL), prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The hidden states that entered each range of blocks in a forward pass: where backward starts again."""
+
+    segments: Sequence[tuple[BlockRange, Tensor]]
+
+
+class RemoteCompute:
+    """Forward and backward over the blocks of one model."""
+
+    def __init__(self, network: Network, needs: Needs) -> None:
+        self._network = network
+        self._needs = needs
+
+    async def forward(self, batch: Batch, blocks: BlockRange) -> tuple[Tensor, list[Trace]]:
+        """Return the hidden states that leave the blocks, and one trace per micro-batch.
+
+        Raises: NoRoute, PeerError: see Network.retrying.
+        """
+        parts = batch.split(await self._micro_batch_tokens(blocks))
+        results = await _gather_bounded([self._forward_part(part, blocks) for part in parts])
+        return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
+
+    async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients with respect to the batch's hidden states and to its prompts (None without)."""
+        sizes = [trace.segments[0][1].shape[0] for trace in traces]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        jobs = [
+            self._backward_part(batch._rows(start, start + size), trace, grad_BLD[start : start + size])
+            for start, size, trace in zip(starts, sizes, traces, strict=True)
+        ]
+        results = await _gather_bounded(jobs)
+        dx_BLD = torch.cat([dx for dx, _ in results])
+        prompts = batch.prompts_NBPD
+        if prompts is None:
+            return dx_BLD, None
+        dprompts = [dprompt for _, dprompt in results if dprompt is not None]
+        return dx_BLD, torch.cat(dprompts, dim=1) if prompts.shape[1] > 1 else torch.stack(dprompts).sum(dim=0)
+
+    async def _micro_batch_tokens(self, blocks: BlockRange) -> int:
+        async def attempt(max_age_s: float | None) -> int:
+            hops = await self._network.route(replace(self._needs, blocks=blocks), max_age_s=max_age_s)
+            return min(self._network.config.micro_batch_tokens, *(hop.server.max_batch_tokens for hop in hops))
+
+        return await self._network.retrying(attempt)
+
+    async def _forward_part(self, batch: Batch, blocks: BlockRange) -> tuple[Tensor, Trace]:
+        x_BLD, segments = batch.x_BLD, []
+        start = blocks.start
+        while start < blocks.end:
+            rest = BlockRange(start, blocks.end)
+            y_BLD, done = await self._forward_hop(replace(batch, x_BLD=x_BLD), rest)
+            segments.append((done, x_BLD))
+            x_BLD, start = y_BLD, done.end
+        return x_BLD, Trace(segments)
+
+    async def _forward_hop(self, batch: Batch, rest: BlockRange) -> tuple[Tensor, BlockRange]:
+        """Run the first hop of a route through the remaining blocks; say how far it went."""
+
+        async def attempt(max_age_s: float | None) -> tuple[Tensor, BlockRange]:
+            hop = (await self._network.route(replace(self._needs, blocks=rest), max_age_s=max_age_s))[0]
+            y_BLD, _ = await self._call(hop, batch, None)
+            return y_BLD, hop.blocks
+
+        return await self._network.retrying(attempt)
+
+    async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        prompts = batch.prompts_NBPD
+        dprompts = None if prompts is None else torch.zeros_like(prompts)
+        segments = list(trace.segments)
+        while segments:
+            blocks, x_BLD = segments.pop()
+
+            async def attempt(
+                max_age_s: float | None, blocks: BlockRange = blocks, x: Tensor = x_BLD, grad: Tensor = grad_BLD
+            ) -> tuple[Tensor, Tensor | None] | None:
+                hops = await self._network.route(replace(self._needs, blocks=blocks), max_age_s=max_age_s)
+                return await self._call(hops[0], replace(batch, x_BLD=x), grad) if len(hops) == 1 else None
+
+            result = await self._network.retrying(attempt)
+            if result is None:
+                # No single peer serves these blocks any more: find the states between the peers that do.
+                _, finer = await self._forward_part(replace(batch, x_BLD=x_BLD), blocks)
+                segments.extend(finer.segments)
+                continue
+            grad_BLD = result[0]
+            if dprompts is not None and result[1] is not None:
+                dprompts[blocks.start : blocks.end] = result[1]
+        return grad_BLD, dprompts
+
+    async def _call(self, hop: Hop, batch: Batch, grad_BLD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One Forward (without a gradient) or Backward on one peer. Raises: PeerError, UserError."""
+        dtype = torch_dtype(hop.server.dtype)
+        prompts = batch.prompts_NBPD
+        if prompts is not None:
+            prompts = prompts[hop.blocks.start : hop.blocks.end].to(dtype)
+        packed = pack(
+            batch.x_BLD.to(dtype),
+            batch.mask_BL,
+            batch.position_ids_BL,
+            prompts,
+            None if grad_BLD is None else grad_BLD.to(dtype),
+        )
+        opening = pb.ComputeOpen(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=self._needs.fingerprint,
+            blocks=pb.BlockRange(start=hop.blocks.start, end=hop.blocks.end),
+            hidden_states=packed.specs[0],
+            attention_mask=packed.specs[1],
+            position_ids=packed.specs[2],
+            prompts=packed.specs[3],
+            grad_outputs=packed.specs[4],
+            data=packed.data,
+        )
+        y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
+        if (
+            y_BLD is None
+            or y_BLD.shape != batch.x_BLD.shape
+            or (dprompts is None) != (prompts is None or grad_BLD is None)
+        ):
+            raise _blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
+        self._network.succeeded(hop.peer_id)
+        return y_BLD.to(batch.x_BLD.dtype), None if dprompts is None else dprompts.to(batch.x_BLD.dtype)
+
+    async def _exchange(
+        self, hop: Hop, opening: pb.ComputeOpen, more: list[bytes], *, is_backward: bool
+    ) -> list[Tensor | None]:
+        channel = await self._network.connector.channel(hop.address)
+        stub = pb_grpc.BlocksStub(channel)
+        timeout_s = self._network.config.compute_timeout_s
+        async with errors_from_wire(hop.peer_id):
+            call = (stub.Backward if is_backward else stub.Forward)(timeout=timeout_s)
+            try:
+                await write_message(call.write, pb.ComputeRequest(open=opening), more)
+                message = await call.read()
+                if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
+                    await call.code()
+                    raise _blame(ProtocolError(f"peer {hop} answered without a result"), hop)
+                specs = optional(message.result, "hidden_states", "prompts")
+                max_bytes = 4 * (sum(spec.num_bytes for spec in optional(opening, "hidden_states", "prompts") if spec))
+                return await read_tensors(call.read, specs, message.result.data, max_bytes=max_bytes)
+            except asyncio.InvalidStateError as exc:
+                await call.code()
+                raise _blame(PeerUnavailable(f"peer {hop} ended the call"), hop) from exc
+            finally:
+                call.cancel()
+
+
+def _blame(error: PeerUnavailable | ProtocolError, hop: Hop) -> PeerUnavailable | ProtocolError:
+    error.peer_id = hop.peer_id
+    return error
+
+
+async def _gather_bounded(jobs: Sequence) -> list:  # type: ignore[type-arg]
+    """Run coroutines, MAX_PARALLEL at a time; the first failure cancels the rest."""
+    gate = asyncio.Semaphore(MAX_PARALLEL)
+
+    async def bounded(job):  # type: ignore[no-untyped-def]
+        async with gate:
+            return await job
+
+    tasks = [asyncio.create_task(bounded(job)) for job in jobs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,315 @@
+"""What a distributed model adds to the Hugging Face class that it is: sessions, remote blocks, prompts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swarm.errors import BadRequest
+from swarm.model.remote_cache import RemoteCache
+from swarm.ranges import BlockRange
+
+from .blocks import RemoteBlocks
+from .chain import ChainConfig
+from .compute import RemoteCompute
+from .connection import Connection
+from .prompts import Prompts
+from .routing import Hop, Needs, plan_route
+from .session import InferenceSession
+
+# B batch, L new tokens, T cached and new tokens, D hidden, P virtual tokens
+
+DEFAULT_SESSION_TOKENS = 2048
+"""Length of a session that nobody named one for."""
+
+
+class SessionCache(RemoteCache):
+    """The session behind a generation, in the shape of `past_key_values`."""
+
+    def __init__(self, session: InferenceSession, num_virtual_tokens: int) -> None:
+        super().__init__()
+        self.session = session
+        self._num_virtual_tokens = num_virtual_tokens
+        self._beam_idx: Tensor | None = None
+
+    @property
+    def position(self) -> int:
+        return max(0, self.session.position - self._num_virtual_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing to note: the session counts."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.position + tokens_to_remove
+        kept = min(self.position, kept)
+        self.session.position = kept + self._num_virtual_tokens if kept > 0 else 0
+
+    def reset(self) -> None:
+        self.session.position = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        beam_idx = beam_idx.cpu()
+        self._beam_idx = beam_idx if self._beam_idx is None else self._beam_idx[beam_idx]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.session.select(torch.arange(self.session.batch_size).repeat_interleave(repeats).tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.session.select(torch.arange(self.session.batch_size)[indices.cpu()].tolist())
+
+    def take_beam_idx(self) -> tuple[int, ...]:
+        """Return the order of the rows that the next step asks for, once; empty if it is the present one."""
+        beam_idx, self._beam_idx = self._beam_idx, None
+        if beam_idx is None or bool((beam_idx == torch.arange(len(beam_idx))).all()):
+            return ()
+        return tuple(beam_idx.tolist())
+
+
+class _ActiveSession(InferenceSession):
+    """A session of a model; inside its `with` block, the model's `generate` continues it."""
+
+    active: list[InferenceSession]
+
+    def __enter__(self) -> InferenceSession:
+        self.active.append(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.active.remove(self)
+        self.close()
+
+
+class _ThreadState(threading.local):
+    """What belongs to the calls of one thread."""
+
+    def __init__(self) -> None:
+        self.sessions: list[InferenceSession] = []
+        self.generating: list[InferenceSession] = []
+        self.num_outputs: int | None = None
+
+
+@dataclass(slots=True)
+class SwarmCall:
+    """Runs hidden states through all remote blocks: through a session where there is a cache, else statelessly."""
+
+    connection: Connection
+    needs: Needs
+    hidden_size: int
+    blocks: RemoteBlocks
+    prompts: Prompts | None = None
+    state: _ThreadState = field(default_factory=_ThreadState)
+
+    def __call__(
+        self,
+        x_BLD: Tensor,
+        *,
+        cache: RemoteCache | None,
+        attention_mask_BT: Tensor | None,
+        position_ids_BL: Tensor | None,
+    ) -> Tensor:
+        """See swarm.model.client_half.RemoteCall."""
+        length = x_BLD.shape[1]
+        mask_BL = None if attention_mask_BT is None else attention_mask_BT[:, -length:]
+        if position_ids_BL is not None and position_ids_BL.shape[0] != x_BLD.shape[0]:
+            position_ids_BL = position_ids_BL.expand(x_BLD.shape[0], -1)
+        if cache is not None:
+            return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
+        prompts = self.prompts
+        if prompts is None:
+            return self.blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL)
+        y_BLD = self.blocks(
+            prompts.prepend(x_BLD),
+            attention_mask=prompts.prepend_mask(mask_BL),
+            position_ids=prompts.prepend_position_ids(position_ids_BL),
+            prompts=prompts.deep_NBPD,
+        )
+        return y_BLD[:, prompts.pre_seq_len :]
+
+    def _cached(
+        self, x_BLD: Tensor, cache: RemoteCache, mask_BL: Tensor | None, position_ids_BL: Tensor | None
+    ) -> Tensor:
+        if torch.is_grad_enabled() and x_BLD.requires_grad:
+            raise BadRequest(
+                "gradients do not flow through a session's cache: call the model with use_cache=False to train it, "
+                "or under torch.no_grad() to generate"
+            )
+        assert isinstance(cache, SessionCache)
+        prompts, length = self.prompts, x_BLD.shape[1]
+        if prompts is not None:
+            if cache.session.position == 0:
+                x_BLD = prompts.prepend(x_BLD)
+                mask_BL = prompts.prepend_mask(mask_BL)
+                position_ids_BL = prompts.prepend_position_ids(position_ids_BL)
+            elif position_ids_BL is not None:
+                position_ids_BL = position_ids_BL + prompts.pre_seq_len
+        if mask_BL is not None and bool(mask_BL.all()):
+            mask_BL = None
+        num_outputs = min(length, self.state.num_outputs or length)
+        y_BLD = cache.session.step(
+            x_BLD,
+            attention_mask=None if mask_BL is None else mask_BL.cpu(),
+            position_ids=None if position_ids_BL is None else position_ids_BL.cpu(),
+            beam_idx=cache.take_beam_idx(),
+            num_outputs=num_outputs,
+        )
+        if num_outputs == length:
+            return y_BLD
+        # The head looks at the last positions only; the others are not fetched.
+        return torch.cat([y_BLD.new_zeros(y_BLD.shape[0], length - num_outputs, y_BLD.shape[2]), y_BLD], dim=1)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return 0 if self.prompts is None else self.prompts.pre_seq_len
+
+
+class DistributedMixin:
+    """What every distributed model can do beside what its Hugging Face class can."""
+
+    _swarm: SwarmCall
+
+    @property
+    def remote_blocks(self) -> RemoteBlocks:
+        """The remote blocks as a differentiable module; slices of it are modules too."""
+        return self._swarm.blocks
+
+    def inference_session(self, max_length: int = DEFAULT_SESSION_TOKENS, *, batch_size: int | None = None) -> Any:
+        """Open a decoding session of at most `max_length` tokens per sequence, virtual tokens not counted.
+
+        Inside its `with` block, every call of `generate` continues it.
+        """
+        swarm = self._swarm
+        if max_length < 1:
+            raise BadRequest(f"max_length must be at least 1, got {max_length}")
+        max_tokens = max_length + swarm.num_virtual_tokens
+        deep = None if swarm.prompts is None else swarm.prompts.deep_NBPD
+        config = ChainConfig(
+            fingerprint=swarm.needs.fingerprint,
+            batch_size=batch_size or 1,
+            max_tokens=max_tokens,
+            hidden_size=swarm.hidden_size,
+            open_timeout_s=swarm.connection.network.config.route_timeout_s,
+            prompts_NBPD=None if deep is None else deep.detach().cpu(),
+        )
+        needs = Needs(swarm.needs.blocks, swarm.needs.fingerprint, swarm.needs.commit, max_tokens)
+        session = _ActiveSession(swarm.connection.loop, swarm.connection.network, needs, config, batch_size=batch_size)
+        session.active = swarm.state.sessions
+        return session
+
+    def new_remote_cache(self, max_length: int = DEFAULT_SESSION_TOKENS) -> SessionCache:
+        """Return a cache with a session of its own, which ends with `generate`, or with the cache."""
+        session = self.inference_session(max_length)
+        cache = SessionCache(session, self._swarm.num_virtual_tokens)
+        weakref.finalize(cache, session.close_soon)
+        return cache
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any) -> Any:
+        """Hugging Face's `generate`, over the swarm.
+
+        Args:
+            inputs: token ids [B, L]; in a session that generated before, only the new ones, or None for none.
+            session: continue this session; default: the one whose `with` block we are in, else a session of its own.
+        Returns: as Hugging Face's; in a continued session, without the tokens of earlier calls.
+        """
+        state = self._swarm.state
+        session = session or (state.sessions[-1] if state.sessions else None)
+        if session is not None:
+            return self._continue(session, inputs, *args, **kwargs)
+        with self._own_sessions():
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _continue(self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        past = session.output_ids
+        inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if past is None and session.position:
+            raise BadRequest("this session was fed by step(); generate continues only what generate began")
+        num_past = 0 if past is None else past.shape[1]
+        if past is not None:
+            new = past[:, :0] if inputs is None else inputs
+            if new.shape[0] != past.shape[0]:
+                raise BadRequest(f"the session holds {past.shape[0]} sequences, the new input has {new.shape[0]}")
+            inputs = torch.cat([past.to(new.device), new], dim=1)
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.shape[1] == new.shape[1]:
+                known = session.output_mask if session.output_mask is not None else torch.ones_like(past)
+                kwargs["attention_mask"] = torch.cat([known.to(mask.device), mask], dim=1)
+        cache = SessionCache(session, self._swarm.num_virtual_tokens)
+        result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        self._remember(session, sequences, kwargs.get("attention_mask"))
+        if isinstance(result, Tensor):
+            return result[:, num_past:]
+        result.sequences = sequences[:, num_past:]
+        return result
+
+    def _remember(self, session: InferenceSession, sequences: Tensor, mask: Tensor | None) -> None:
+        session.output_ids = sequences
+        if mask is not None:
+            grown = mask.new_ones(mask.shape[0], sequences.shape[1] - mask.shape[1])
+            session.output_mask = torch.cat([mask, grown], dim=1)
+        if session.batch_size != sequences.shape[0]:
+            session.restart()  # beams: its rows are not the sequences; the next call feeds them anew
+
+    @contextmanager
+    def _own_sessions(self) -> Iterator[None]:
+        """Close the sessions that a `generate` opens for itself."""
+        generating = self._swarm.state.generating
+        start = len(generating)
+        try:
+            yield
+        finally:
+            for session in generating[start:]:
+                session.close()
+            del generating[start:]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Give a generation a session just as long as it can get."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            cache = self.new_remote_cache(max_cache_length + 1)
+            model_kwargs["past_key_values"] = cache
+            self._swarm.state.generating.append(cache.session)
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward; where only the last logits are wanted, only they travel."""
+        state = self._swarm.state
+        keep = kwargs.get("logits_to_keep")
+        hidden = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)  # type: ignore[attr-defined]
+        state.num_outputs = keep if isinstance(keep, int) and keep > 0 and not hidden else None
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.num_outputs = None
+
+    def explain_route(self) -> list[Hop]:
+        """Return the hops that a request would take now. Raises: NoRoute."""
+        connection = self._swarm.connection
+        servers = connection.loop.run(connection.network.servers(self._swarm.needs.fingerprint))
+        return plan_route(servers, self._swarm.needs)
+
+    def close(self) -> None:
+        """Leave the swarm; the model can no longer be used."""
+        self._swarm.connection.close()
+
+
+def make_call(connection: Connection, needs: Needs, *, num_blocks: int, hidden_size: int) -> SwarmCall:
+    """Return what the client half calls in place of its blocks."""
+    compute = RemoteCompute(connection.network, needs)
+    blocks = RemoteBlocks(connection.loop, compute, BlockRange(0, num_blocks), hidden_size)
+    return SwarmCall(connection, needs, hidden_size, blocks)

@@ -1,0 +1,178 @@
+"""The client's view of a swarm: who is there, how to reach them, who failed lately; and the one retry helper."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from swarm.announcement import Announcement
+from swarm.dht import DhtConfig, open_dht
+from swarm.directory import Directory
+from swarm.errors import BadLink, BadRequest, NoRoute, PeerError, PeerUnavailable, SessionLost
+from swarm.peers import Connector
+from swarm.tunnel import open_tunnel
+
+from .routing import Hop, Needs, plan_route
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How a client behaves towards a swarm."""
+
+    initial_peers: tuple[str, ...]
+    """libp2p multiaddrs of peers to join through."""
+    identity_path: Path | None = None
+    """Key file; None: a new identity for each run."""
+    route_timeout_s: float = 30.0
+    """How long to wait for a route to appear before NoRoute."""
+    step_timeout_s: float = 300.0
+    """How long one step of a session may take although all its servers are alive."""
+    compute_timeout_s: float = 600.0
+    """How long one Forward or Backward may take."""
+    silence_s: float = 3.0
+    """After this long without an answer the servers of a step are asked whether they are alive."""
+    refresh_period_s: float = 15.0
+    """How often the directory is read again in the background."""
+    max_attempts: int = 20
+    """How many peers may fail one request before it fails."""
+    avoid_s: float = 1.0
+    """How long a peer is avoided after its first failure; doubles with each further one."""
+    max_avoid_s: float = 120.0
+    connect_timeout_s: float = 3.0
+    """For each way that a connection is tried."""
+    micro_batch_tokens: int = 4096
+    """Tokens (batch x length) in one Forward or Backward; larger batches are split along the batch."""
+    use_direct: bool = True
+    """Whether servers are dialled directly where they can be; False: always through the tunnel."""
+
+    def __post_init__(self) -> None:
+        if not self.initial_peers:
+            raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
+        for name in ("route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise BadRequest(f"{name} must be positive")
+
+
+class FailureMemory:
+    """Peers that failed lately, and until when they are avoided."""
+
+    def __init__(self, avoid_s: float, max_avoid_s: float) -> None:
+        self._avoid_s = avoid_s
+        self._max_avoid_s = max_avoid_s
+        self._failures: dict[str, tuple[int, float]] = {}
+
+    def failed(self, peer_id: str, now_s: float) -> None:
+        count = self._failures.get(peer_id, (0, 0.0))[0] + 1
+        self._failures[peer_id] = (count, now_s + min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30)))
+
+    def succeeded(self, peer_id: str) -> None:
+        self._failures.pop(peer_id, None)
+
+    def avoided(self, now_s: float) -> set[str]:
+        return {peer_id for peer_id, (_, until_s) in self._failures.items() if now_s < until_s}
+
+
+class Network:
+    """A joined swarm, seen for one model."""
+
+    def __init__(self, config: ClientConfig, directory: Directory, connector: Connector) -> None:
+        self.config = config
+        self.connector = connector
+        self._directory = directory
+        self._servers: list[Announcement] = []
+        self._refreshed_at_s = -float("inf")
+        self._refreshing = asyncio.Lock()
+        self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
+
+    async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
+        """Return the announced servers of the model, at most `max_age_s` old."""
+        max_age_s = self.config.refresh_period_s if max_age_s is None else max_age_s
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed_at_s > max_age_s:
+                self._servers = await self._directory.servers(fingerprint)
+                self._refreshed_at_s = time.monotonic()
+        return self._servers
+
+    async def route(self, needs: Needs, *, max_age_s: float | None = None) -> list[Hop]:
+        """Return a route over live peers. Raises: NoRoute."""
+        servers = await self.servers(needs.fingerprint, max_age_s=max_age_s)
+        if not self.config.use_direct:
+            servers = [server.model_copy(update={"direct": []}) for server in servers]
+        return plan_route(servers, needs, avoid=self._failures.avoided(time.monotonic()))
+
+    async def check_model(self, needs: Needs, model_name: str) -> None:
+        """Say early, and clearly, when the swarm serves something else than the model that was loaded.
+
+        Raises: BadLink: it serves other models only.
+        """
+        if await self.servers(needs.fingerprint):
+            return
+        listings = await self._directory.models()
+        if listings:
+            served = ", ".join(f"{listing.name} (fingerprint {listing.fingerprint[:12]})" for listing in listings[:5])
+            raise BadLink(
+                f"this swarm serves {served}, not {model_name} (fingerprint {needs.fingerprint[:12]}): "
+                "use the join link of a swarm for this model, or load the model and revision that it serves"
+            )
+
+    async def retrying(self, attempt: Callable[[float | None], Awaitable[T]]) -> T:
+        """Call `attempt(max_age_s)` until it succeeds: peers that fail are avoided, a missing route is waited for.
+
+        Raises: NoRoute: none appeared for route_timeout_s. PeerError: max_attempts peers failed one after another.
+            Any other error at once: it is not a peer's fault.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s: float | None = None
+        max_age_s: float | None = None
+        num_failures, last_failure = 0, ""
+        while True:
+            try:
+                return await attempt(max_age_s)
+            except NoRoute as exc:
+                deadline_s = loop.time() + self.config.route_timeout_s if deadline_s is None else deadline_s
+                if loop.time() >= deadline_s:
+                    raise NoRoute(f"{exc}{f'; the last failure was: {last_failure}' if last_failure else ''}") from exc
+                await asyncio.sleep(min(0.5, max(0.0, deadline_s - loop.time())))
+                max_age_s = 1.0
+            except PeerError as exc:
+                num_failures, last_failure = num_failures + 1, str(exc)
+                logger.info("peer %s failed: %s", exc.peer_id, exc)
+                await self._note_failure(exc)
+                if num_failures >= self.config.max_attempts:
+                    raise
+                max_age_s = 1.0 if num_failures > 1 else max_age_s
+
+    def succeeded(self, peer_id: str) -> None:
+        """Forget a peer's failures after it did what was asked."""
+        self._failures.succeeded(peer_id)
+
+    async def _note_failure(self, error: PeerError) -> None:
+        if not error.peer_id or isinstance(error, SessionLost):
+            return
+        self._failures.failed(error.peer_id, time.monotonic())
+        if isinstance(error, PeerUnavailable):
+            await self.connector.forget(error.peer_id)
+
+
+@asynccontextmanager
+async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
+    """Join the swarm. Raises: PeerUnavailable: none of the initial peers answers."""
+    async with AsyncExitStack() as owned:
+        dht_config = DhtConfig(initial_peers=config.initial_peers, identity_path=config.identity_path, client_mode=True)
+        dht = await owned.enter_async_context(open_dht(dht_config))
+        connector = Connector(
+            lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs),
+            connect_timeout_s=config.connect_timeout_s,
+        )
+        owned.push_async_callback(connector.aclose)
+        yield Network(config, dht.directory, connector)

@@ -1,0 +1,132 @@
+"""Which peers run which blocks: pure functions of a snapshot of the directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from swarm import PROTOCOL_VERSION
+from swarm.announcement import Announcement
+from swarm.errors import NoRoute
+from swarm.peers import PeerAddress
+from swarm.ranges import BlockRange, describe_blocks
+
+HOP_COST_S = 0.005
+"""What another hop is taken to cost where nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Hop:
+    """One peer and the blocks it runs for us."""
+
+    server: Announcement
+    blocks: BlockRange
+
+    @property
+    def peer_id(self) -> str:
+        return self.server.peer_id
+
+    @property
+    def address(self) -> PeerAddress:
+        server = self.server
+        return PeerAddress(server.peer_id, tuple(server.direct), server.tls_certificate, tuple(server.multiaddrs))
+
+    def __str__(self) -> str:
+        return f"{self.blocks} at {self.server.server_name or 'peer'} ({self.peer_id[-8:]})"
+
+    def __repr__(self) -> str:
+        return f"<Hop {self}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a route must offer."""
+
+    blocks: BlockRange
+    fingerprint: str
+    commit: str | None = None
+    session_tokens: int = 0
+
+
+def usable(server: Announcement, needs: Needs) -> str | None:
+    """Return why a server cannot be part of the route, or None if it can."""
+    if server.protocol_version != PROTOCOL_VERSION:
+        return f"speaks protocol version {server.protocol_version} (ours is {PROTOCOL_VERSION})"
+    if server.model_fingerprint != needs.fingerprint:
+        return "serves another model"
+    if needs.commit and server.model_commit and server.model_commit != needs.commit:
+        return f"serves revision {server.model_commit[:12]} (ours is {needs.commit[:12]})"
+    if server.state != "online":
+        return f"is {server.state}"
+    if server.max_session_tokens < needs.session_tokens:
+        return f"allows sessions of {server.max_session_tokens} tokens (we need {needs.session_tokens})"
+    return None
+
+
+def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collection[str] = ()) -> list[Hop]:
+    """Return the cheapest hops that together run the wanted blocks in order.
+
+    A block costs the announced time per token; changing the peer costs HOP_COST_S. Dynamic programming over
+    (block, peer): O(blocks x servers).
+
+    Args:
+        avoid: ids of peers that failed a moment ago.
+    Raises: NoRoute: some blocks have no usable server; the message names them and says why.
+    """
+    candidates = [server for server in servers if usable(server, needs) is None and server.peer_id not in avoid]
+    candidates.sort(key=lambda server: server.peer_id)
+    best: dict[int, tuple[float, int]] = {}
+    history: list[dict[int, int]] = []
+    arrived_s, arrived_by = 0.0, -1
+    for block in needs.blocks:
+        costs: dict[int, tuple[float, int]] = {}
+        for index, server in enumerate(candidates):
+            if not server.start <= block < server.end:
+                continue
+            stay_s = best[index][0] if index in best else float("inf")
+            change_s = arrived_s + HOP_COST_S
+            cost_s, previous = min((stay_s, index), (change_s, arrived_by))
+            costs[index] = (cost_s + _block_cost_s(server), previous)
+        if not costs:
+            raise NoRoute(_explain_gap(servers, needs, avoid))
+        best = costs
+        arrived_by = min(best, key=lambda index: (best[index][0], index))
+        arrived_s = best[arrived_by][0]
+        history.append({index: previous for index, (_, previous) in costs.items()})
+    return _hops(needs.blocks, candidates, history, arrived_by)
+
+
+def _hops(
+    blocks: BlockRange, candidates: Sequence[Announcement], history: list[dict[int, int]], last: int
+) -> list[Hop]:
+    hops: list[Hop] = []
+    end, current = blocks.end, last
+    for block in range(blocks.end - 1, blocks.start - 1, -1):
+        previous = history[block - blocks.start][current]
+        if previous != current or block == blocks.start:
+            hops.append(Hop(candidates[current], BlockRange(block, end)))
+            end, current = block, previous
+    return hops[::-1]
+
+
+def _block_cost_s(server: Announcement) -> float:
+    rate = server.decode_tokens_per_s or 100.0
+    return 1.0 / (rate * max(1, server.end - server.start))
+
+
+def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collection[str]) -> str:
+    missing = set(needs.blocks)
+    reasons: dict[str, int] = {}
+    for server in servers:
+        reason = usable(server, needs)
+        if reason is None and server.peer_id in avoid:
+            reason = "failed a moment ago"
+        if reason is None:
+            missing -= set(server.blocks)
+        else:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    known = "; ".join(f"{count} known server{'s' * (count > 1)} {reason}" for reason, count in sorted(reasons.items()))
+    return (
+        f"no server is available for block{'s' * (len(missing) > 1)} {describe_blocks(missing)} of "
+        f"{needs.blocks}{f' ({known})' if known else ''}: start a server for them with `swarm serve`"
+    )

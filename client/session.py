@@ -1,0 +1,316 @@
+"""Inference sessions: what a person's generation needs to survive any server.
+
+A session keeps a record of every hidden state it has fed to the first block. The servers' caches are only ever a
+copy of what the record implies: after a failure, the next step finds a new route and replays the record there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swarm.errors import BadRequest, PromptTooLong
+
+from .chain import Chain, ChainConfig, Step, open_chain
+from .loop import LoopThread
+from .network import Network
+from .routing import Hop, Needs
+
+# B batch, L length, T all tokens so far, D hidden, N blocks, P virtual tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Everything fed to the session so far: what a replay sends.
+
+    The tensors are buffers that grow by doubling, valid up to `length`; a decode step writes one row, it does not
+    copy the past. What lies beyond `length` is scratch space, so a step that fails in the end changes nothing.
+    """
+
+    length: int = 0
+    x_BTD: Tensor | None = None
+    mask_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
+
+    def followed_by(self, step: Step) -> Record:
+        """The record after a step: reordered by its beams, cut at its position, its tokens appended."""
+        batch_size, length, _ = step.x_BLD.shape
+        total = step.position + length
+        buffers = self if not step.beam_idx else self.rows(torch.tensor(step.beam_idx))
+        default_BT = torch.arange(total).expand(batch_size, -1)
+        return Record(
+            total,
+            _written(buffers.x_BTD, step.x_BLD, None, step.position),
+            _written(buffers.mask_BT, step.mask_BL, torch.ones_like(default_BT), step.position),
+            _written(buffers.position_ids_BT, step.position_ids_BL, default_BT, step.position),
+        )
+
+    def rows(self, rows: Tensor) -> Record:
+        """The record of these rows; a row may come several times or not at all."""
+
+        def pick(buffer: Tensor | None) -> Tensor | None:
+            return None if buffer is None else buffer[rows]
+
+        return Record(self.length, pick(self.x_BTD), pick(self.mask_BT), pick(self.position_ids_BT))
+
+    def part(self, start: int, end: int) -> Step:
+        """The tokens [start, end) as a step that returns nothing."""
+        assert self.x_BTD is not None
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, start:end]
+
+        return Step(start, 0, self.x_BTD[:, start:end], cut(self.mask_BT), cut(self.position_ids_BT))
+
+
+def _written(buffer: Tensor | None, new: Tensor | None, default_BT: Tensor | None, position: int) -> Tensor | None:
+    """Write `new` into the buffer at `position`, growing it; where only one of them exists, the default fills in."""
+    if buffer is None and (new is None or position == 0):
+        return new
+    if buffer is None:
+        assert default_BT is not None
+        buffer = default_BT[:, :position]
+    if new is None:
+        assert default_BT is not None
+        new = default_BT[:, position:]
+    end = position + new.shape[1]
+    if end > buffer.shape[1]:
+        grown = buffer.new_empty(buffer.shape[0], max(end, 2 * buffer.shape[1]), *buffer.shape[2:])
+        grown[:, :position] = buffer[:, :position]
+        buffer = grown
+    buffer[:, position:end] = new
+    return buffer
+
+
+class RemoteSession:
+    """A session's state and its asynchronous steps; see InferenceSession for the API."""
+
+    def __init__(self, network: Network, needs: Needs, config: ChainConfig) -> None:
+        self._network = network
+        self._needs = needs
+        self._config = config
+        self._record = Record()
+        self._chain: Chain | None = None
+        self._chain_length = 0
+        self._owned = AsyncExitStack()
+
+    @property
+    def route(self) -> Sequence[Hop]:
+        """The hops in use; empty before the first step and after a failure."""
+        return () if self._chain is None else self._chain.hops
+
+    @property
+    def length(self) -> int:
+        """Tokens in the record."""
+        return self._record.length
+
+    async def step(self, step: Step) -> Tensor:
+        """Feed tokens and return the last `num_outputs` hidden states, on any route that works.
+
+        Raises: NoRoute, PeerError: see Network.retrying. The session is then as it was before the step.
+        """
+        record = self._record.followed_by(step)
+
+        async def attempt(max_age_s: float | None) -> Tensor:
+            return await self._attempt(step, record, max_age_s)
+
+        result = await self._network.retrying(attempt)
+        self._record = record
+        return result
+
+    async def _attempt(self, step: Step, record: Record, max_age_s: float | None) -> Tensor:
+        try:
+            chain = self._chain or await self._open_chain(max_age_s)
+            if step.position > self._chain_length or (step.beam_idx and self._chain_length == 0):
+                # Not what the chain's caches hold: everything up to the step is replayed, beams already in order.
+                tokens, start = replace(step, beam_idx=()), 0
+            else:
+                tokens, start = step, step.position
+            result = await self._feed(chain, tokens, record, start)
+        except BaseException:
+            await self._drop_chain()
+            raise
+        self._chain_length = record.length
+        return result
+
+    async def _feed(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
+        """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
+        length = max(1, chain.max_step_tokens // self._config.batch_size)
+        pending = []
+        for begin in range(start, record.length, length):
+            end = min(begin + length, record.length)
+            part = record.part(begin, end)
+            num_outputs = min(end - begin, max(0, step.num_outputs - (record.length - end)))
+            beam_idx = step.beam_idx if begin == start else ()
+            pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
+        outputs = [await chain.receive(result) for result in pending]
+        wanted = [output for output in outputs if output is not None]
+        chain.check_outputs(wanted, step.num_outputs)
+        for hop in chain.hops:
+            self._network.succeeded(hop.peer_id)
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
+
+    async def _open_chain(self, max_age_s: float | None) -> Chain:
+        hops = await self._network.route(self._needs, max_age_s=max_age_s)
+        self._chain = await self._owned.enter_async_context(open_chain(self._network, self._config, hops))
+        self._chain_length = 0
+        return self._chain
+
+    async def _drop_chain(self) -> None:
+        self._chain, self._chain_length = None, 0
+        owned, self._owned = self._owned, AsyncExitStack()
+        await owned.aclose()
+
+    async def select(self, rows: Sequence[int]) -> None:
+        """Let the sequences be those of these rows from now on; the next step replays them."""
+        self._record = self._record.rows(torch.tensor(rows))
+        self._config = replace(self._config, batch_size=len(rows))
+        await self._drop_chain()
+
+    async def aclose(self) -> None:
+        """Close the streams; the servers free their caches."""
+        await self._drop_chain()
+
+
+class InferenceSession:
+    """A decoding session over remote blocks, for use from ordinary code.
+
+    Args:
+        max_length: tokens it may reach, per sequence.
+        batch_size: number of sequences; None: that of the first step.
+    """
+
+    def __init__(
+        self, loop: LoopThread, network: Network, needs: Needs, config: ChainConfig, *, batch_size: int | None = None
+    ) -> None:
+        self._loop = loop
+        self._network = network
+        self._needs = needs
+        self._config = config
+        self._batch_size = batch_size
+        self._session: RemoteSession | None = None
+        self._position = 0
+        self._closed = False
+        self.output_ids: Tensor | None = None
+        """Token ids of all calls of `generate` in this session, [B, T]; None before the first."""
+        self.output_mask: Tensor | None = None
+        """Attention mask of output_ids where some are padding."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences; 0 before the first step where none was given."""
+        return self._batch_size or 0
+
+    @property
+    def max_length(self) -> int:
+        return self._config.max_tokens
+
+    @property
+    def route(self) -> Sequence[Hop]:
+        """The servers in use right now."""
+        return () if self._session is None else self._session.route
+
+    @property
+    def position(self) -> int:
+        """Tokens fed so far. Set it to a smaller value to roll back: the next step continues from there."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if not 0 <= value <= self._position:
+            raise BadRequest(f"the session is at position {self._position}; it can be set back to 0..{self._position}")
+        self._position = value
+        if self.output_ids is not None:
+            self.output_ids = self.output_ids[:, : value + 1] if value else None
+        if self.output_mask is not None:
+            self.output_mask = self.output_mask[:, : value + 1] if value else None
+
+    def step(
+        self,
+        x_BLD: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        beam_idx: Sequence[int] = (),
+        num_outputs: int | None = None,
+    ) -> Tensor:
+        """Run tokens through all blocks, continuing what was fed before.
+
+        Args:
+            x_BLD: hidden states entering the first block.
+            attention_mask: int64 [B, L], 0 for padding; None: no padding.
+            position_ids: int64 [B, L]; None: position, position + 1, ...
+            beam_idx: sequences of the cache in their new order, applied before the step.
+            num_outputs: how many trailing positions to return; None: all.
+        Returns: [B, L or num_outputs, D], dtype and device of x_BLD.
+        Raises: PromptTooLong: more tokens than max_length. BadRequest: x_BLD does not fit the session.
+            NoRoute: no servers for some blocks within the timeout; the session is unchanged and can go on later.
+        """
+        if self._closed:
+            raise BadRequest("the session is closed: open a new one")
+        if x_BLD.dim() != 3 or x_BLD.shape[2] != self._config.hidden_size or not x_BLD.dtype.is_floating_point:
+            raise BadRequest(
+                f"a step takes hidden states of shape [batch, length, {self._config.hidden_size}] in floating point, "
+                f"got {x_BLD.dtype} {list(x_BLD.shape)}"
+            )
+        batch_size, length, _ = x_BLD.shape
+        if self._position + length > self.max_length:
+            raise PromptTooLong(
+                f"the session was opened for {self.max_length} tokens and holds {self._position}; {length} more do not "
+                "fit: open it with a larger max_length"
+            )
+        session = self._session_for(batch_size)
+        count = length if num_outputs is None else num_outputs
+        x = x_BLD.detach().to("cpu")
+        step = Step(self._position, count, x, attention_mask, position_ids, tuple(beam_idx))
+        y_BLD = self._loop.run(session.step(step))
+        self._position += length
+        return y_BLD.to(x_BLD.device, x_BLD.dtype)
+
+    def _session_for(self, batch_size: int) -> RemoteSession:
+        if self._session is None:
+            if self._batch_size not in (None, batch_size):
+                raise BadRequest(f"the session was opened for {self._batch_size} sequences, the step has {batch_size}")
+            self._batch_size = batch_size
+            config = replace(self._config, batch_size=batch_size)
+            self._session = RemoteSession(self._network, self._needs, config)
+        if batch_size != self._batch_size:
+            raise BadRequest(f"the session holds {self._batch_size} sequences, the step has {batch_size}")
+        return self._session
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch, in this order; a row may come several times."""
+        if self._session is not None:
+            self._loop.run(self._session.select(rows))
+            self._batch_size = len(rows)
+
+    def restart(self) -> None:
+        """Go back to position 0 with any number of sequences; output_ids stay."""
+        session, self._session = self._session, None
+        self._position, self._batch_size = 0, None
+        if session is not None:
+            self._loop.run(session.aclose())
+
+    def close_soon(self) -> None:
+        """End the session without waiting for it; for use where nothing may block, as in a finalizer."""
+        self._closed = True
+        session, self._session = self._session, None
+        if session is not None:
+            self._loop.submit(session.aclose())
+
+    def close(self) -> None:
+        """End the session; servers free its cache. Closing twice is fine."""
+        self._closed = True
+        session, self._session = self._session, None
+        if session is not None:
+            self._loop.run(session.aclose())
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

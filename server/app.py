@@ -1,0 +1,320 @@
+"""A server from start to end: join, choose blocks, load, serve, announce, drain, leave.
+
+Everything is acquired top-down and released bottom-up by one exit stack, so that a failure or Ctrl-C at any line
+leaves no process, no socket and no announcement behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+import grpc
+import grpc.aio
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import swarm
+from swarm import PROTOCOL_VERSION
+from swarm.announcement import Announcement
+from swarm.codec import dtype_name
+from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.errors import ResourceError, SwarmError
+from swarm.identity import TlsCertificate
+from swarm.link import JoinLink
+from swarm.model.anatomy import anatomy_of
+from swarm.model.checkpoint import Checkpoint
+from swarm.model.narrow import SpanViews
+from swarm.model.span import Span, load_span
+from swarm.peers import Connector
+from swarm.ranges import BlockRange
+from swarm.rpc import SERVER_OPTIONS
+from swarm.tunnel import open_tunnel, serve_tunnel
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
+
+from .config import ServerConfig
+from .engine import ComputeThread, Priority
+from .hardware import Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
+from .placement import MemoryPlan, choose_blocks, plan_memory
+from .service import BlocksService, ServedModel
+from .sessions import SessionTable
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Blocks"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a caller learns when the server is ready."""
+
+    link: str
+    """Join link for clients and further servers."""
+    blocks: BlockRange
+    peer_id: str
+    model_name: str
+    device: str
+    dtype: str
+    service: BlocksService
+    sessions: SessionTable
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where and in which form the blocks are held."""
+
+    device: torch.device
+    dtype: torch.dtype
+    blocks: BlockRange
+    memory: MemoryPlan
+
+
+async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Running], None]) -> None:
+    """Run a server until `stop` is set.
+
+    Args:
+        on_ready: called once, when clients can use the server.
+    Raises: BadCheckpoint, UnsupportedModel, BadRequest, ResourceError, PeerUnavailable: each says what to do.
+    """
+    checkpoint = await asyncio.to_thread(Checkpoint.open, config.source)
+    anatomy = anatomy_of(checkpoint.config)
+    if config.blocks is not None:
+        config.blocks.check_inside(anatomy.num_blocks)
+    async with AsyncExitStack() as owned:
+        dht = await owned.enter_async_context(open_dht(_dht_config(config)))
+        plan = await _plan(config, checkpoint, dht)
+        engine = owned.enter_context(ComputeThread(num_threads=config.num_threads))
+        logger.info("loading blocks %s of %s", plan.blocks, checkpoint.name)
+        span = await engine.run(Priority.TRAINING, lambda: _load(config, checkpoint, plan, engine))
+        speed = await engine.run(Priority.TRAINING, lambda: measure_speed(span))
+        bytes_per_token = await engine.run(Priority.TRAINING, span.cache_bytes_per_token)
+        sessions = SessionTable(SpanViews(span), plan.memory.cache_bytes, bytes_per_token)
+        connector = Connector(lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses))
+        owned.push_async_callback(connector.aclose)
+        model = ServedModel(
+            peer_id=dht.peer_id,
+            name=checkpoint.name,
+            fingerprint=checkpoint.fingerprint,
+            num_blocks=anatomy.num_blocks,
+        )
+        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits)
+        certificate = dht.identity.tls_certificate()
+        port = await owned.enter_async_context(_open_grpc(config, service, certificate))
+        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
+        announcement = await _announcement(config, checkpoint, plan, speed, dht, certificate, port)
+        async with _announced(dht, announcement, config, sessions) as announcer:
+            link = JoinLink(initial_peers=tuple(await _link_peers(config, dht)), model_name=checkpoint.name).encode()
+            on_ready(
+                Running(
+                    link,
+                    plan.blocks,
+                    dht.peer_id,
+                    checkpoint.name,
+                    str(plan.device),
+                    dtype_name(plan.dtype),
+                    service,
+                    sessions,
+                )
+            )
+            await _until_stopped(stop, dht)
+            await announcer.say("draining")
+            service.draining = True
+            await _wait_idle(service, config.drain_timeout_s)
+
+
+def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, engine: ComputeThread) -> Span:
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        if engine.closed:
+            raise asyncio.CancelledError("loading was interrupted")
+        if config.on_progress is not None:
+            config.on_progress(done_bytes, total_bytes)
+
+    return load_span(checkpoint, plan.blocks, dtype=plan.dtype, device=plan.device, progress=progress)
+
+
+async def _until_stopped(stop: asyncio.Event, dht: Dht) -> None:
+    stopping, ended = asyncio.create_task(stop.wait()), asyncio.create_task(dht.wait_stopped())
+    try:
+        await asyncio.wait({stopping, ended}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        ended.cancel()
+    if not stop.is_set():
+        raise ResourceError("the libp2p daemon of this server ended by itself: start the server again")
+
+
+async def _wait_idle(service: BlocksService, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await service.wait_idle()
+    except TimeoutError:
+        logger.info("sessions still run after %.0f s; their clients continue elsewhere", timeout_s)
+
+
+def _dht_config(config: ServerConfig) -> DhtConfig:
+    return DhtConfig(
+        initial_peers=config.initial_peers,
+        identity_path=config.identity_path,
+        host=config.host,
+        port=config.dht_port,
+        announce_host=config.announce_host,
+    )
+
+
+async def _plan(config: ServerConfig, checkpoint: Checkpoint, dht: Dht) -> _Plan:
+    """Resolve every "auto": device, dtype, blocks and cache."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, checkpoint.config)
+    num_model_blocks = anatomy_of(checkpoint.config).num_blocks
+    needs = await asyncio.to_thread(memory_needs, checkpoint.config, dtype)
+    wanted = len(config.blocks) if config.blocks is not None else config.num_blocks
+    if wanted is not None and config.blocks is None:
+        wanted = min(wanted, num_model_blocks)
+    memory = plan_memory(needs, free_bytes=free_bytes(device), num_model_blocks=num_model_blocks, num_blocks=wanted)
+    if config.cache_bytes is not None:
+        memory = replace(memory, cache_bytes=config.cache_bytes)
+    blocks = config.blocks
+    if blocks is None:
+        servers = await dht.directory.servers(checkpoint.fingerprint)
+        blocks = choose_blocks(servers, num_model_blocks, memory.num_blocks)
+    logger.info("device %s, dtype %s, blocks %s, cache %d MiB", device, dtype, blocks, memory.cache_bytes >> 20)
+    return _Plan(device, dtype, blocks, memory)
+
+
+@asynccontextmanager
+async def _open_grpc(config: ServerConfig, service: BlocksService, certificate: TlsCertificate) -> AsyncIterator[int]:
+    """Serve Blocks, health and reflection over TLS; yield the port. Raises: ResourceError: the port is taken."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    pb_grpc.add_BlocksServicer_to_server(service, server)
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem, certificate.certificate_pem)])
+    host = "127.0.0.1" if config.tunnel_only else config.host
+    try:
+        port = server.add_secure_port(f"{host}:{config.port}", credentials)
+    except RuntimeError as exc:
+        raise ResourceError(
+            f"port {config.port} on {host} is in use or not allowed: choose another --port, or 0 for any free one"
+        ) from exc
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield port
+    finally:
+        await health_service.enter_graceful_shutdown()
+        await server.stop(grace=0.5)
+
+
+async def _announcement(
+    config: ServerConfig,
+    checkpoint: Checkpoint,
+    plan: _Plan,
+    speed: Speed,
+    dht: Dht,
+    certificate: TlsCertificate,
+    port: int,
+) -> Announcement:
+    limits = config.limits
+    multiaddrs = await dht.multiaddrs()
+    return Announcement(
+        protocol_version=PROTOCOL_VERSION,
+        software_version=swarm.__version__,
+        peer_id=dht.peer_id,
+        server_name=config.name[:64],
+        model_name=checkpoint.name[-256:],
+        model_fingerprint=checkpoint.fingerprint,
+        model_commit=checkpoint.commit,
+        num_model_blocks=anatomy_of(checkpoint.config).num_blocks,
+        hidden_size=anatomy_of(checkpoint.config).hidden_size,
+        start=plan.blocks.start,
+        end=plan.blocks.end,
+        dtype=dtype_name(plan.dtype),
+        state="online",
+        direct=[] if config.tunnel_only else _direct_addresses(config, multiaddrs, port),
+        tls_certificate=certificate.certificate_der,
+        multiaddrs=multiaddrs[:16],
+        decode_tokens_per_s=speed.decode_tokens_per_s,
+        forward_tokens_per_s=speed.forward_tokens_per_s,
+        max_session_tokens=limits.max_session_tokens,
+        max_step_tokens=limits.max_step_tokens,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_batch_size=limits.max_batch_size,
+        cache_free_tokens=0,
+        expires_at_s=time.time() + 4 * config.announce_period_s,
+    )
+
+
+def _direct_addresses(config: ServerConfig, multiaddrs: list[str], port: int) -> list[str]:
+    """host:port for each address that the DHT node is visible at; loopback only if there is nothing else."""
+    hosts = []
+    for address in multiaddrs:
+        parts = address.split("/")
+        if len(parts) > 2 and parts[1] in ("ip4", "ip6", "dns", "dns4", "dns6") and parts[2] not in hosts:
+            hosts.append(parts[2])
+    outside = [host for host in hosts if not (host.startswith("127.") or host == "::1")]
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in (outside or hosts)][:8]
+
+
+async def _link_peers(config: ServerConfig, dht: Dht) -> list[str]:
+    """Addresses for the join link: ours, and one of each peer that we joined through."""
+    own = await dht.multiaddrs()
+    outside = [address for address in own if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return list(dict.fromkeys([*(outside or own)[:3], *config.initial_peers[:3]]))
+
+
+class _Announcer:
+    """Keeps the directory up to date."""
+
+    def __init__(self, dht: Dht, announcement: Announcement, config: ServerConfig, sessions: SessionTable) -> None:
+        self._dht = dht
+        self._config = config
+        self._sessions = sessions
+        self.current = announcement
+
+    async def say(self, state: str | None = None) -> None:
+        """Announce the present state; a directory that cannot be reached is tried again with the next period."""
+        update = {
+            "expires_at_s": time.time() + 4 * self._config.announce_period_s,
+            "cache_free_tokens": self._sessions.cache_free_tokens,
+        }
+        if state is not None:
+            update["state"] = state
+        self.current = self.current.model_copy(update=update)
+        try:
+            await self._dht.directory.announce(self.current)
+        except SwarmError as exc:
+            logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
+
+    async def run(self) -> None:
+        """Announce again and again."""
+        while True:
+            await asyncio.sleep(self._config.announce_period_s)
+            await self.say()
+
+
+@asynccontextmanager
+async def _announced(
+    dht: Dht, announcement: Announcement, config: ServerConfig, sessions: SessionTable
+) -> AsyncIterator[_Announcer]:
+    """Be in the directory while the body runs."""
+    announcer = _Announcer(dht, announcement, config, sessions)
+    await announcer.say()
+    task = asyncio.create_task(announcer.run())
+    try:
+        yield announcer
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        try:
+            async with asyncio.timeout(5):
+                await dht.directory.withdraw(announcer.current)
+        except (SwarmError, TimeoutError) as exc:
+            logger.warning("could not withdraw from the directory, the announcement will expire: %s", exc)

@@ -1,0 +1,69 @@
+"""What a server is told, by flags, environment or code."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swarm.errors import BadRequest
+from swarm.model.checkpoint import CheckpointSource
+from swarm.ranges import BlockRange
+
+from .checks import ServiceLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server of one model."""
+
+    source: CheckpointSource
+    """The model to serve."""
+    blocks: BlockRange | None = None
+    """Exactly these blocks; None: those that the swarm lacks."""
+    num_blocks: int | None = None
+    """How many blocks; None: as many as the free memory holds."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddrs to join through; empty: start a new swarm."""
+    identity_path: Path | None = None
+    """Key file that keeps this server's identity; None: a new identity for each run."""
+    name: str = field(default_factory=platform.node)
+    """What people see in `swarm status`."""
+    device: str = "auto"
+    """A torch device; "auto": CUDA, else MPS, else CPU."""
+    dtype: str = "auto"
+    """float32, float16 or bfloat16; "auto": that of the checkpoint."""
+    host: str = "127.0.0.1"
+    """IP address to listen on; 0.0.0.0 for all interfaces."""
+    port: int = 0
+    """TCP port of the gRPC service; 0: any free one."""
+    dht_port: int = 0
+    """TCP port of the DHT node; 0: any free one."""
+    announce_host: str | None = None
+    """Address that others shall dial instead of `host`; needs fixed ports."""
+    tunnel_only: bool = False
+    """Announce no address to dial, so that clients come through the tunnel."""
+    cache_bytes: int | None = None
+    """Budget of the KV cache over all sessions; None: from the free memory."""
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+    drain_timeout_s: float = 20.0
+    """How long a stopping server lets running sessions finish."""
+    announce_period_s: float = 15.0
+    """How often it tells the directory that it is alive; it is forgotten after four periods of silence."""
+    num_threads: int | None = None
+    """CPU threads of the compute thread; None: torch's default."""
+    on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
+    """Called with (bytes loaded, bytes in all) while the blocks load."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.num_blocks is not None:
+            raise BadRequest("give either blocks or num_blocks, not both")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
+        if not 0 <= self.port < 65536:
+            raise BadRequest(f"port {self.port} is not between 0 and 65535")
+        if self.cache_bytes is not None and self.cache_bytes < 1 << 16:
+            raise BadRequest("cache_bytes must be at least 64 KiB")
+        if self.announce_period_s <= 0 or self.drain_timeout_s < 0:
+            raise BadRequest("announce_period_s must be positive, drain_timeout_s not negative")

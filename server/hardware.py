@@ -1,0 +1,106 @@
+"""What this machine offers: devices, free memory, and how fast blocks run on it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from swarm.codec import torch_dtype
+from swarm.errors import ResourceError
+from swarm.model.anatomy import anatomy_of, base_class_of
+from swarm.model.span import Span
+
+from .placement import MemoryNeeds
+
+MEASURE_S = 0.4
+"""Time spent on each speed that is measured at start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second through a whole span."""
+
+    decode_tokens_per_s: float
+    forward_tokens_per_s: float
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Resolve "auto". Raises: ResourceError: the device is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise ResourceError(f"device {wanted!r} cannot be used here: choose cpu, cuda, cuda:N or mps") from exc
+    return device
+
+
+def choose_dtype(wanted: str, config: PretrainedConfig) -> torch.dtype:
+    """Resolve "auto": the checkpoint's own dtype, float32 where it does not say."""
+    if wanted != "auto":
+        return torch_dtype(wanted)
+    own = getattr(config, "dtype", None)
+    if isinstance(own, str):
+        return torch_dtype(own)
+    return own if own in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be used on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def memory_needs(config: PretrainedConfig, dtype: torch.dtype) -> MemoryNeeds:
+    """What one block of the model takes, from its shapes alone."""
+    with torch.device("meta"):
+        base = base_class_of(config)(config)
+    layers = anatomy_of(config).find_layers(base)
+    largest = max(sum(tensor.numel() for tensor in layer.parameters()) for layer in layers)
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or anatomy_of(config).hidden_size // num_heads
+    return MemoryNeeds(
+        bytes_per_block=largest * dtype.itemsize, cache_bytes_per_token=2 * num_kv_heads * head_dim * dtype.itemsize
+    )
+
+
+def measure_speed(span: Span) -> Speed:
+    """Run the real blocks for a moment: single-token steps with a cache, and a batch of 256 tokens without."""
+    with torch.inference_mode():
+        x_BLD = torch.zeros(1, 256, span.hidden_size, dtype=span.dtype, device=span.device)
+        cache = span.new_cache(1)
+        span(x_BLD[:, :16], cache=cache)
+
+        def decode() -> None:
+            span(x_BLD[:, :1], cache=cache)
+
+        def forward() -> None:
+            span(x_BLD)
+
+        return Speed(1 / _seconds_per_call(decode, span.device), 256 / _seconds_per_call(forward, span.device))
+
+
+def _seconds_per_call(work: object, device: torch.device) -> float:
+    assert callable(work)
+    work()
+    _synchronize(device)
+    started, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < MEASURE_S:
+        work()
+        _synchronize(device)
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,263 @@
+"""Servers on this machine, for demos, tests and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from swarm.errors import BadRequest, ResourceError, SwarmError
+from swarm.link import JoinLink
+from swarm.model.checkpoint import CheckpointSource
+from swarm.ranges import BlockRange
+
+from .app import Running, serve
+from .config import ServerConfig
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
+
+
+class LocalServer(Protocol):
+    """One server of a LocalSwarm."""
+
+    blocks: BlockRange
+    link: str
+
+    def kill(self) -> None:
+        """End it without a word, as a power cut would."""
+
+    def stop(self) -> None:
+        """Ask it to drain and leave, and wait until it has."""
+
+    def pause(self) -> None:
+        """Freeze it: connections stay open, nothing answers."""
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+
+
+class ProcessServer:
+    """A `swarm serve` process with a process group of its own."""
+
+    def __init__(self, model: str, blocks: BlockRange, dtype: str, join: str | None, arguments: Sequence[str]) -> None:
+        self.blocks = blocks
+        self.link = ""
+        self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
+        self._log_path = Path(self._directory.name, "log")
+        self._link_path = Path(self._directory.name, "link")
+        command = [sys.executable, "-m", "swarm.cli.app", "serve", model, "--blocks", str(blocks), "--dtype", dtype]
+        command += ["--link-file", str(self._link_path), *arguments]
+        environment = {**os.environ, "SWARM_JOIN": join or ""}
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
+    def wait_ready(self) -> None:
+        """Wait for its join link. Raises: ResourceError: it ended instead, or takes too long."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self.link:
+            if self._link_path.exists():
+                self.link = self._link_path.read_text().strip()
+            elif not self.alive or time.monotonic() > deadline_s:
+                log = self.log.strip()
+                self.kill()
+                raise ResourceError(f"the local server of blocks {self.blocks} did not start: {log[-2000:]}")
+            else:
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        self._directory.cleanup()
+
+    def stop(self) -> None:
+        self._signal(signal.SIGCONT)
+        if self.alive:
+            self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT_S)
+        self.kill()
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it is gone, and so is its group
+            os.killpg(self.process.pid, number)
+
+
+class ThreadServer:
+    """A server in a thread of this process: quick to start; it cannot be killed or paused."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        assert config.blocks is not None
+        self.blocks = config.blocks
+        self.link = ""
+        self.running: Running | None = None
+        self._config = config
+        self._error: BaseException | None = None
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name=f"server {config.blocks}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(serve(self._config, self._stop, self._on_ready))
+        except SwarmError as exc:
+            self._error = exc
+        finally:
+            self._loop.close()
+            self._ready.set()
+
+    def _on_ready(self, running: Running) -> None:
+        self.running, self.link = running, running.link
+        self._ready.set()
+
+    def wait_ready(self) -> None:
+        """Wait for its join link. Raises: what `serve` raises."""
+        self._ready.wait(START_TIMEOUT_S)
+        if self._error is not None:
+            raise self._error
+        if not self.link:
+            raise ResourceError(f"the local server of blocks {self.blocks} did not start in {START_TIMEOUT_S:.0f} s")
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def kill(self) -> None:
+        raise BadRequest("a server in this process cannot be killed: use LocalSwarm(..., in_process=False)")
+
+    def pause(self) -> None:
+        raise BadRequest("a server in this process cannot be paused: use LocalSwarm(..., in_process=False)")
+
+    def resume(self) -> None:
+        """Nothing to resume."""
+
+
+class LocalSwarm:
+    """Servers of one model on loopback. Use as a context manager; all of them end with its body.
+
+    Args:
+        model: hub repository or local directory.
+        ranges: the blocks of each server, as (start, end).
+        dtype: of the servers' weights.
+        in_process: threads instead of processes: quicker, but they cannot be killed.
+        arguments: further flags for `swarm serve`; processes only.
+        join: the link of a swarm to join; default: a new one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        dtype: str = "auto",
+        in_process: bool = False,
+        arguments: Sequence[str] = (),
+        join: str | None = None,
+    ) -> None:
+        if not ranges:
+            raise BadRequest("a local swarm needs at least one block range, for example ranges=[(0, 4)]")
+        self._model = str(model)
+        self._ranges = [BlockRange(*each) for each in ranges]
+        self._dtype = dtype
+        self._in_process = in_process
+        self._arguments = tuple(arguments)
+        self._join = join
+        self.servers: list[ProcessServer | ThreadServer] = []
+
+    @property
+    def link(self) -> str:
+        """Join link of the swarm, naming all servers that still run, so that it works after any of them died."""
+        links = [JoinLink.parse(server.link) for server in self.servers if server.alive and server.link]
+        if not links:
+            raise ResourceError("no server of this local swarm runs any more: add one with .add((start, end))")
+        peers = dict.fromkeys(link.initial_peers[0] for link in links)
+        return JoinLink(initial_peers=tuple(peers), model_name=links[0].model_name).encode()
+
+    def __enter__(self) -> LocalSwarm:
+        try:
+            first, *others = self._ranges
+            self.add((first.start, first.end))
+            started = [self._start(blocks, self.link) for blocks in others]
+            self.servers.extend(started)
+            for server in started:
+                server.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def add(self, blocks: tuple[int, int]) -> ProcessServer | ThreadServer:
+        """Start one more server and wait until it serves."""
+        join = self.link if any(server.alive for server in self.servers) else self._join
+        server = self._start(BlockRange(*blocks), join)
+        self.servers.append(server)
+        server.wait_ready()
+        return server
+
+    def close(self) -> None:
+        """End all servers."""
+        for server in reversed(self.servers):
+            if isinstance(server, ProcessServer):
+                server.kill()
+            else:
+                server.stop()
+
+    def _start(self, blocks: BlockRange, join: str | None) -> ProcessServer | ThreadServer:
+        if not self._in_process:
+            return ProcessServer(self._model, blocks, self._dtype, join, self._arguments)
+        peers = JoinLink.parse(join).initial_peers if join else ()
+        return ThreadServer(
+            ServerConfig(
+                source=CheckpointSource(self._model),
+                blocks=blocks,
+                dtype=self._dtype,
+                initial_peers=peers,
+                drain_timeout_s=0.2,
+                cache_bytes=1 << 30,
+            )
+        )

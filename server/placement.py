@@ -1,0 +1,78 @@
+"""Which blocks, on which device, in which dtype a new server should hold: pure functions of a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm.announcement import Announcement
+from swarm.errors import ResourceError
+from swarm.ranges import BlockRange
+
+CACHE_TOKENS = 8192
+"""Tokens of KV cache that a server should have room for beside its blocks."""
+
+RESERVE_FRACTION = 0.15
+"""Share of the free memory left for activations and for the rest of the machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """What holding blocks costs."""
+
+    bytes_per_block: int
+    """Weights of one block in the served dtype."""
+    cache_bytes_per_token: int
+    """KV cache of one block for one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a server uses its memory."""
+
+    num_blocks: int
+    cache_bytes: int
+
+
+def plan_memory(
+    needs: MemoryNeeds, *, free_bytes: int, num_model_blocks: int, num_blocks: int | None = None
+) -> MemoryPlan:
+    """Return how many blocks fit, with room for CACHE_TOKENS of cache each, and the cache budget.
+
+    Args:
+        num_blocks: wanted number of blocks; None: as many as fit.
+    Raises: ResourceError: not even one block fits, or fewer than the wanted number.
+    """
+    usable = int(free_bytes * (1 - RESERVE_FRACTION))
+    per_block = needs.bytes_per_block + CACHE_TOKENS * needs.cache_bytes_per_token
+    smallest = needs.bytes_per_block + needs.cache_bytes_per_token * 256
+    wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // per_block))
+    if wanted * smallest > usable:
+        raise ResourceError(
+            f"{wanted} block{'s' * (wanted > 1)} of this model need{'s' * (wanted == 1)} at least "
+            f"{_mib(wanted * smallest)} MiB, {_mib(usable)} MiB can be used here: free some memory, "
+            f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use a smaller --dtype"
+        )
+    cache_bytes = min(usable - wanted * needs.bytes_per_block, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
+    return MemoryPlan(wanted, cache_bytes)
+
+
+def choose_blocks(servers: Sequence[Announcement], num_model_blocks: int, num_blocks: int) -> BlockRange:
+    """Return the range of `num_blocks` blocks that the swarm lacks most.
+
+    Coverage of a block is the sum of its servers' decode rates. The chosen window has the lexicographically
+    smallest sorted coverage: it serves the weakest block, then the next weakest, and so on; ties go to the front.
+    """
+    num_blocks = min(num_blocks, num_model_blocks)
+    coverage = [0.0] * num_model_blocks
+    for server in servers:
+        for block in server.blocks:
+            if block < num_model_blocks and server.state != "draining":
+                coverage[block] += server.decode_tokens_per_s or 1.0
+    starts = range(num_model_blocks - num_blocks + 1)
+    start = min(starts, key=lambda at: (sorted(coverage[at : at + num_blocks]), at))
+    return BlockRange(start, start + num_blocks)
+
+
+def _mib(num_bytes: int) -> int:
+    return -(-num_bytes // (1 << 20))
