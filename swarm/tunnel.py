@@ -42,25 +42,25 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int]) -> AsyncIterator[None]
     """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends."""
     connections: dict[asyncio.Task[None], str] = {}
 
+    async def carry(stream: Stream) -> None:
+        try:
+            port = await asyncio.open_connection(*target, limit=STREAM_BUFFER_BYTES)
+        except OSError as exc:
+            logger.warning("the gRPC port %s:%d refuses a tunnel stream: %s", *target, exc)
+        else:
+            await _join(stream, port)
+        finally:
+            stream[1].close()
+
     async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        task = asyncio.current_task()
-        assert task is not None
         if len(connections) >= MAX_STREAMS or list(connections.values()).count(peer_id) >= MAX_STREAMS_PER_PEER:
             logger.info("refused a tunnel stream of peer %s: too many", peer_id)
             writer.close()
             return
+        task = asyncio.create_task(carry((reader, writer)))
         connections[task] = peer_id
-        try:
-            try:
-                port = await asyncio.open_connection(*target, limit=STREAM_BUFFER_BYTES)
-            except OSError as exc:
-                logger.warning("the gRPC port %s:%d refuses a tunnel stream: %s", *target, exc)
-                return
-            await _join((reader, writer), port)
-        finally:
-            del connections[task]
-            writer.close()
+        task.add_done_callback(connections.pop)
 
     await dht.p2p.add_binary_stream_handler(PROTOCOL, accept)
     try:
@@ -85,18 +85,18 @@ async def open_tunnel(
     probe[1].close()
     connections: set[asyncio.Task[None]] = set()
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
+    async def carry(connection: Stream) -> None:
         try:
-            stream = await dht.open_stream(peer_id, PROTOCOL, timeout_s=timeout_s)
-            await _join((reader, writer), stream)
+            await _join(connection, await dht.open_stream(peer_id, PROTOCOL, timeout_s=timeout_s))
         except PeerUnavailable as exc:
             logger.debug("tunnel: %s", exc)  # gRPC sees its connection closed and reports UNAVAILABLE
         finally:
-            connections.discard(task)
-            writer.close()
+            connection[1].close()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(carry((reader, writer)))
+        connections.add(task)
+        task.add_done_callback(connections.discard)
 
     with open_socket_directory() as directory:
         path = directory / "grpc.sock"
