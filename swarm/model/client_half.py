@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionMaskInterface,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
-from swarm.model.anatomy import Anatomy, anatomy_of
+from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.loading import load_part
 from swarm.model.remote_cache import RemoteCache
@@ -33,7 +34,7 @@ from swarm.model.remote_cache import RemoteCache
 logger = logging.getLogger(__name__)
 
 REMOTE_ATTENTION = "swarm_remote"
-"""An attention name that no mask function is registered for: the library then builds no masks on the client."""
+"""The client's attention implementation: it has none, so its masks are placeholders."""
 
 
 class RemoteCall(Protocol):
@@ -173,7 +174,7 @@ def load_client_half(
         del config.quantization_config  # only blocks are quantized, and they are not here
     anatomy = anatomy_of(config)
     model, missing = load_part(
-        _client_class(_class_of(auto_class, config), anatomy, call),
+        _client_class(_class_of(auto_class, config), base_class_of(config), anatomy, call),
         config,
         checkpoint,
         dtype=dtype or getattr(config, "dtype", None) or torch.float32,
@@ -181,10 +182,16 @@ def load_client_half(
         **hf_kwargs,
     )
     _check_missing(model, missing, checkpoint, auto_class is AutoModelForSequenceClassification)
+    AttentionMaskInterface.register(REMOTE_ATTENTION, _no_mask)
     model.config._attn_implementation_internal = REMOTE_ATTENTION
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model
+
+
+def _no_mask(*_: Any, device: torch.device | None = None, **__: Any) -> Tensor:
+    """Stands for a mask that nobody looks at: the servers make their own from the 2D mask."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _class_of(auto_class: Any, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -196,23 +203,26 @@ def _class_of(auto_class: Any, config: PretrainedConfig) -> type[PreTrainedModel
     return found
 
 
-def _client_class(model_class: type[PreTrainedModel], anatomy: Anatomy, call: RemoteCall) -> type[PreTrainedModel]:
+def _client_class(
+    model_class: type[PreTrainedModel], base_class: type[PreTrainedModel], anatomy: Anatomy, call: RemoteCall
+) -> type[PreTrainedModel]:
     """The library's class, with a constructor that replaces its blocks."""
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        base = self.base_model
+        base = next(module for module in self.modules() if isinstance(module, base_class))
         layers = anatomy.find_layers(base)
         remote = RemoteBlocks(call, layers[0], anatomy.layers_return_tuple)
         base.set_submodule(anatomy.layers, RemoteLayers(layers, remote))
-        _capture_arguments(self, base, remote)
+        parent, _, _ = anatomy.layers.rpartition(".")
+        _capture_arguments(self, base.get_submodule(parent), remote)
 
     bases = (_ClientHalf, model_class)
     return type(model_class.__name__, bases, {"__init__": __init__, "__module__": model_class.__module__})
 
 
 def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> None:
-    """Hand the remote blocks what only the base model is told, per call and per thread."""
+    """Hand the remote blocks what only the module that loops over them is told, per call and per thread."""
     parameters = list(inspect.signature(base.forward).parameters)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

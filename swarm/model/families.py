@@ -8,8 +8,10 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 LAYERS = {
-    "bloom": "h",
     "codegen": "h",
+    "bloom": "h",
+    "ctrl": "h",
+    "dbrx": "blocks",
     "falcon": "h",
     "gpt2": "h",
     "gpt_bigcode": "h",
@@ -17,10 +19,18 @@ LAYERS = {
     "gptj": "h",
     "mpt": "blocks",
     "opt": "decoder.layers",
-}
+} | dict.fromkeys(
+    (
+        "bamba", "biogpt", "bitnet", "diffllama", "falcon_h1", "gpt_neox_japanese", "granitemoe", "granitemoe_swa",
+        "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2",
+        "lfm2_moe", "lfm3", "llama4_text", "modernbert-decoder", "nanochat", "nemotron", "nemotron_h", "olmoe",
+        "persimmon", "phimoe", "stablelm", "xglm",
+    ),
+    "layers",
+)  # fmt: skip
 """Path of the layer list inside the base model, for types whose config has no pipeline plan."""
 
-RETURN_TUPLE = frozenset({"bloom", "codegen", "falcon", "gpt_bigcode", "gpt_neo", "gptj", "mpt"})
+RETURN_TUPLE = frozenset(("bamba", "bloom", "codegen", "falcon", "glm_moe_dsa", "gpt_neo", "gptj", "mpt"))
 """Types whose base model takes the first element of what a layer returns."""
 
 VERIFIED: frozenset[str] = frozenset()

@@ -9,7 +9,6 @@ the hidden states are put in at the first block and taken out at the last, so th
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Iterator
@@ -42,7 +41,8 @@ class PassThrough(nn.Module):
     """Stands for a part of the base model that only the client has; what it returns reaches no block."""
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return x if isinstance(x, Tensor) and x.is_floating_point() else torch.zeros(())
+        is_hidden_states = isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()
+        return x if is_hidden_states else torch.zeros(())
 
 
 @dataclass(slots=True)
@@ -302,17 +302,35 @@ def _renumber(model: PreTrainedModel, anatomy: Anatomy, blocks: BlockRange) -> N
     layers = nn.ModuleList(model.get_submodule(anatomy.layers).children())
     for index, (number, layer) in enumerate(zip(blocks, layers, strict=True)):
         for module in layer.modules():
-            if getattr(module, "layer_idx", None) == number:
-                setattr(module, "layer_idx", index)  # noqa: B010  # mypy takes it for a submodule
+            for name in ("layer_idx", "layer_id"):
+                if getattr(module, name, None) == number:
+                    setattr(module, name, index)
     model.set_submodule(anatomy.layers, layers)
-    config = model.config
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == anatomy.num_blocks and _is_per_layer(name):
-            setattr(config, name, copy.copy(value[blocks.start : blocks.end]))
+    _cut_config(model.config, anatomy, blocks)
+
+
+def _cut_config(config: PretrainedConfig, anatomy: Anatomy, blocks: BlockRange) -> None:
+    """Let a config describe these blocks alone, in place: all modules share it."""
+    overrides = config.to_dict().get("per_layer_config") or {}
+    computed = {name for name in dir(type(config)) if isinstance(getattr(type(config), name), property)}
+    sliced = {
+        name: value[blocks.start : blocks.end]
+        for name in {*vars(config), *computed}
+        if ("layer" in name or "block" in name) and name != "per_layer_config"
+        if isinstance(value := getattr(config, name), list | tuple) and len(value) == anatomy.num_blocks
+    }
+    if overrides:
+        config.per_layer_config = None
+    if computed & set(sliced):
+        # Some configs compute these lists from periods and offsets, which would start anew in the middle of a model.
+        constants = {name: sliced.pop(name) for name in computed & set(sliced)}
+        config.__class__ = type(type(config).__name__, (type(config),), constants)
+    for name, value in sliced.items():
+        setattr(config, name, value)
     config.num_hidden_layers = len(blocks)
-    if len(model.get_submodule(anatomy.layers)) != config.num_hidden_layers:
+    if overrides:
+        config.per_layer_config = {
+            int(number) - blocks.start: values for number, values in overrides.items() if int(number) in set(blocks)
+        }
+    if config.num_hidden_layers != len(blocks):
         raise UnsupportedModel(f"the config of {anatomy.model_type!r} models does not let itself be cut")
-
-
-def _is_per_layer(name: str) -> bool:
-    return "layer" in name or "block" in name or name == "kv_sharing_modes"
