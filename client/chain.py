@@ -23,12 +23,10 @@ from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .network import Network
+from .network import Network, blame
 from .routing import Hop
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
-
-PROBE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,45 +103,17 @@ class Chain:
 
         Raises: PeerError: some hop failed or fell silent.
         """
-        config = self._network.config
-        try:
-            async with asyncio.timeout(config.step_timeout_s):
-                while not (await asyncio.wait({result}, timeout=config.silence_s))[0]:
-                    await self._probe()
-        except TimeoutError as exc:
-            raise self._blame(0, f"and those behind it gave no result in {config.step_timeout_s:.0f} s") from exc
-        return result.result()
-
-    async def _probe(self) -> None:
-        async def alive(hop: Hop) -> bool:
-            channel = await self._network.connector.channel(hop.address)
-            try:
-                await pb_grpc.BlocksStub(channel).Describe(
-                    pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=PROBE_TIMEOUT_S
-                )
-            except grpc.aio.AioRpcError:
-                return False
-            return True
-
-        answers = await asyncio.gather(*(alive(hop) for hop in self.hops), return_exceptions=True)
-        for index, answer in enumerate(answers):
-            if answer is not True:
-                raise self._blame(index, f"does not answer within {PROBE_TIMEOUT_S:.0f} s")
+        return await self._network.while_alive(result, self.hops, self._network.config.step_timeout_s)
 
     def _blame(self, index: int, what: str) -> PeerUnavailable:
-        hop = self.hops[index]
-        error = PeerUnavailable(f"peer {hop} {what}")
-        error.peer_id = hop.peer_id
-        return error
+        return blame(PeerUnavailable(f"peer {self.hops[index]} {what}"), self.hops[index])
 
     def check_outputs(self, outputs: Sequence[Tensor], num_outputs: int) -> None:
         """Raise ProtocolError, and blame the last hop, unless the outputs are what was asked for."""
         batch_size, width = self._config.batch_size, self._config.hidden_size
         fits = all(y.shape[0] == batch_size and y.shape[2] == width and y.is_floating_point() for y in outputs)
         if not fits or sum(y.shape[1] for y in outputs) != num_outputs:
-            error = ProtocolError(f"peer {self.hops[-1]} returned hidden states of the wrong shape")
-            error.peer_id = self.hops[-1].peer_id
-            raise error
+            raise blame(ProtocolError(f"peer {self.hops[-1]} returned hidden states of the wrong shape"), self.hops[-1])
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -173,11 +143,8 @@ class Chain:
             self._calls[index] = call
             first, more = self._opening(index, session_ids)
             await write_message(call.write, first, more)
-            try:
-                async with asyncio.timeout(config.open_timeout_s + self._network.config.connect_timeout_s):
-                    answer = await call.read()
-            except TimeoutError as exc:
-                raise self._blame(index, "did not open a session in time") from exc
+            timeout_s = config.open_timeout_s + self._network.config.connect_timeout_s
+            answer = await self._network.while_alive(call.read(), [hop], timeout_s)
             if answer is grpc.aio.EOF:
                 await call.code()
                 raise self._blame(index, "closed the session at once")

@@ -19,7 +19,7 @@ from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .network import Network
+from .network import Network, blame
 from .routing import Hop, Needs
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
@@ -179,7 +179,7 @@ class RemoteCompute:
             or y_BLD.shape != batch.x_BLD.shape
             or (dprompts is None) != (prompts is None or grad_BLD is None)
         ):
-            raise _blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
+            raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
         self._network.succeeded(hop.peer_id)
         return y_BLD.to(batch.x_BLD.dtype), None if dprompts is None else dprompts.to(batch.x_BLD.dtype)
 
@@ -193,23 +193,18 @@ class RemoteCompute:
             call = (stub.Backward if is_backward else stub.Forward)(timeout=timeout_s)
             try:
                 await write_message(call.write, pb.ComputeRequest(open=opening), more)
-                message = await call.read()
+                message = await self._network.while_alive(call.read(), [hop], timeout_s)
                 if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
                     await call.code()
-                    raise _blame(ProtocolError(f"peer {hop} answered without a result"), hop)
+                    raise blame(ProtocolError(f"peer {hop} answered without a result"), hop)
                 specs = optional(message.result, "hidden_states", "prompts")
                 max_bytes = 4 * (sum(spec.num_bytes for spec in optional(opening, "hidden_states", "prompts") if spec))
                 return await read_tensors(call.read, specs, message.result.data, max_bytes=max_bytes)
             except asyncio.InvalidStateError as exc:
                 await call.code()
-                raise _blame(PeerUnavailable(f"peer {hop} ended the call"), hop) from exc
+                raise blame(PeerUnavailable(f"peer {hop} ended the call"), hop) from exc
             finally:
                 call.cancel()
-
-
-def _blame(error: PeerUnavailable | ProtocolError, hop: Hop) -> PeerUnavailable | ProtocolError:
-    error.peer_id = hop.peer_id
-    return error
 
 
 async def _gather_bounded(jobs: Sequence) -> list:  # type: ignore[type-arg]

@@ -5,24 +5,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import grpc.aio
+
+from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import BadLink, BadRequest, NoRoute, PeerError, PeerUnavailable, SessionLost
 from swarm.peers import Connector
 from swarm.tunnel import open_tunnel
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .routing import Hop, Needs, plan_route
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+E = TypeVar("E", bound=PeerError)
+
+PROBE_TIMEOUT_S = 5.0
+"""How long a peer may take to say that it is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +161,38 @@ class Network:
                     raise
                 max_age_s = 1.0 if num_failures > 1 else max_age_s
 
+    async def while_alive(self, work: Awaitable[T], hops: Sequence[Hop], timeout_s: float) -> T:
+        """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
+
+        Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (await asyncio.wait({task}, timeout=self.config.silence_s))[0]:
+                    await self._probe(hops)
+        except TimeoutError as exc:
+            raise blame(PeerUnavailable(f"peer {hops[0]} gave no result in {timeout_s:.0f} s"), hops[0]) from exc
+        finally:
+            if not task.done():
+                task.cancel()
+        return await task
+
+    async def _probe(self, hops: Sequence[Hop]) -> None:
+        async def ask(hop: Hop) -> bool:
+            try:
+                channel = await self.connector.channel(hop.address)
+                request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
+                await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
+            except (PeerUnavailable, grpc.aio.AioRpcError) as exc:
+                logger.debug("%s does not answer: %s", hop, exc)
+                return False
+            return True
+
+        for hop, answered in zip(hops, await asyncio.gather(*map(ask, hops)), strict=True):
+            if not answered:
+                raise blame(PeerUnavailable(f"peer {hop} does not answer within {PROBE_TIMEOUT_S:.0f} s"), hop)
+
     def succeeded(self, peer_id: str) -> None:
         """Forget a peer's failures after it did what was asked."""
         self._failures.succeeded(peer_id)
@@ -162,6 +203,12 @@ class Network:
         self._failures.failed(error.peer_id, time.monotonic())
         if isinstance(error, PeerUnavailable):
             await self.connector.forget(error.peer_id)
+
+
+def blame(error: E, hop: Hop) -> E:
+    """Note in an error which peer is at fault."""
+    error.peer_id = hop.peer_id
+    return error
 
 
 @asynccontextmanager

@@ -75,6 +75,12 @@ class _Plan:
     memory: MemoryPlan
 
 
+def public_name(checkpoint: Checkpoint) -> str:
+    """The model's name as others see it: of a local directory, the last part of its path alone."""
+    directory = checkpoint.source.directory
+    return (directory.resolve().name if directory is not None else checkpoint.name)[-256:]
+
+
 async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Running], None]) -> None:
     """Run a server until `stop` is set.
 
@@ -99,7 +105,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         owned.push_async_callback(connector.aclose)
         model = ServedModel(
             peer_id=dht.peer_id,
-            name=checkpoint.name,
+            name=public_name(checkpoint),
             fingerprint=checkpoint.fingerprint,
             num_blocks=anatomy.num_blocks,
         )
@@ -109,13 +115,15 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
         announcement = await _announcement(config, checkpoint, plan, speed, dht, certificate, port)
         async with _announced(dht, announcement, config, sessions) as announcer:
-            link = JoinLink(initial_peers=tuple(await _link_peers(config, dht)), model_name=checkpoint.name).encode()
+            link = JoinLink(
+                initial_peers=tuple(await _link_peers(config, dht)), model_name=public_name(checkpoint)
+            ).encode()
             on_ready(
                 Running(
                     link,
                     plan.blocks,
                     dht.peer_id,
-                    checkpoint.name,
+                    public_name(checkpoint),
                     str(plan.device),
                     dtype_name(plan.dtype),
                     service,
@@ -229,7 +237,7 @@ async def _announcement(
         software_version=swarm.__version__,
         peer_id=dht.peer_id,
         server_name=config.name[:64],
-        model_name=checkpoint.name[-256:],
+        model_name=public_name(checkpoint),
         model_fingerprint=checkpoint.fingerprint,
         model_commit=checkpoint.commit,
         num_model_blocks=anatomy_of(checkpoint.config).num_blocks,
