@@ -8,19 +8,16 @@ in torch, so it is imported when a DHT is opened, not with this module.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from ipaddress import ip_address
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from swarm.errors import BadRequest, PeerUnavailable, ResourceError
+from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
+from swarm.errors import PeerUnavailable, ResourceError
 from swarm.identity import Identity
 from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
 
@@ -41,38 +38,6 @@ _CLOCK_NOTICE_S = 2.0
 _CLOCK_WARNING_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DhtConfig:
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddrs ending in /p2p/<peer id>; empty starts a new swarm."""
-    identity_path: Path | None = None
-    """Key file, made if it does not exist; None: a fresh identity for this run only."""
-    host: str = "127.0.0.1"
-    """IP address to listen on; 0.0.0.0 for all interfaces."""
-    port: int = 0
-    """TCP port to listen on; 0: any free one."""
-    announce_host: str | None = None
-    """IP address or DNS name that others shall dial instead of `host`; needs a fixed port."""
-    client_mode: bool = False
-    """Only ask: store nothing for others; on a loopback `host` do not listen at all."""
-    relay: bool = True
-    """Reach others, and be reached, through relays; relay for others where this node is publicly reachable."""
-    reachability: Literal["auto", "public", "private"] = "auto"
-    """Whether others can dial this node; "auto" finds out by asking them."""
-    startup_timeout_s: float = 15.0
-    """How long joining may take."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise BadRequest(f"port {self.port} is not between 0 and 65535")
-        if self.announce_host is not None and self.port == 0:
-            raise BadRequest("announcing another host needs a fixed port: set port as well")
-        try:
-            ip_address(self.host)
-        except ValueError as exc:
-            raise BadRequest(f"host {self.host!r} is not an IP address: use 0.0.0.0 to listen everywhere") from exc
-
-
 class Dht:
     """An open DHT node; get one from `open_dht`."""
 
@@ -84,7 +49,7 @@ class Dht:
         self.identity = identity
         self.peer_id = identity.peer_id
         self._daemon = daemon
-        self._initial = _parse_initial_peers(config.initial_peers, identity.peer_id)
+        self._initial = parse_initial_peers(config.initial_peers, identity.peer_id)
         self._node: DHTNode
         self._clock: SwarmClock
         self._next_rejoin_s = 0.0
@@ -98,9 +63,16 @@ class Dht:
         return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))
 
     async def wait_stopped(self) -> None:
-        """Wait until this node can no longer work because its p2pd ended; a supervisor then opens another one."""
-        last_line = await self._daemon.wait_stopped()
-        logger.warning("the libp2p daemon ended: %s", last_line)
+        """Wait until this node can no longer work, because p2pd or hivemind's connection to it ended.
+
+        A supervisor then closes it and opens another one.
+        """
+        daemon = asyncio.create_task(self._daemon.wait_stopped())
+        try:
+            await asyncio.wait({daemon, self.p2p._client.control._read_task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            daemon.cancel()
+        logger.warning("this node's libp2p daemon ended: %s", self._daemon.last_line)
 
     async def connect(self, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float) -> None:
         """Make sure that there is a connection to a peer, over these addresses or those that libp2p finds itself.
@@ -113,7 +85,7 @@ class Dht:
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.CONNECT,
             connect=p2pd_pb2.ConnectRequest(
-                peer=PeerID.from_base58(peer_id).to_bytes(), addrs=_usable_addresses(multiaddrs, peer_id)
+                peer=PeerID.from_base58(peer_id).to_bytes(), addrs=usable_addresses(multiaddrs, peer_id)
             ),
         )
         _, writer = await self._ask_daemon(request, peer_id, timeout_s)
@@ -308,12 +280,12 @@ async def open_dht(config: DhtConfig) -> AsyncIterator[Dht]:
         ResourceError: the port or the identity is in use.
     """
     await asyncio.to_thread(_import_hivemind)
-    _parse_initial_peers(config.initial_peers, "")
+    parse_initial_peers(config.initial_peers, "")
     async with AsyncExitStack() as owned:
         directory = owned.enter_context(open_socket_directory())
         identity_path = config.identity_path or directory / "identity.key"
         identity = await asyncio.to_thread(Identity.load_or_create, identity_path)  # making a key takes 0.2 s
-        owned.enter_context(_sole_use(identity.path))
+        owned.enter_context(sole_use(identity.path))
         daemon = await _start_daemon(owned, config, identity, directory)
         dht = Dht(config, identity, daemon)
         owned.push_async_callback(lambda: finish(dht._aclose()))
@@ -329,7 +301,7 @@ async def _start_daemon(owned: AsyncExitStack, config: DhtConfig, identity: Iden
     deadline_s = asyncio.get_running_loop().time() + config.startup_timeout_s
     try:
         return await owned.enter_async_context(
-            open_p2pd(directory, _daemon_options(config, identity), deadline_s=deadline_s)
+            open_p2pd(directory, daemon_options(config, identity.path), deadline_s=deadline_s)
         )
     except ResourceError as exc:
         if "address already in use" in str(exc):
@@ -337,41 +309,6 @@ async def _start_daemon(owned: AsyncExitStack, config: DhtConfig, identity: Iden
                 f"port {config.port} on {config.host} is already in use: stop what uses it, or choose another port"
             ) from exc
         raise
-
-
-def _daemon_options(config: DhtConfig, identity: Identity) -> list[str]:
-    address = ip_address(config.host)
-    listens = not (config.client_mode and address.is_loopback)
-    options = [
-        f"-id={identity.path}",
-        f"-dht{'Client' if config.client_mode else 'Server'}=1",
-        "-idleTimeout=30s",
-        "-connManager=1",
-        "-tls=1",
-        f"-natPortMap={int(not address.is_loopback and listens)}",
-        f"-autonat={int(not address.is_loopback)}",
-        f"-relay={int(config.relay)}",
-        f"-relayService={int(config.relay and not config.client_mode)}",
-    ]
-    if listens:
-        options.append(f"-hostAddrs=/ip{address.version}/{address}/tcp/{config.port}")
-    else:
-        options.append("-noListenAddrs=1")
-    if config.announce_host is not None:
-        options.append(f"-announceAddrs=/{_multiaddr_host(config.announce_host)}/tcp/{config.port}")
-    if config.reachability != "auto":
-        options.append(f"-forceReachability{config.reachability.capitalize()}=1")
-    may_need_relay = config.reachability == "private" or not (address.is_loopback or config.client_mode)
-    if config.relay and config.initial_peers and may_need_relay:
-        options += ["-autoRelay=1", f"-trustedRelays={','.join(config.initial_peers)}"]
-    return options
-
-
-def _multiaddr_host(host: str) -> str:
-    try:
-        return f"ip{ip_address(host).version}/{host}"
-    except ValueError:
-        return f"dns/{host}"
 
 
 def _import_hivemind() -> None:
@@ -384,51 +321,6 @@ def _import_hivemind() -> None:
     use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")
     logging.getLogger("hivemind").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _sole_use(path: Path) -> Iterator[None]:
-    """Hold a lock on the identity file: two live nodes with one identity steal each other's messages."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise ResourceError(
-                f"the identity {path} is in use by another running node: give each node its own identity file"
-            ) from exc
-        yield
-
-
-def _parse_initial_peers(initial_peers: Sequence[str], own_peer_id: str) -> dict[str, list[str]]:
-    """Addresses by peer id, without our own (a bootstrap node that was started with its own link)."""
-    from hivemind.p2p import PeerID
-    from hivemind.utils.multiaddr import Multiaddr
-
-    peers: dict[str, list[str]] = {}
-    for text in initial_peers:
-        peer_id = text.rpartition("/p2p/")[2]
-        try:
-            Multiaddr(text)
-            PeerID.from_base58(peer_id)
-        except (ValueError, LookupError) as exc:
-            raise BadRequest(
-                f"initial peer {text!r} is not an address such as /ip4/192.0.2.1/tcp/31337/p2p/Qm…: "
-                "copy it from the output of the peer that you want to join"
-            ) from exc
-        if peer_id != own_peer_id:
-            peers.setdefault(peer_id, []).append(text)
-    return peers
-
-
-def _usable_addresses(multiaddrs: Sequence[str], peer_id: str) -> list[bytes]:
-    """Those that can be parsed, as bytes, without the peer id, which p2pd gets beside them."""
-    from hivemind.utils.multiaddr import Multiaddr
-
-    addresses = []
-    for text in multiaddrs:
-        with contextlib.suppress(ValueError, LookupError):
-            addresses.append(Multiaddr(text.removesuffix(f"/p2p/{peer_id}")).to_bytes())
-    return addresses
 
 
 def _unreachable(initial_peers: Sequence[str]) -> str:

@@ -105,7 +105,7 @@ async def open_p2pd(directory: Path, options: Sequence[str], *, deadline_s: floa
     """
     control_socket = directory / "p2pd.sock"
     command = (_find_p2pd(), f"-listen=/unix{control_socket}", *options)
-    environment = os.environ | {"GOLOG_LOG_LEVEL": "error"}
+    environment = {"GOLOG_LOG_LEVEL": "error"} | os.environ
     try:
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", _SHELL, "swarm-p2pd", str(directory), *command,
