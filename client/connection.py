@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from .loop import LoopThread
 from .network import ClientConfig, Network, open_network
@@ -45,6 +46,9 @@ class Connection:
 
     def close(self) -> None:
         """Leave the swarm; closing twice is fine."""
-        if not self.loop.closed:
+        if self.loop.is_current:
+            # The garbage collector may run on any thread, also on the one that has to be ended.
+            threading.Thread(target=self.close, name="swarm-close", daemon=True).start()
+        elif not self.loop.closed:
             self.loop.run(self._finish())
             self.loop.close()

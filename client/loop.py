@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+CLEAN_UP_TIMEOUT_S = 5.0
+"""How long an interrupted call waits until what it had begun is undone."""
+
 
 class LoopThread:
     """An event loop in a thread of its own; `run` may be called from any other thread, also inside a notebook."""
@@ -20,15 +23,29 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end and return its result; Ctrl-C cancels it and waits for its clean-up."""
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             coroutine.close()
             raise RuntimeError("the synchronous API of a swarm model cannot be called from its own event loop")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        finished = threading.Event()
+
+        async def supervised() -> T:
+            try:
+                return await coroutine
+            finally:
+                finished.set()
+
+        future = asyncio.run_coroutine_threadsafe(supervised(), self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
+            finished.wait(CLEAN_UP_TIMEOUT_S)
             raise
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on this loop."""
+        return threading.current_thread() is self._thread
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Start a coroutine without waiting for it; after `close` it is dropped."""

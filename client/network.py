@@ -51,7 +51,7 @@ class ClientConfig:
     silence_s: float = 3.0
     """After this long without an answer the servers of a step are asked whether they are alive."""
     refresh_period_s: float = 15.0
-    """How often the directory is read again in the background."""
+    """How old the known announcements may be before the next new route reads the directory again."""
     max_attempts: int = 20
     """How many peers may fail one request before it fails."""
     avoid_s: float = 1.0
@@ -104,11 +104,19 @@ class Network:
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
 
     async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
-        """Return the announced servers of the model, at most `max_age_s` old."""
+        """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
+
+        Raises: NoRoute: it cannot be reached, and never could.
+        """
         max_age_s = self.config.refresh_period_s if max_age_s is None else max_age_s
         async with self._refreshing:
             if time.monotonic() - self._refreshed_at_s > max_age_s:
-                self._servers = await self._directory.servers(fingerprint)
+                try:
+                    self._servers = await self._directory.servers(fingerprint)
+                except PeerUnavailable as exc:
+                    if not self._servers:
+                        raise NoRoute(f"the directory of the swarm cannot be reached: {exc}") from exc
+                    logger.info("the directory cannot be reached, known servers are used on: %s", exc)
                 self._refreshed_at_s = time.monotonic()
         return self._servers
 
