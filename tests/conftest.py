@@ -1,0 +1,33 @@
+"""What all tests share: quiet libraries, one torch thread (tiny models are slower with more), tiny models on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.pop("SWARM_JOIN", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("llama", seed=1)`: the directory of a tiny random model, made once per run."""
+    from tiny import save_tiny
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(model_type: str = "llama", *, seed: int = 0, **changes: object) -> Path:
+        key = (model_type, seed, repr(sorted(changes.items())))
+        if key not in made:
+            directory = tmp_path_factory.mktemp(f"tiny-{model_type}")
+            made[key] = save_tiny(directory, model_type, seed=seed, **changes)
+        return made[key]
+
+    return make
