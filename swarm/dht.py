@@ -124,7 +124,8 @@ class Dht:
                 response = p2pd_pb2.Response()
                 await read_pbmsg_safe(reader, response)
             if response.type == p2pd_pb2.Response.ERROR:
-                raise PeerUnavailable(f"peer {peer_id} cannot be reached: {response.error.msg}")
+                reason = " ".join(response.error.msg.split())[:300]  # libp2p lists its dials on several lines
+                raise PeerUnavailable(f"peer {peer_id} cannot be reached: {reason}")
             opened, writer = writer, None
             return reader, opened
         except TimeoutError as exc:

@@ -80,8 +80,9 @@ async def open_tunnel(
     Raises: PeerUnavailable: it cannot be reached, or serves no tunnel.
     """
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    await dht.connect(peer_id, multiaddrs, timeout_s=timeout_s)
-    probe = await dht.open_stream(peer_id, PROTOCOL, timeout_s=max(0.1, deadline_s - asyncio.get_running_loop().time()))
+    await _connect(dht, peer_id, multiaddrs, timeout_s)
+    remaining_s = deadline_s - asyncio.get_running_loop().time()
+    probe = await dht.open_stream(peer_id, PROTOCOL, timeout_s=max(0.1, remaining_s))
     probe[1].close()
     connections: set[asyncio.Task[None]] = set()
 
@@ -109,6 +110,20 @@ async def open_tunnel(
         finally:
             server.close()
             await finish(_cancel(connections))
+
+
+async def _connect(dht: Dht, peer_id: str, multiaddrs: Sequence[str], timeout_s: float) -> None:
+    """Dial the peer; if that fails, ask our initial peers to relay: a peer behind NAT keeps a place at each of them."""
+    relays = [f"{address}/p2p-circuit" for address in dht.config.initial_peers if dht.config.relay]
+    try:
+        await dht.connect(peer_id, multiaddrs, timeout_s=timeout_s / 2 if relays else timeout_s)
+    except PeerUnavailable as direct:
+        if not relays:
+            raise
+        try:
+            await dht.connect(peer_id, relays, timeout_s=timeout_s / 2)
+        except PeerUnavailable as relayed:
+            raise PeerUnavailable(f"{direct}; nor through a relay: {relayed}") from relayed
 
 
 async def _join(left: Stream, right: Stream) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -69,6 +69,7 @@ def test_oversized_record_is_refused_unread() -> None:
         Announcement.from_bytes(b" " * (MAX_ANNOUNCEMENT_BYTES + 1))
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_changed_field_is_read_or_refused(data: st.DataObject) -> None:
     good = {
