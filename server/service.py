@@ -153,7 +153,8 @@ class BlocksService(pb_grpc.BlocksServicer):
         """See the wire contract."""
         async with errors_to_wire(context, "Forward"), self._counted():
             batch = await self._read_batch(context.read)
-            y_BLD = await self._engine.run(Priority.TRAINING, lambda: _forward(self._views.view(batch.blocks), batch))
+            span = self._views.view(batch.blocks)
+            y_BLD = await self._engine.run(Priority.TRAINING, lambda: _forward(span, batch))
             packed = pack(y_BLD)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -163,9 +164,8 @@ class BlocksService(pb_grpc.BlocksServicer):
         async with errors_to_wire(context, "Backward"), self._counted():
             batch = await self._read_batch(context.read)
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
-            dx_BLD, dprompts = await self._engine.run(
-                Priority.TRAINING, lambda: _backward(self._views.view(batch.blocks), batch, grad_BLD)
-            )
+            span = self._views.view(batch.blocks)
+            dx_BLD, dprompts = await self._engine.run(Priority.TRAINING, lambda: _backward(span, batch, grad_BLD))
             packed = pack(dx_BLD, dprompts)
             result = pb.ComputeResult(hidden_states=packed.specs[0], prompts=packed.specs[1], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -356,7 +356,7 @@ def _run_span(span: Span, batch: _Batch, x_BLD: Tensor, prompts: Tensor | None) 
 def _forward(span: Span, batch: _Batch) -> Tensor:
     with torch.inference_mode():
         prompts = None if batch.prompts_NBPD is None else batch.prompts_NBPD.to(span.device, span.dtype)
-        return _run_span(span, batch, batch.x_BLD.to(span.device, span.dtype), prompts)
+        return _run_span(span, batch, batch.x_BLD.to(span.device, span.dtype), prompts).cpu()
 
 
 def _backward(span: Span, batch: _Batch, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -366,4 +366,4 @@ def _backward(span: Span, batch: _Batch, grad_BLD: Tensor) -> tuple[Tensor, Tens
             inputs.append(batch.prompts_NBPD.to(span.device, span.dtype).requires_grad_())
         y_BLD = _run_span(span, batch, inputs[0], inputs[1] if len(inputs) == 2 else None)
         gradients = torch.autograd.grad(y_BLD, inputs, grad_BLD.to(y_BLD.device, y_BLD.dtype))
-    return gradients[0], gradients[1] if len(inputs) == 2 else None
+    return gradients[0].cpu(), gradients[1].cpu() if len(inputs) == 2 else None

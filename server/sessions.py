@@ -71,7 +71,7 @@ class CacheBudget:
         except BaseException as exc:
             if admitted.done() and not admitted.cancelled():
                 self.used_bytes -= num_bytes
-            else:
+            elif entry in self._waiting:
                 self._waiting.remove(entry)
             self._admit()
             if isinstance(exc, TimeoutError):
@@ -79,8 +79,10 @@ class CacheBudget:
             raise
 
     def _admit(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self.free_bytes:
+        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self.free_bytes):
             num_bytes, admitted = self._waiting.popleft()
+            if admitted.done():  # cancelled, its task has not run since
+                continue
             self.used_bytes += num_bytes
             admitted.set_result(None)
 
@@ -134,7 +136,7 @@ class ServerSession:
             )
 
     def step(self, step: StepInput) -> Tensor:
-        """Append the step's tokens and return the hidden states that leave the span, [B, L, D].
+        """Append the step's tokens and return the hidden states that leave the span, [B, L, D], on the CPU.
 
         Raises: SessionLost: the step does not follow what is cached, or an earlier step failed half-way.
         """
@@ -142,7 +144,7 @@ class ServerSession:
             raise SessionLost(f"the session's cache ends at {self.cache.length}, a step at {step.position} came")
         self.broken = True
         with torch.inference_mode():
-            result = self._step(step)
+            result = self._step(step).cpu()
         self.broken = False
         return result
 

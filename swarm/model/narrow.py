@@ -15,18 +15,26 @@ from swarm.ranges import BlockRange
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
+MAX_VIEWS = 32
+"""How many parts of a span are kept; routes use few, and making one again takes milliseconds."""
+
+
 class SpanViews:
-    """The parts of one span that were asked for, each made once."""
+    """A span and the parts of it that were asked for lately."""
 
     def __init__(self, span: Span) -> None:
         self.span = span
-        self._views = {span.blocks: span}
+        self._views: dict[BlockRange, Span] = {}
 
     def view(self, blocks: BlockRange) -> Span:
         """Return the span of these blocks. Raises: BadRequest: not all of them are here."""
-        if blocks not in self._views:
-            self._views[blocks] = narrow(self.span, blocks)
-        return self._views[blocks]
+        if blocks == self.span.blocks:
+            return self.span
+        view = self._views.pop(blocks, None) or narrow(self.span, blocks)
+        self._views[blocks] = view
+        if len(self._views) > MAX_VIEWS:
+            del self._views[next(iter(self._views))]
+        return view
 
 
 def narrow(span: Span, blocks: BlockRange) -> Span:
