@@ -70,7 +70,8 @@ class Record:
 def _written(buffer: Tensor | None, new: Tensor | None, default_BT: Tensor | None, position: int) -> Tensor | None:
     """Write `new` into the buffer at `position`, growing it; where only one of them exists, the default fills in."""
     if buffer is None and (new is None or position == 0):
-        return new
+        # A copy: the buffer is written to later, the caller's tensor (perhaps an expanded one) must not be.
+        return None if new is None else new.clone(memory_format=torch.contiguous_format)
     if buffer is None:
         assert default_BT is not None
         buffer = default_BT[:, :position]
