@@ -1,0 +1,253 @@
+"""The one retry helper: bounded in attempts and in time, and never for what is the caller's own mistake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from fakes import FINGERPRINT, announcement, peer_id
+
+from swarm.client.network import ClientConfig, FailureMemory, Network
+from swarm.client.routing import Needs
+from swarm.directory import MemoryDirectory
+from swarm.errors import (
+    BadLink,
+    BadRequest,
+    CacheFull,
+    NoRoute,
+    PeerBug,
+    PeerError,
+    PeerUnavailable,
+    PromptTooLong,
+    SessionLost,
+)
+from swarm.ranges import BlockRange
+
+NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
+
+
+class FakeConnector:
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    async def forget(self, peer: str) -> None:
+        self.forgotten.append(peer)
+
+
+class FastLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now_s = 0.0
+        select = self._selector.select
+
+        def jump(timeout: float | None = None) -> object:
+            events = select(0)
+            if not events and timeout:
+                self._now_s += timeout
+            return events
+
+        self._selector.select = jump
+
+    def time(self) -> float:
+        return self._now_s
+
+
+def run(test: Callable[[], object]) -> object:
+    with asyncio.Runner(loop_factory=FastLoop) as runner:
+        return runner.run(test())
+
+
+def make_network(directory: MemoryDirectory | None = None, **config: object) -> Network:
+    options = {"initial_peers": ("/ip4/127.0.0.1/tcp/1",), "route_timeout_s": 5.0} | config
+    return Network(ClientConfig(**options), directory or MemoryDirectory(), FakeConnector())
+
+
+def at_peer(error: PeerError, name: str) -> PeerError:
+    error.peer_id = peer_id(name)
+    return error
+
+
+class Attempts:
+    """Fails with each of these errors in turn, then succeeds."""
+
+    def __init__(self, *errors: BaseException, then: object = "done") -> None:
+        self.errors = list(errors)
+        self.then = then
+        self.ages: list[float | None] = []
+
+    async def __call__(self, max_age_s: float | None) -> object:
+        self.ages.append(max_age_s)
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.then
+
+
+def test_a_failed_peer_is_avoided_and_its_channel_forgotten():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "AB":
+            await directory.announce(announcement(name, 0, 12))
+        network = make_network(directory)
+        first = (await network.route(NEEDS))[0].peer_id
+        failure = PeerUnavailable("gone")
+        failure.peer_id = first
+        assert await network.retrying(Attempts(failure)) == "done"
+        assert (await network.route(NEEDS))[0].peer_id != first
+        assert network.connector.forgotten == [first]
+        network.succeeded(first)
+        assert (await network.route(NEEDS))[0].peer_id == first
+
+    run(test)
+
+
+def test_a_peer_that_is_merely_full_keeps_its_channel():
+    async def test() -> None:
+        network = make_network()
+        await network.retrying(Attempts(at_peer(CacheFull("full"), "A"), at_peer(PeerBug("bug"), "B")))
+        assert network.connector.forgotten == []
+
+    run(test)
+
+
+def test_a_lost_session_does_not_speak_against_its_peer():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory)
+        await network.retrying(Attempts(at_peer(SessionLost("lost"), "A")))
+        assert len(await network.route(NEEDS)) == 1
+
+    run(test)
+
+
+def test_attempts_are_bounded():
+    async def test() -> None:
+        network = make_network(max_attempts=4)
+        attempts = Attempts(*(at_peer(PeerUnavailable(f"failure {number}"), "A") for number in range(9)))
+        with pytest.raises(PeerUnavailable, match="failure 3"):
+            await network.retrying(attempts)
+        assert len(attempts.ages) == 4
+
+    run(test)
+
+
+def test_a_missing_route_is_waited_for_until_the_deadline():
+    async def test() -> None:
+        network = make_network(route_timeout_s=5.0)
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        with pytest.raises(NoRoute, match="no server is available for blocks 0-11"):
+            await network.retrying(lambda max_age_s: network.route(NEEDS, max_age_s=max_age_s))
+        assert 5.0 <= loop.time() - started_s < 5.6
+
+    run(test)
+
+
+def test_a_route_that_appears_in_time_is_taken():
+    async def test() -> None:
+        attempts = Attempts(NoRoute("none"), NoRoute("none"), NoRoute("none"))
+        assert await make_network().retrying(attempts) == "done"
+        assert attempts.ages == [None, 1.0, 1.0, 1.0]
+
+    run(test)
+
+
+def test_no_route_tells_the_last_failure_too():
+    async def test() -> None:
+        failing = Attempts(at_peer(PeerUnavailable("it hung up"), "A"), *(NoRoute("none") for _ in range(99)))
+        with pytest.raises(NoRoute, match="none; the last failure was: it hung up"):
+            await make_network(route_timeout_s=2.0).retrying(failing)
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [BadRequest("wrong"), PromptTooLong("long"), KeyError("bug")])
+def test_what_is_no_peers_fault_is_raised_at_once(error):
+    async def test() -> None:
+        attempts = Attempts(error)
+        with pytest.raises(type(error)):
+            await make_network().retrying(attempts)
+        assert len(attempts.ages) == 1
+
+    run(test)
+
+
+def test_cancellation_is_not_retried():
+    async def test() -> None:
+        started = asyncio.Event()
+
+        async def attempt(_: float | None) -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(make_network().retrying(attempt))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(test)
+
+
+def test_a_swarm_of_another_model_is_told_apart_at_once():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12, model_name="other", model_fingerprint="e" * 32))
+        with pytest.raises(BadLink, match=r"serves other \(fingerprint eeeeeeeeeeee\), not mine .*ffffffffffff"):
+            await make_network(directory).check_model(NEEDS, "mine")
+
+    run(test)
+
+
+def test_an_empty_swarm_may_yet_get_servers():
+    run(lambda: make_network().check_model(NEEDS, "mine"))
+
+
+def test_servers_are_read_again_when_they_are_too_old():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        network = make_network(directory)
+        assert await network.servers(FINGERPRINT) == []
+        await directory.announce(announcement("A", 0, 12))
+        assert await network.servers(FINGERPRINT) == []
+        assert len(await network.servers(FINGERPRINT, max_age_s=0.0)) == 1
+
+    run(test)
+
+
+def test_without_direct_dialling_routes_name_no_address():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        assert (await make_network(directory).route(NEEDS))[0].address.direct
+        assert not (await make_network(directory, use_direct=False).route(NEEDS))[0].address.direct
+
+    run(test)
+
+
+def test_a_peer_is_avoided_twice_as_long_after_each_failure_up_to_a_bound():
+    memory = FailureMemory(1.0, 5.0)
+    for until_s in (1.0, 2.0, 4.0, 5.0, 5.0):
+        memory.failed("A", now_s=100.0)
+        assert memory.avoided(100.0 + until_s - 0.01) == {"A"} and memory.avoided(100.0 + until_s) == set()
+    memory.succeeded("A")
+    assert memory.avoided(100.0) == set()
+    memory.failed("A", now_s=200.0)
+    assert memory.avoided(200.5) == {"A"} and memory.avoided(201.0) == set()
+
+
+def test_ten_thousand_failures_do_not_overflow():
+    memory = FailureMemory(1.0, 120.0)
+    for _ in range(10_000):
+        memory.failed("A", now_s=0.0)
+    assert memory.avoided(119.0) == {"A"} and memory.avoided(120.0) == set()
+
+
+def test_a_client_needs_somebody_to_join_through():
+    with pytest.raises(BadLink, match="join"):
+        ClientConfig(initial_peers=())
+    with pytest.raises(BadRequest, match="silence_s must be positive"):
+        ClientConfig(initial_peers=("/ip4/127.0.0.1/tcp/1",), silence_s=0)
