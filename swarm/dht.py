@@ -285,7 +285,8 @@ async def open_dht(config: DhtConfig) -> AsyncIterator[Dht]:
     async with AsyncExitStack() as owned:
         directory = owned.enter_context(open_socket_directory())
         identity_path = config.identity_path or directory / "identity.key"
-        identity = await asyncio.to_thread(Identity.load_or_create, identity_path)  # making a key takes 0.2 s
+        # Making a key takes 0.2 s. A cancelled start waits for it, or the thread would make the directory anew.
+        identity = await finish(asyncio.to_thread(Identity.load_or_create, identity_path))
         owned.enter_context(sole_use(identity.path))
         daemon = await _start_daemon(owned, config, identity, directory)
         dht = Dht(config, identity, daemon)

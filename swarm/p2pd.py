@@ -19,11 +19,13 @@ import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from swarm.errors import ResourceError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_SOCKET_DIR_CHARS = 60  # a unix socket path may have about 104 characters, and ours add up to 40
 _STOP_TIMEOUT_S = 3.0
@@ -139,11 +141,11 @@ def open_socket_directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def finish(closing: Coroutine[Any, Any, None]) -> None:
-    """Run a bounded clean-up to its end, then let a cancellation that arrived meanwhile take effect."""
-    task = asyncio.create_task(closing)
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run bounded work, such as a clean-up, to its end, then let a cancellation that arrived meanwhile take effect."""
+    task = asyncio.create_task(work)
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise

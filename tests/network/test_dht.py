@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,9 @@ async def test_closing_leaves_nothing_behind(identity_paths: list[Path], caplog:
     assert [record for record in caplog.records if not record.name.startswith("asyncio")] == []
 
 
-async def test_cancelled_start_leaves_nothing_behind() -> None:
+async def test_cancelled_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tempfile.mkdtemp(dir="/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
     tasks = asyncio.all_tasks()
     for delay_s in (0.0, 0.05, 0.15, 0.3):
         opening = asyncio.create_task(open_dht(DhtConfig()).__aenter__())
@@ -104,6 +107,7 @@ async def test_cancelled_start_leaves_nothing_behind() -> None:
             pytest.fail("it started faster than the test expects")
     assert asyncio.all_tasks() == tasks
     _wait_until(lambda: psutil.Process().children() == [])
+    os.rmdir(temporary)  # it is empty
 
 
 async def test_restarted_node_with_the_same_identity_takes_over(
