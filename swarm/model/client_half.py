@@ -24,6 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import ModelOutput
 
 from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
@@ -67,6 +68,9 @@ class _Arguments:
     cache: RemoteCache | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    wants_hidden_states: bool = False
+    x_BLD: Tensor | None = None
+    """The hidden states that entered the blocks, where they are wanted."""
 
 
 class RemoteBlocks(nn.Module):
@@ -89,6 +93,8 @@ class RemoteBlocks(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments: _Arguments = self.arguments.now
         cache, length = arguments.cache, hidden_states.shape[1]
+        if arguments.wants_hidden_states:
+            arguments.x_BLD = hidden_states
         x_BLD = self.call(
             hidden_states,
             cache=cache,
@@ -224,6 +230,7 @@ def _client_class(
 def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> None:
     """Hand the remote blocks what only the module that loops over them is told, per call and per thread."""
     parameters = list(inspect.signature(base.forward).parameters)
+    base_config = getattr(base, "config", model.config)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**kwargs, **dict(zip(parameters, args, strict=False))}
@@ -239,11 +246,17 @@ def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> Non
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise BadRequest(f"the attention mask must be [batch, length], not {list(mask.shape)}")
-        remote.arguments.now = _Arguments(cache, mask, kwargs.get("position_ids"))
+        wants = kwargs.get("output_hidden_states", getattr(base_config, "output_hidden_states", False))
+        remote.arguments.now = _Arguments(cache, mask, kwargs.get("position_ids"), bool(wants))
         return (), kwargs
 
-    def after(*_: Any) -> None:
-        remote.arguments.now = None
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        arguments, remote.arguments.now = remote.arguments.now, None
+        if arguments is None or arguments.x_BLD is None or not isinstance(output, ModelOutput):
+            return
+        if not output.get("hidden_states"):
+            # The library records them with hooks on the class of its layers, and none of those runs here.
+            output["hidden_states"] = (arguments.x_BLD, output.last_hidden_state)
 
     base.register_forward_pre_hook(before, with_kwargs=True)
     base.register_forward_hook(after, always_call=True)
