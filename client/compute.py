@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc.aio
 import torch
@@ -207,11 +208,11 @@ class RemoteCompute:
                 call.cancel()
 
 
-async def _gather_bounded(jobs: Sequence) -> list:  # type: ignore[type-arg]
+async def _gather_bounded(jobs: Sequence[Any]) -> list[Any]:
     """Run coroutines, MAX_PARALLEL at a time; the first failure cancels the rest."""
     gate = asyncio.Semaphore(MAX_PARALLEL)
 
-    async def bounded(job):  # type: ignore[no-untyped-def]
+    async def bounded(job: Any) -> Any:
         async with gate:
             return await job
 

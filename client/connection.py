@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 from .loop import LoopThread
 from .network import ClientConfig, Network, open_network
@@ -25,7 +26,8 @@ class Connection:
         self._stop = asyncio.Event()
         self._task = asyncio.create_task(self._hold(config, ready))
         try:
-            await asyncio.wait({ready, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {ready, self._task}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -244,7 +245,7 @@ async def _announcement(
         hidden_size=anatomy_of(checkpoint.config).hidden_size,
         start=plan.blocks.start,
         end=plan.blocks.end,
-        dtype=dtype_name(plan.dtype),
+        dtype=dtype_name(plan.dtype),  # type: ignore[arg-type]  # checked when it is made
         state="online",
         direct=[] if config.tunnel_only else _direct_addresses(config, multiaddrs, port),
         tls_certificate=certificate.certificate_der,
@@ -289,7 +290,7 @@ class _Announcer:
 
     async def say(self, state: str | None = None) -> None:
         """Announce the present state; a directory that cannot be reached is tried again with the next period."""
-        update = {
+        update: dict[str, Any] = {
             "expires_at_s": time.time() + 4 * self._config.announce_period_s,
             "cache_free_tokens": self._sessions.cache_free_tokens,
         }

@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 MAX_RANK = 4
 
-_DTYPES: dict[pb.DType.ValueType, torch.dtype] = {
+_DTYPES: dict[pb.DType, torch.dtype] = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT16: torch.float16,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
@@ -33,7 +33,7 @@ _WIRE_DTYPES = {dtype: number for number, dtype in _DTYPES.items()}
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def wire_dtype(dtype: torch.dtype) -> pb.DType.ValueType:
+def wire_dtype(dtype: torch.dtype) -> pb.DType:
     """Return the wire's number for a torch dtype."""
     return _WIRE_DTYPES[dtype]
 
@@ -60,7 +60,7 @@ class Packed:
     more: list[bytes]
 
 
-def pack(*tensors: Tensor | None, codec: pb.Codec.ValueType = pb.CODEC_RAW) -> Packed:
+def pack(*tensors: Tensor | None, codec: pb.Codec = pb.CODEC_RAW) -> Packed:
     """Serialize tensors of any device; None stays an absent spec.
 
     Args:
@@ -167,13 +167,13 @@ def _check_spec(spec: pb.TensorSpec) -> None:
         )
 
 
-def _encode(tensor: Tensor, codec: pb.Codec.ValueType) -> memoryview:
+def _encode(tensor: Tensor, codec: pb.Codec) -> memoryview:
     if codec == pb.CODEC_RAW:
-        return memoryview(_bytes_of(tensor.to("cpu")).numpy())
+        return _bytes_of(tensor.to("cpu")).numpy().data
     rows = tensor.float().reshape(-1, tensor.shape[-1])
     scales = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     quantized = (rows / scales).round_().clamp_(-127, 127).to(torch.int8)
-    return memoryview(torch.cat([_bytes_of(scales.cpu()), _bytes_of(quantized.cpu())]).numpy())
+    return torch.cat([_bytes_of(scales.cpu()), _bytes_of(quantized.cpu())]).numpy().data
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from swarm.v1 import blocks_pb2 as pb
 class SwarmError(Exception):
     """Base of all; the message says what was wanted, what was found, and what to do."""
 
-    code: ClassVar[pb.ErrorCode.ValueType] = pb.ERROR_CODE_INTERNAL
-    retry: ClassVar[pb.Retry.ValueType] = pb.RETRY_NEVER
+    code: ClassVar[pb.ErrorCode] = pb.ERROR_CODE_INTERNAL
+    retry: ClassVar[pb.Retry] = pb.RETRY_NEVER
 
     peer_id: str = ""
     """The peer at fault, where there is one."""

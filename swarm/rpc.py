@@ -81,6 +81,7 @@ async def abort(context: grpc.aio.ServicerContext, error: SwarmError) -> NoRetur
     wire = pb.Error(code=error.code, retry=error.retry, message=text, peer_id=error.peer_id)
     details = text.encode("ascii", "replace").decode()
     await context.abort(_STATUS[error.code], details, ((ERROR_METADATA_KEY, wire.SerializeToString()),))
+    raise AssertionError("abort raises")
 
 
 def translate(failure: grpc.aio.AioRpcError, peer_id: str) -> SwarmError:

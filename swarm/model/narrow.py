@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
         raise BadRequest(f"blocks {blocks} were asked for, the span holds {span.blocks}")
     anatomy = anatomy_of(span.config)
     offset = blocks.start - span.blocks.start
-    model = _shared(span.model)
+    model: Any = _shared(span.model)
     layers = list(model.get_submodule(anatomy.layers).children())[offset : offset + len(blocks)]
     for index, layer in enumerate(layers):
         for module in layer.modules():
@@ -54,7 +55,7 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
                 module.layer_idx = index
     model.set_submodule(anatomy.layers, nn.ModuleList(layers))
     model.config = _cut_config(span, offset, len(blocks))
-    return Span(model, anatomy, blocks)  # type: ignore[arg-type]
+    return Span(model, anatomy, blocks)
 
 
 def _cut_config(span: Span, offset: int, num_blocks: int) -> object:
