@@ -10,7 +10,6 @@ from transformers import PretrainedConfig
 LAYERS = {
     "codegen": "h",
     "bloom": "h",
-    "ctrl": "h",
     "dbrx": "blocks",
     "falcon": "h",
     "gpt2": "h",
@@ -30,13 +29,78 @@ LAYERS = {
 )  # fmt: skip
 """Path of the layer list inside the base model, for types whose config has no pipeline plan."""
 
-RETURN_TUPLE = frozenset(("bamba", "bloom", "codegen", "falcon", "glm_moe_dsa", "gpt_neo", "gptj", "mpt"))
+RETURN_TUPLE = frozenset(
+    ("bamba", "bloom", "codegen", "falcon", "falcon_h1", "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt")
+)
 """Types whose base model takes the first element of what a layer returns."""
 
-VERIFIED: frozenset[str] = frozenset()
+VERIFIED = frozenset(
+    (
+        "afmoe", "apertus", "arcee", "aria_text", "axk1", "axk2", "bailing_hybrid", "bamba", "beam", "biogpt",
+        "bitnet", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "dbrx",
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "diffllama", "doge", "dots1", "dots3_note_text",
+        "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "flex_olmo", "flint",
+        "gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe",
+        "glm4_moe_lite", "glm_moe_dsa", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
+        "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa",
+        "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
+        "hyperclovax", "inkling_text", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kimi_linear",
+        "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "llama4_text", "mellum", "mimo_v2_flash",
+        "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral",
+        "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
+        "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open",
+        "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
+    )
+)  # fmt: skip
 """Types whose logits, tokens and gradients equal those of the whole model."""
 
-REFUSED: dict[str, str] = {}
+ENCODER = "it is an encoder; transformers can run it as a decoder, but nobody generates with it"
+ENCODER_DECODER = "it is an encoder-decoder, whose decoder blocks also need the encoder's output"
+MULTIMODAL = "it wraps a language model together with other modalities; give a checkpoint of the language model alone"
+RECURRENT = "its blocks keep a recurrent state in a form of their own and no keys and values, so no session can rewind"
+STREAMS = "several residual streams run between its blocks, where one is expected"
+SIDE_CHANNEL = "a block hands the next ones more than hidden states, which would be lost between two servers"
+SHARED = "blocks share weights with other blocks, which may lie on another server"
+NO_CACHE = "it has no KV cache, so it cannot decode token by token"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod",
+        ),
+        ENCODER,
+    ),
+    **dict.fromkeys(
+        (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen",
+            "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper",
+        ),
+        ENCODER_DECODER,
+    ),
+    **dict.fromkeys(
+        (
+            "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "llama4",
+            "mllama", "moshi", "moss_transcribe_diarize", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
+        ),
+        MULTIMODAL,
+    ),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"), RECURRENT),
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "qwen4_exp_text"), STREAMS),
+    **dict.fromkeys(("inkling2_text", "zaya"), SIDE_CHANNEL),
+    **dict.fromkeys(("zamba", "zamba2"), SHARED),
+    **dict.fromkeys(("cpmant", "openai-gpt", "reformer", "xlm", "xlnet"), NO_CACHE + " the way the others do"),
+    "blt": "it works on bytes and patches with three models of its own, not on one list of blocks",
+    "ctrl": "its forward scales the embeddings it is given in place",
+    "gemma3n_text": "each block has inputs of its own, made from the token ids, which servers never see",
+    "gemma4_assistant": "it drafts for another model, whose keys and values it reads",
+    "gemma4_unified_assistant": "it drafts for another model, whose keys and values it reads",
+    "hrm_text": "it runs its blocks several times over",
+    "longcat_flash": "each of its blocks counts as two in its cache",
+    "minimax": "its linear attention wants a cache class of its own",
+}  # fmt: skip
 """Types that cannot be cut, and why."""
 
 
@@ -46,4 +110,12 @@ def reason_to_refuse(config: PretrainedConfig) -> str | None:
         return REFUSED[config.model_type]
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, whose decoder blocks also need the encoder's output"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "some of its blocks use the keys and values of earlier ones, which may lie on another server"
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return REFUSED["gemma3n_text"]
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        return SIDE_CHANNEL
+    if getattr(config, "is_causal", True) is False:
+        return "it attends to later tokens, so it cannot decode token by token"
     return None

@@ -40,9 +40,11 @@ class NumberedLayers(nn.ModuleList):
 class PassThrough(nn.Module):
     """Stands for a part of the base model that only the client has; what it returns reaches no block."""
 
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        is_hidden_states = isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()
-        return x if is_hidden_states else torch.zeros(())
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
+                return value
+        return torch.zeros(())
 
 
 @dataclass(slots=True)
@@ -147,6 +149,8 @@ class Span(nn.Module):
         inputs: dict[str, Any] = {"inputs_embeds": step.x_BLD, "use_cache": cache is not None}
         if attention_mask_BT is not None:
             inputs["attention_mask"] = attention_mask_BT
+        if position_ids_BL is None and position:  # not every model counts the cached tokens when it makes its own
+            position_ids_BL = torch.arange(position, position + x_BLD.shape[1], device=x_BLD.device).unsqueeze(0)
         if position_ids_BL is not None and "position_ids" in self._accepted:
             inputs["position_ids"] = position_ids_BL
         if cache is None:

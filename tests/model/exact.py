@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tiny_configs import VOCAB, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -15,7 +16,6 @@ from swarm.model.remote_cache import RemoteCache
 from swarm.model.span import Span, load_span
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
-from tiny_configs import VOCAB, tiny_config
 
 RANGES = ("0:1", "1:3", "3:4")
 NUM_TOKENS = 16
