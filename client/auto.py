@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -144,7 +145,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return torch_dtype(dtype)
 
 
-def _distributed_class(model_class: type) -> type:
+def _distributed_class(model_class: Any) -> type:
     """The Hugging Face class with what a distributed model adds, under the Hugging Face name."""
-    name = f"Distributed{model_class.__name__}"
-    return type(name, (DistributedMixin, model_class), {"__module__": model_class.__module__})
+
+    @functools.wraps(model_class.forward)  # generate, Trainer and PEFT look at its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return DistributedMixin.forward(self, *args, **kwargs)
+
+    attributes = {"__module__": model_class.__module__, "forward": forward}
+    return type(f"Distributed{model_class.__name__}", (DistributedMixin, model_class), attributes)
