@@ -46,8 +46,9 @@ def version() -> None:
 
 
 def _register() -> None:
-    from . import bootstrap, generate, serve, status
+    from . import bootstrap, demo, generate, serve, status
 
+    app.command("demo")(demo.demo_command)
     app.command("serve")(serve.serve_command)
     app.command("dht")(bootstrap.dht_command)
     app.command("status")(status.status_command)
@@ -56,8 +57,8 @@ def _register() -> None:
 
 def main() -> None:
     """Run the command line; every error that Swarm raises on purpose becomes one sentence and an exit code."""
-    _register()
     try:
+        _register()
         app(standalone_mode=True)
     except ResourceError as exc:
         _fail(exc, 1)

@@ -11,7 +11,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from swarm.ranges import BlockRange
 
-from .common import JoinOption, Lifetime, console, errors, parse_join, run_until_signal, write_atomically
+from .common import (
+    JoinOption,
+    Lifetime,
+    console,
+    errors,
+    exit_with_parent,
+    parse_join,
+    run_until_signal,
+    write_atomically,
+)
 
 
 def serve_command(
@@ -37,17 +46,21 @@ def serve_command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where downloads go.")] = None,
+    with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
     """Host blocks of a model. Without --join, start a new swarm and print its join link.
 
     Example: swarm serve Qwen/Qwen3-8B --host 0.0.0.0
     """
+    if with_parent:
+        exit_with_parent(grace_s=drain_timeout + 5)
+    link = parse_join(join)
+    block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
     from swarm.server.app import Running, serve
     from swarm.server.checks import ServiceLimits
     from swarm.server.config import ServerConfig
 
-    link = parse_join(join)
     progress = Progress(
         TextColumn("loading blocks"),
         BarColumn(),
@@ -65,7 +78,7 @@ def serve_command(
 
     config = ServerConfig(
         source=CheckpointSource(model, revision, token, cache_dir),
-        blocks=BlockRange.parse(blocks) if blocks else None,
+        blocks=block_range,
         num_blocks=num_blocks or None,
         initial_peers=link.initial_peers if link else (),
         identity_path=identity,

@@ -51,7 +51,10 @@ class LocalServer(Protocol):
 
 
 class ProcessServer:
-    """A `swarm serve` process with a process group of its own."""
+    """A `swarm serve` process with a process group of its own.
+
+    We hold the other end of its standard input. It ends when that closes, so also when we are killed ourselves.
+    """
 
     def __init__(self, model: str, blocks: BlockRange, dtype: str, join: str | None, arguments: Sequence[str]) -> None:
         self.blocks = blocks
@@ -60,12 +63,12 @@ class ProcessServer:
         self._log_path = Path(self._directory.name, "log")
         self._link_path = Path(self._directory.name, "link")
         command = [sys.executable, "-m", "swarm.cli.app", "serve", model, "--blocks", str(blocks), "--dtype", dtype]
-        command += ["--link-file", str(self._link_path), *arguments]
+        command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
         environment = {**os.environ, "SWARM_JOIN": join or ""}
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -97,6 +100,8 @@ class ProcessServer:
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self._directory.cleanup()
 
     def stop(self) -> None:
@@ -114,7 +119,7 @@ class ProcessServer:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it is gone, and so is its group
+        if self.alive:  # once it was waited for, its number may belong to somebody else
             os.killpg(self.process.pid, number)
 
 
@@ -219,9 +224,10 @@ class LocalSwarm:
         try:
             first, *others = self._ranges
             self.add((first.start, first.end))
-            started = [self._start(blocks, self.link) for blocks in others]
-            self.servers.extend(started)
-            for server in started:
+            link = self.link
+            for blocks in others:
+                self.servers.append(self._start(blocks, link))
+            for server in self.servers[1:]:
                 server.wait_ready()
         except BaseException:
             self.close()
