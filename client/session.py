@@ -87,6 +87,39 @@ def _written(buffer: Tensor | None, new: Tensor | None, default_BT: Tensor | Non
     return buffer
 
 
+def _as_int64(tensor: Tensor | None, batch_size: int) -> Tensor | None:
+    """As it travels; one row stands for all sequences."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().to("cpu", torch.int64)
+    return tensor.expand(batch_size, -1) if tensor.dim() == 2 and tensor.shape[0] == 1 else tensor
+
+
+def _check_hidden_states(x_BLD: Tensor, hidden_size: int) -> None:
+    fits = x_BLD.dim() == 3 and x_BLD.shape[2] == hidden_size and x_BLD.is_floating_point()
+    if not fits or 0 in x_BLD.shape:
+        raise BadRequest(
+            f"a step takes hidden states of shape [batch, length, {hidden_size}] in floating point, with at least one "
+            f"sequence and one token, got {x_BLD.dtype} {list(x_BLD.shape)}"
+        )
+
+
+def _check_step(step: Step) -> None:
+    """Raise BadRequest for what every server would refuse, before it reaches the record."""
+    batch_size, length, _ = step.x_BLD.shape
+    for name, tensor in (("attention_mask", step.mask_BL), ("position_ids", step.position_ids_BL)):
+        if tensor is not None and tensor.shape != (batch_size, length):
+            raise BadRequest(f"{name} must have the shape [{batch_size}, {length}], got {list(tensor.shape)}")
+    if step.mask_BL is not None and bool(((step.mask_BL != 0) & (step.mask_BL != 1)).any()):
+        raise BadRequest("attention_mask must contain zeros and ones only")
+    if step.position_ids_BL is not None and bool((step.position_ids_BL < 0).any()):
+        raise BadRequest("position_ids must not be negative")
+    if step.beam_idx and (len(step.beam_idx) != batch_size or not all(0 <= row < batch_size for row in step.beam_idx)):
+        raise BadRequest(f"beam_idx must name {batch_size} sequences, each below {batch_size}")
+    if not 0 <= step.num_outputs <= length:
+        raise BadRequest(f"a step of {length} tokens cannot return {step.num_outputs}")
+
+
 class RemoteSession:
     """A session's state and its asynchronous steps; see InferenceSession for the API."""
 
@@ -150,6 +183,8 @@ class RemoteSession:
             pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
         outputs = [await chain.receive(result) for result in pending]
         wanted = [output for output in outputs if output is not None]
+        if not step.num_outputs:
+            wanted.append(step.x_BLD[:, :0])
         chain.check_outputs(wanted, step.num_outputs)
         for hop in chain.hops:
             self._network.succeeded(hop.peer_id)
@@ -253,11 +288,7 @@ class InferenceSession:
         """
         if self._closed:
             raise BadRequest("the session is closed: open a new one")
-        if x_BLD.dim() != 3 or x_BLD.shape[2] != self._config.hidden_size or not x_BLD.dtype.is_floating_point:
-            raise BadRequest(
-                f"a step takes hidden states of shape [batch, length, {self._config.hidden_size}] in floating point, "
-                f"got {x_BLD.dtype} {list(x_BLD.shape)}"
-            )
+        _check_hidden_states(x_BLD, self._config.hidden_size)
         batch_size, length, _ = x_BLD.shape
         if self._position + length > self.max_length:
             raise PromptTooLong(
@@ -267,7 +298,9 @@ class InferenceSession:
         session = self._session_for(batch_size)
         count = length if num_outputs is None else num_outputs
         x = x_BLD.detach().to("cpu")
-        step = Step(self._position, count, x, attention_mask, position_ids, tuple(beam_idx))
+        mask, ids = _as_int64(attention_mask, batch_size), _as_int64(position_ids, batch_size)
+        step = Step(self._position, count, x, mask, ids, tuple(beam_idx))
+        _check_step(step)
         y_BLD = self._loop.run(session.step(step))
         self._position += length
         return y_BLD.to(x_BLD.device, x_BLD.dtype)
