@@ -1,0 +1,29 @@
+"""Waiting for what other threads bring about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from swarm.server import LocalSwarm
+
+RELEASE_TIMEOUT_S = 20.0
+"""How long a server may take to notice that a client is gone; it takes milliseconds."""
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
+    """Poll a condition that another thread brings about."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.01)
+
+
+def held(swarm: LocalSwarm) -> list[tuple[int, int]]:
+    """(sessions, cache bytes) of each server in this process."""
+    stats = [server.running.sessions.statistics() for server in swarm.servers if server.alive]
+    return [(each.num_sessions, each.cache_used_bytes) for each in stats]
+
+
+def wait_idle(swarm: LocalSwarm) -> None:
+    """Wait until no server holds a session or cache."""
+    wait_until(lambda: all(each == (0, 0) for each in held(swarm)), f"servers hold nothing, but {held(swarm)}")
