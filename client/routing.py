@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
-from swarm.errors import NoRoute
+from swarm.errors import NoRoute, PromptTooLong
 from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange, describe_blocks
 
@@ -71,7 +71,8 @@ def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collecti
 
     Args:
         avoid: ids of peers that failed a moment ago.
-    Raises: NoRoute: some blocks have no usable server; the message names them and says why.
+    Raises: NoRoute: some blocks have no usable server; the message names them and says why. PromptTooLong: they have,
+        for shorter sessions.
     """
     candidates = [server for server in servers if usable(server, needs) is None and server.peer_id not in avoid]
     candidates.sort(key=lambda server: server.peer_id)
@@ -88,6 +89,7 @@ def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collecti
             cost_s, previous = min((stay_s, index), (change_s, arrived_by))
             costs[index] = (cost_s + _block_cost_s(server), previous)
         if not costs:
+            _check_session_tokens(servers, needs)
             raise NoRoute(_explain_gap(servers, needs, avoid))
         best = costs
         arrived_by = min(best, key=lambda index: (best[index][0], index))
@@ -112,6 +114,21 @@ def _hops(
 def _block_cost_s(server: Announcement) -> float:
     rate = server.decode_tokens_per_s or 100.0
     return 1.0 / (rate * max(1, server.end - server.start))
+
+
+def _check_session_tokens(servers: Sequence[Announcement], needs: Needs) -> None:
+    """Raise PromptTooLong if the servers there are, also those that failed a moment ago, allow shorter sessions only."""
+    any_length = replace(needs, session_tokens=0)
+    fitting = [server for server in servers if usable(server, any_length) is None]
+    limit = min(
+        max((server.max_session_tokens for server in fitting if block in server.blocks), default=0)
+        for block in needs.blocks
+    )
+    if 0 < limit < needs.session_tokens:
+        raise PromptTooLong(
+            f"a session of {needs.session_tokens} tokens was asked for, the servers of this model allow {limit}: "
+            "use a smaller max_length"
+        )
 
 
 def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collection[str]) -> str:

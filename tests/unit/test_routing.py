@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.client.routing import HOP_COST_S, Hop, Needs, plan_route
-from swarm.errors import NoRoute
+from swarm.errors import NoRoute, PromptTooLong
 from swarm.ranges import BlockRange
 
 ALL = Needs(BlockRange(0, 12), FINGERPRINT)
@@ -75,7 +75,6 @@ def test_no_servers_at_all():
         ({"model_commit": "b" * 40}, "serves revision bbbbbbbbbbbb .ours is aaaaaaaaaaaa"),
         ({"state": "draining"}, "is draining"),
         ({"state": "joining"}, "is joining"),
-        ({"max_session_tokens": 99}, "allows sessions of 99 tokens .we need 100"),
         ({"model_fingerprint": "e" * 32}, "serves another model"),
     ],
 )
@@ -84,6 +83,23 @@ def test_servers_that_cannot_be_used_are_left_out_and_counted_with_the_reason(ch
     servers = [announcement("A", 0, 12, **changes), announcement("B", 0, 6), announcement("C", 6, 12)]
     assert described(plan_route(servers, needs)) == [("B", 0, 6), ("C", 6, 12)]
     with pytest.raises(NoRoute, match=f"1 known server {reason}"):
+        plan_route(servers[:1], needs)
+
+
+def test_servers_for_shorter_sessions_are_left_out():
+    needs = Needs(BlockRange(0, 12), FINGERPRINT, session_tokens=100)
+    short = announcement("A", 0, 12, max_session_tokens=99)
+    assert described(plan_route([short, announcement("B", 0, 6), announcement("C", 6, 12)], needs))[0][0] == "B"
+    with pytest.raises(NoRoute, match="1 known server allows sessions of 99 tokens .we need 100"):
+        plan_route([short, announcement("B", 0, 12)], needs, avoid={peer_id("B")})
+
+
+def test_a_session_that_no_server_allows_is_refused_rather_than_waited_for():
+    needs = Needs(BlockRange(0, 12), FINGERPRINT, session_tokens=100)
+    servers = [announcement("A", 0, 6, max_session_tokens=200), announcement("B", 6, 12, max_session_tokens=99)]
+    with pytest.raises(PromptTooLong, match="100 tokens was asked for, the servers of this model allow 99"):
+        plan_route(servers, needs)
+    with pytest.raises(NoRoute, match="blocks 6-11"):
         plan_route(servers[:1], needs)
 
 
