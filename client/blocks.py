@@ -61,17 +61,30 @@ class RemoteBlocks(nn.Module):
             prompts: deep prompts [N, B or 1, P, D] for these blocks, added at the first P positions of each.
         Raises: BadRequest: a shape does not fit. NoRoute: no servers for some blocks within the timeout.
         """
-        if x_BLD.dim() != 3 or x_BLD.shape[2] != self._hidden_size or not x_BLD.dtype.is_floating_point:
+        self._check(x_BLD, attention_mask, position_ids, prompts)
+        y_BLD: Tensor = _RemoteFunction.apply(self, attention_mask, position_ids, x_BLD, prompts)
+        return y_BLD
+
+    def _check(self, x_BLD: Tensor, mask_BL: Tensor | None, ids_BL: Tensor | None, prompts_NBPD: Tensor | None) -> None:
+        if x_BLD.dim() != 3 or x_BLD.shape[2] != self._hidden_size or 0 in x_BLD.shape or not x_BLD.is_floating_point():
             raise BadRequest(
                 f"remote blocks take floating-point hidden states [batch, length, {self._hidden_size}], "
                 f"got {x_BLD.dtype} {list(x_BLD.shape)}"
             )
-        if prompts is not None and (prompts.dim() != 4 or prompts.shape[0] != len(self.blocks)):
-            raise BadRequest(f"prompts must have the shape [{len(self.blocks)}, batch or 1, tokens, hidden_size]")
-        if prompts is not None and prompts.shape[2] > x_BLD.shape[1]:
-            raise BadRequest("prompts are longer than the sequence they are added to")
-        y_BLD: Tensor = _RemoteFunction.apply(self, attention_mask, position_ids, x_BLD, prompts)
-        return y_BLD
+        batch_size, length, _ = x_BLD.shape
+        if mask_BL is not None and mask_BL.shape != (batch_size, length):
+            raise BadRequest(f"attention_mask must have the shape {[batch_size, length]}, got {list(mask_BL.shape)}")
+        if ids_BL is not None and ids_BL.shape not in ((batch_size, length), (1, length)):
+            raise BadRequest(f"position_ids must have the shape {[batch_size, length]}, got {list(ids_BL.shape)}")
+        if prompts_NBPD is None:
+            return
+        shape = list(prompts_NBPD.shape)
+        if len(shape) != 4 or shape[0] != len(self) or shape[1] not in (1, batch_size) or shape[3] != self._hidden_size:
+            raise BadRequest(
+                f"prompts must have the shape [{len(self)}, 1 or {batch_size}, tokens, {self._hidden_size}], got {shape}"
+            )
+        if not 1 <= shape[2] <= length:
+            raise BadRequest(f"prompts of {shape[2]} tokens do not fit a sequence of {length}")
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}"
