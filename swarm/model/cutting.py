@@ -79,7 +79,8 @@ def set_number(layer: nn.Module, old: int, new: int) -> None:
 def cut_config(config: PretrainedConfig, num_blocks: int, blocks: BlockRange) -> None:
     """Let a config of `num_blocks` blocks describe these alone, in place: all modules share it."""
     overrides = config.to_dict().get("per_layer_config") or {}
-    computed = {name for name in dir(type(config)) if isinstance(getattr(type(config), name), property)}
+    kinds = (property, list, tuple)  # a config that was cut before has its computed lists as constants of its class
+    computed = {name for name in dir(type(config)) if isinstance(getattr(type(config), name), kinds)}
     sliced = {
         name: value[blocks.start : blocks.end]
         for name in {*vars(config), *computed}

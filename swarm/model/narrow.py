@@ -7,9 +7,10 @@ from collections import OrderedDict
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from swarm.errors import BadRequest
-from swarm.model.anatomy import anatomy_of
+from swarm.model.cutting import cut_config, set_number
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 
@@ -45,33 +46,24 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
     """
     if not span.blocks.covers(blocks):
         raise BadRequest(f"blocks {blocks} were asked for, the span holds {span.blocks}")
-    anatomy = anatomy_of(span.config)
     offset = blocks.start - span.blocks.start
-    model: Any = _shared(span.model)
-    layers = list(model.get_submodule(anatomy.layers).children())[offset : offset + len(blocks)]
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if getattr(module, "layer_idx", None) == index + offset:
-                module.layer_idx = index
-    model.set_submodule(anatomy.layers, nn.ModuleList(layers))
-    model.config = _cut_config(span, offset, len(blocks))
-    return Span(model, anatomy, blocks)
-
-
-def _cut_config(span: Span, offset: int, num_blocks: int) -> object:
     config = copy.copy(span.config)
-    for name, value in list(vars(config).items()):
-        per_layer = "layer" in name or "block" in name
-        if per_layer and isinstance(value, list | tuple) and len(value) == len(span.blocks):
-            setattr(config, name, value[offset : offset + num_blocks])
-    config.num_hidden_layers = num_blocks
-    return config
+    cut_config(config, len(span.blocks), BlockRange(offset, offset + len(blocks)))
+    model = _shared(span.model, span.config, config)
+    layers = list(model.get_submodule(span.anatomy.layers).children())[offset : offset + len(blocks)]
+    for index, layer in enumerate(layers):
+        set_number(layer, index + offset, index)
+    model.set_submodule(span.anatomy.layers, nn.ModuleList(layers))
+    return Span(model, span.anatomy, blocks)  # type: ignore[arg-type]
 
 
-def _shared(module: nn.Module) -> nn.Module:
-    """A copy of the module tree whose modules are new and whose tensors are the same."""
+def _shared(module: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> nn.Module:
+    """A copy of the module tree whose modules are new and refer to the new config, and whose tensors are the same."""
     twin = copy.copy(module)
-    twin._modules = {name: None if child is None else _shared(child) for name, child in module._modules.items()}
+    children = module._modules.items()
+    twin._modules = {name: None if child is None else _shared(child, old, new) for name, child in children}
     for hooks in _HOOKS:
         setattr(twin, hooks, OrderedDict())
+    if getattr(twin, "config", None) is old:
+        twin.config = new  # type: ignore[assignment]
     return twin

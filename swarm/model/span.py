@@ -54,6 +54,8 @@ class Span(nn.Module):
         super().__init__()
         self.model = model
         """The base model, cut down; `model.config` describes these blocks alone, which are numbered from 0."""
+        self.anatomy = anatomy
+        """That of the whole model."""
         self.blocks = blocks
         self.num_model_blocks = anatomy.num_blocks
         self.hidden_size = anatomy.hidden_size
