@@ -51,8 +51,11 @@ def save_tiny(directory: Path, model_type: str, *, seed: int = 0, **changes: obj
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+            for parameter in model.parameters():  # not all classes initialize all of theirs
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+                else:
+                    parameter.nan_to_num_().clamp_(-2, 2).add_(torch.randn_like(parameter) * 0.02)
         model.save_pretrained(directory)
     return directory
 
