@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 it failed (a peer, the network, a resource), 2 the command
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def _common(
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     if level > logging.DEBUG:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC writes past Python's logging; our errors say it all
         for noisy in ("hivemind", "transformers", "asyncio", "httpx", "huggingface_hub"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
