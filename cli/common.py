@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 from rich.console import Console
 
 from swarm.errors import BadLink
@@ -96,4 +97,5 @@ def run_until_signal(work: Callable[[Lifetime], Awaitable[None]]) -> None:
         except asyncio.CancelledError:
             raise typer.Exit(130) from None
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())

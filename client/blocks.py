@@ -81,7 +81,8 @@ class RemoteBlocks(nn.Module):
         shape = list(prompts_NBPD.shape)
         if len(shape) != 4 or shape[0] != len(self) or shape[1] not in (1, batch_size) or shape[3] != self._hidden_size:
             raise BadRequest(
-                f"prompts must have the shape [{len(self)}, 1 or {batch_size}, tokens, {self._hidden_size}], got {shape}"
+                f"prompts must have the shape [{len(self)}, 1 or {batch_size}, tokens, {self._hidden_size}], "
+                f"got {shape}"
             )
         if not 1 <= shape[2] <= length:
             raise BadRequest(f"prompts of {shape[2]} tokens do not fit a sequence of {length}")

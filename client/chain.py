@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 from torch import Tensor
@@ -76,7 +77,7 @@ class Chain:
         self._last_step_id += 1
         # The server casts to its own dtype first thing; casting here makes the message smaller, not different.
         x_BLD = step.x_BLD.to(torch_dtype(self.hops[0].server.dtype))
-        packed = pack(x_BLD, step.mask_BL, step.position_ids_BL)
+        packed = pack(x_BLD, step.mask_BL, step.position_ids_BL, codec=self._network.config.codec)
         wire = pb.Step(
             step_id=self._last_step_id,
             position=step.position,
@@ -89,13 +90,19 @@ class Chain:
         )
         result: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
         self._results[self._last_step_id] = result
+        first = write_message(self._calls[0].write, pb.SessionRequest(step=wire), packed.more)
         try:
-            async with errors_from_wire(self.hops[0].peer_id):
-                await write_message(self._calls[0].write, pb.SessionRequest(step=wire), packed.more)
-        except (PeerError, asyncio.InvalidStateError) as exc:
+            async with self._errors_of(0):
+                if packed.more:
+                    # The hop reads on only as fast as it computes: ask whether it is alive rather than set a limit.
+                    await self._network.while_alive(first, self.hops, self._network.config.step_timeout_s)
+                else:
+                    await first
+        except PeerError:
             # The stream's reader learns why it ended; give it a moment, for its reason is the better one.
             await self._wait_failure()
-            raise self._failure or self._blame(0, "closed the session") from exc
+            self._raise_failure()
+            raise
         return result
 
     async def receive(self, result: asyncio.Future[Tensor | None]) -> Tensor | None:
@@ -134,22 +141,31 @@ class Chain:
                 result.set_exception(self._failure)
                 result.exception()  # retrieved: the step that waits for it may have been cancelled
 
-    async def open_hop(self, index: int, session_ids: Sequence[bytes]) -> None:
+    def _errors_of(self, index: int) -> AbstractAsyncContextManager[None]:
+        """Translate the errors of one hop, which may blame the one that it pushes to."""
+        following = self.hops[index + 1 : index + 2]
+        return errors_from_wire(self.hops[index].peer_id, {hop.peer_id for hop in following})
+
+    async def _open_hop(self, index: int, session_ids: Sequence[bytes], leases: AsyncExitStack) -> None:
         """Open the stream to one hop and wait until it has room. Raises: PeerError, UserError."""
         hop, config = self.hops[index], self._config
-        channel = await self._network.connector.channel(hop.address)
-        async with errors_from_wire(hop.peer_id):
+        channel = await leases.enter_async_context(self._network.connector.lease(hop.address))
+        async with self._errors_of(index):
             call = pb_grpc.BlocksStub(channel).Session()
             self._calls[index] = call
             first, more = self._opening(index, session_ids)
-            await write_message(call.write, first, more)
+
+            async def exchange() -> pb.SessionResponse:
+                await write_message(call.write, first, more)
+                return await call.read()
+
             timeout_s = config.open_timeout_s + self._network.config.connect_timeout_s
-            answer = await self._network.while_alive(call.read(), [hop], timeout_s)
+            answer = await self._network.while_alive(exchange(), [hop], timeout_s)
             if answer is grpc.aio.EOF:
                 await call.code()
                 raise self._blame(index, "closed the session at once")
-        if answer.WhichOneof("kind") != "opened":
-            raise ProtocolError(f"peer {hop} did not answer `open` with `opened`")
+            if answer.WhichOneof("kind") != "opened":
+                raise ProtocolError(f"peer {hop} did not answer `open` with `opened`")
         self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
 
     def _opening(self, index: int, session_ids: Sequence[bytes]) -> tuple[pb.SessionRequest, list[bytes]]:
@@ -172,37 +188,33 @@ class Chain:
             opening.next_session_id = session_ids[index + 1]
         return pb.SessionRequest(open=opening), packed.more
 
-    async def open(self, owned: list[asyncio.Task[None]]) -> None:
-        """Open all hops at once; `owned` receives the tasks that read from them."""
+    async def open(self, owned: AsyncExitStack) -> None:
+        """Open all hops at once; `owned` gets what must be closed at the end."""
         self._calls = [None] * len(self.hops)
         self.max_step_tokens = 1 << 30
         session_ids = [secrets.token_bytes(16) for _ in self.hops]
-        openings = [asyncio.create_task(self.open_hop(index, session_ids)) for index in range(len(self.hops))]
-        try:
-            await asyncio.gather(*openings)
-        except BaseException:
-            for opening in openings:
-                opening.cancel()
-            await asyncio.gather(*openings, return_exceptions=True)
-            raise
-        for index in range(len(self.hops)):
-            owned.append(asyncio.create_task(self._listen(index)))
+        leases = await owned.enter_async_context(AsyncExitStack())
+        openings = [asyncio.create_task(self._open_hop(index, session_ids, leases)) for index in range(len(self.hops))]
+        owned.push_async_callback(cancel_and_wait, openings)
+        await asyncio.gather(*openings)
+        listeners = [asyncio.create_task(self._listen(index)) for index in range(len(self.hops))]
+        owned.push_async_callback(cancel_and_wait, listeners)
 
     async def _listen(self, index: int) -> None:
-        """Read a hop's stream to its end: results from the last hop, errors from any."""
+        """Read a hop's stream to its end, which is the chain's: results from the last hop, errors from any."""
         hop, call = self.hops[index], self._calls[index]
+        error: SwarmError = self._blame(index, "closed the session")
         try:
-            async with errors_from_wire(hop.peer_id):
+            async with self._errors_of(index):
                 while (message := await call.read()) is not grpc.aio.EOF:
                     if message.WhichOneof("kind") != "result" or index + 1 < len(self.hops):
                         raise ProtocolError(f"peer {hop} sent an unexpected message")
                     await self._take_result(message.result, call)
                 await call.code()
         except SwarmError as exc:
-            exc.peer_id = exc.peer_id or hop.peer_id
-            self.fail(exc)
-        else:
-            self.fail(self._blame(index, "closed the session"))
+            error = exc
+        finally:
+            self.fail(error)
 
     async def _take_result(self, wire: pb.StepResult, call: grpc.aio.StreamStreamCall) -> None:
         config = self._config
@@ -226,12 +238,16 @@ class Chain:
 async def open_chain(network: Network, config: ChainConfig, hops: Sequence[Hop]) -> AsyncIterator[Chain]:
     """Open a session on every hop. Raises: PeerError: a hop cannot be reached or has no room; UserError."""
     chain = Chain(network, config, hops)
-    listeners: list[asyncio.Task[None]] = []
-    try:
-        await chain.open(listeners)
-        yield chain
-    finally:
-        chain.cancel_calls()
-        for listener in listeners:
-            listener.cancel()
-        await asyncio.gather(*listeners, return_exceptions=True)
+    async with AsyncExitStack() as owned:
+        try:
+            await chain.open(owned)
+            yield chain
+        finally:
+            chain.cancel_calls()
+
+
+async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """End tasks, whatever they are doing, and wait until they have."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

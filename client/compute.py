@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import grpc.aio
 import torch
@@ -13,17 +15,20 @@ from torch import Tensor
 
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
-from swarm.errors import PeerUnavailable, PromptTooLong, ProtocolError
+from swarm.errors import PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .network import Network, blame
+from .chain import cancel_and_wait
+from .network import Attempt, Network, blame
 from .routing import Hop, Needs
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
+
+T = TypeVar("T")
 
 MAX_PARALLEL = 4
 """Micro-batches on their way at once, so that the servers of a route work at the same time."""
@@ -39,7 +44,7 @@ class Batch:
     prompts_NBPD: Tensor | None = None
     """Deep prompts of all blocks of the model (block 0 first), or None."""
 
-    def split(self, max_tokens: int) -> list[Batch]:
+    def split(self, max_tokens: int, max_rows: int) -> list[Batch]:
         """Cut along the batch. Raises: PromptTooLong: one sequence alone has more tokens."""
         batch_size, length, _ = self.x_BLD.shape
         if length > max_tokens:
@@ -47,10 +52,12 @@ class Batch:
                 f"a sequence of {length} tokens does not fit the {max_tokens} that servers take at once in training: "
                 "use shorter sequences"
             )
-        rows = max(1, max_tokens // length)
-        return [self._rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]
+        rows = max(1, min(max_rows, max_tokens // length))
+        return [self.rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]
 
-    def _rows(self, start: int, end: int) -> Batch:
+    def rows(self, start: int, end: int) -> Batch:
+        """The sequences [start, end)."""
+
         def rows(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:end]
 
@@ -79,8 +86,8 @@ class RemoteCompute:
 
         Raises: NoRoute, PeerError: see Network.retrying.
         """
-        parts = batch.split(await self._micro_batch_tokens(blocks))
-        results = await _gather_bounded([self._forward_part(part, blocks) for part in parts])
+        parts = batch.split(*await self._micro_batch_size(blocks))
+        results = await _gather_bounded([partial(self._forward_part, part, blocks) for part in parts])
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
     async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +95,7 @@ class RemoteCompute:
         sizes = [trace.segments[0][1].shape[0] for trace in traces]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         jobs = [
-            self._backward_part(batch._rows(start, start + size), trace, grad_BLD[start : start + size])
+            partial(self._backward_part, batch.rows(start, start + size), trace, grad_BLD[start : start + size])
             for start, size, trace in zip(starts, sizes, traces, strict=True)
         ]
         results = await _gather_bounded(jobs)
@@ -99,12 +106,19 @@ class RemoteCompute:
         dprompts = [dprompt for _, dprompt in results if dprompt is not None]
         return dx_BLD, torch.cat(dprompts, dim=1) if prompts.shape[1] > 1 else torch.stack(dprompts).sum(dim=0)
 
-    async def _micro_batch_tokens(self, blocks: BlockRange) -> int:
-        async def attempt(max_age_s: float | None) -> int:
-            hops = await self._network.route(replace(self._needs, blocks=blocks), max_age_s=max_age_s)
-            return min(self._network.config.micro_batch_tokens, *(hop.server.max_batch_tokens for hop in hops))
+    async def _micro_batch_size(self, blocks: BlockRange) -> tuple[int, int]:
+        """How many tokens and how many sequences all servers of a route take at once."""
+
+        async def attempt(attempt: Attempt) -> tuple[int, int]:
+            servers = [hop.server for hop in await self._network.route(replace(self._needs, blocks=blocks), attempt)]
+            max_tokens = min(self._network.config.micro_batch_tokens, *(each.max_batch_tokens for each in servers))
+            return max_tokens, min(each.max_batch_size for each in servers)
 
         return await self._network.retrying(attempt)
+
+    def _needs_of(self, batch: Batch, blocks: BlockRange) -> Needs:
+        batch_size, length, _ = batch.x_BLD.shape
+        return replace(self._needs, blocks=blocks, batch_size=batch_size, batch_tokens=batch_size * length)
 
     async def _forward_part(self, batch: Batch, blocks: BlockRange) -> tuple[Tensor, Trace]:
         x_BLD, segments = batch.x_BLD, []
@@ -119,8 +133,8 @@ class RemoteCompute:
     async def _forward_hop(self, batch: Batch, rest: BlockRange) -> tuple[Tensor, BlockRange]:
         """Run the first hop of a route through the remaining blocks; say how far it went."""
 
-        async def attempt(max_age_s: float | None) -> tuple[Tensor, BlockRange]:
-            hop = (await self._network.route(replace(self._needs, blocks=rest), max_age_s=max_age_s))[0]
+        async def attempt(attempt: Attempt) -> tuple[Tensor, BlockRange]:
+            hop = (await self._network.route(self._needs_of(batch, rest), attempt))[0]
             y_BLD, _ = await self._call(hop, batch, None)
             return y_BLD, hop.blocks
 
@@ -134,9 +148,9 @@ class RemoteCompute:
             blocks, x_BLD = segments.pop()
 
             async def attempt(
-                max_age_s: float | None, blocks: BlockRange = blocks, x: Tensor = x_BLD, grad: Tensor = grad_BLD
+                attempt: Attempt, blocks: BlockRange = blocks, x: Tensor = x_BLD, grad: Tensor = grad_BLD
             ) -> tuple[Tensor, Tensor | None] | None:
-                hops = await self._network.route(replace(self._needs, blocks=blocks), max_age_s=max_age_s)
+                hops = await self._network.route(self._needs_of(batch, blocks), attempt)
                 return await self._call(hops[0], replace(batch, x_BLD=x), grad) if len(hops) == 1 else None
 
             result = await self._network.retrying(attempt)
@@ -162,6 +176,7 @@ class RemoteCompute:
             batch.position_ids_BL,
             prompts,
             None if grad_BLD is None else grad_BLD.to(dtype),
+            codec=self._network.config.codec,
         )
         opening = pb.ComputeOpen(
             protocol_version=PROTOCOL_VERSION,
@@ -175,11 +190,8 @@ class RemoteCompute:
             data=packed.data,
         )
         y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
-        if (
-            y_BLD is None
-            or y_BLD.shape != batch.x_BLD.shape
-            or (dprompts is None) != (prompts is None or grad_BLD is None)
-        ):
+        wanted = [batch.x_BLD.shape, None if prompts is None or grad_BLD is None else prompts.shape]
+        if [None if each is None else each.shape for each in (y_BLD, dprompts)] != wanted or y_BLD is None:
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
         self._network.succeeded(hop.peer_id)
         return y_BLD.to(batch.x_BLD.dtype), None if dprompts is None else dprompts.to(batch.x_BLD.dtype)
@@ -187,39 +199,37 @@ class RemoteCompute:
     async def _exchange(
         self, hop: Hop, opening: pb.ComputeOpen, more: list[bytes], *, is_backward: bool
     ) -> list[Tensor | None]:
-        channel = await self._network.connector.channel(hop.address)
-        stub = pb_grpc.BlocksStub(channel)
         timeout_s = self._network.config.compute_timeout_s
-        async with errors_from_wire(hop.peer_id):
+        max_bytes = 8 * sum(math.prod(spec.shape) for spec in optional(opening, "hidden_states", "prompts") if spec)
+
+        async def exchange(call: grpc.aio.StreamStreamCall) -> list[Tensor | None]:
+            await write_message(call.write, pb.ComputeRequest(open=opening), more)
+            message = await call.read()
+            if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
+                await call.code()
+                raise ProtocolError(f"peer {hop} answered without a result")
+            specs = optional(message.result, "hidden_states", "prompts")
+            return await read_tensors(call.read, specs, message.result.data, max_bytes=max_bytes)
+
+        async with self._network.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
+            stub = pb_grpc.BlocksStub(channel)
             call = (stub.Backward if is_backward else stub.Forward)(timeout=timeout_s)
             try:
-                await write_message(call.write, pb.ComputeRequest(open=opening), more)
-                message = await self._network.while_alive(call.read(), [hop], timeout_s)
-                if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
-                    await call.code()
-                    raise blame(ProtocolError(f"peer {hop} answered without a result"), hop)
-                specs = optional(message.result, "hidden_states", "prompts")
-                max_bytes = 4 * (sum(spec.num_bytes for spec in optional(opening, "hidden_states", "prompts") if spec))
-                return await read_tensors(call.read, specs, message.result.data, max_bytes=max_bytes)
-            except asyncio.InvalidStateError as exc:
-                await call.code()
-                raise blame(PeerUnavailable(f"peer {hop} ended the call"), hop) from exc
+                return await self._network.while_alive(exchange(call), [hop], timeout_s)
             finally:
                 call.cancel()
 
 
-async def _gather_bounded(jobs: Sequence[Any]) -> list[Any]:
-    """Run coroutines, MAX_PARALLEL at a time; the first failure cancels the rest."""
+async def _gather_bounded(jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Run jobs, MAX_PARALLEL at a time; the first failure cancels the rest."""
     gate = asyncio.Semaphore(MAX_PARALLEL)
 
-    async def bounded(job: Any) -> Any:
+    async def bounded(job: Callable[[], Awaitable[T]]) -> T:
         async with gate:
-            return await job
+            return await job()
 
     tasks = [asyncio.create_task(bounded(job)) for job in jobs]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(tasks)

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from swarm.errors import BadRequest
+
 T = TypeVar("T")
 
 CLEAN_UP_TIMEOUT_S = 5.0
@@ -34,6 +36,9 @@ class LoopThread:
             finally:
                 finished.set()
 
+        if self._loop.is_closed():
+            coroutine.close()
+            raise BadRequest("the model was closed: load it again")
         future = asyncio.run_coroutine_threadsafe(supervised(), self._loop)
         try:
             return future.result()

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from .blocks import RemoteBlocks
 from .chain import ChainConfig
 from .compute import RemoteCompute
 from .connection import Connection
+from .network import Attempt
 from .prompts import Prompts
-from .routing import Hop, Needs, plan_route
+from .routing import Hop, Needs
 from .session import InferenceSession
 
 # B batch, L new tokens, T cached and new tokens, D hidden, P virtual tokens
@@ -29,33 +30,37 @@ from .session import InferenceSession
 DEFAULT_SESSION_TOKENS = 2048
 """Length of a session that nobody named one for."""
 
+OPEN_TIMEOUT_S = 2.0
+"""How long one server may let us wait for room; another one may have some."""
+
 
 class SessionCache(RemoteCache):
     """The session behind a generation, in the shape of `past_key_values`."""
 
-    def __init__(self, session: InferenceSession, num_virtual_tokens: int) -> None:
+    def __init__(self, session: InferenceSession) -> None:
         super().__init__()
         self.session = session
-        self._num_virtual_tokens = num_virtual_tokens
+        self.used_beams = False
+        """Whether its rows were reordered, so that they may no longer be those of the caller's batch."""
         self._beam_idx: Tensor | None = None
 
     @property
     def position(self) -> int:
-        return max(0, self.session.position - self._num_virtual_tokens)
+        return self.session.position
 
     def advance(self, num_tokens: int) -> None:
         """Nothing to note: the session counts."""
 
     def crop(self, tokens_to_remove: int) -> None:
         kept = tokens_to_remove if tokens_to_remove > 0 else self.position + tokens_to_remove
-        kept = min(self.position, kept)
-        self.session.position = kept + self._num_virtual_tokens if kept > 0 else 0
+        self.session.rewind(min(self.position, max(0, kept)))
 
     def reset(self) -> None:
-        self.session.position = 0
+        self.session.rewind(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         beam_idx = beam_idx.cpu()
+        self.used_beams = True
         self._beam_idx = beam_idx if self._beam_idx is None else self._beam_idx[beam_idx]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -117,7 +122,7 @@ class SwarmCall:
         """See swarm.model.client_half.RemoteCall."""
         length = x_BLD.shape[1]
         mask_BL = None if attention_mask_BT is None else attention_mask_BT[:, -length:]
-        if position_ids_BL is not None and position_ids_BL.shape[0] != x_BLD.shape[0]:
+        if position_ids_BL is not None:
             position_ids_BL = position_ids_BL.expand(x_BLD.shape[0], -1)
         if cache is not None:
             return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
@@ -141,21 +146,14 @@ class SwarmCall:
                 "or under torch.no_grad() to generate"
             )
         assert isinstance(cache, SessionCache)
-        prompts, length = self.prompts, x_BLD.shape[1]
-        if prompts is not None:
-            if cache.session.position == 0:
-                x_BLD = prompts.prepend(x_BLD)
-                mask_BL = prompts.prepend_mask(mask_BL)
-                position_ids_BL = prompts.prepend_position_ids(position_ids_BL)
-            elif position_ids_BL is not None:
-                position_ids_BL = position_ids_BL + prompts.pre_seq_len
+        length = x_BLD.shape[1]
         if mask_BL is not None and bool(mask_BL.all()):
             mask_BL = None
         num_outputs = min(length, self.state.num_outputs or length)
         y_BLD = cache.session.step(
             x_BLD,
-            attention_mask=None if mask_BL is None else mask_BL.cpu(),
-            position_ids=None if position_ids_BL is None else position_ids_BL.cpu(),
+            attention_mask=mask_BL,
+            position_ids=position_ids_BL,
             beam_idx=cache.take_beam_idx(),
             num_outputs=num_outputs,
         )
@@ -194,18 +192,20 @@ class DistributedMixin:
             batch_size=batch_size or 1,
             max_tokens=max_tokens,
             hidden_size=swarm.hidden_size,
-            open_timeout_s=swarm.connection.network.config.route_timeout_s,
-            prompts_NBPD=None if deep is None else deep.detach().cpu(),
+            open_timeout_s=OPEN_TIMEOUT_S,
+            prompts_NBPD=None if deep is None else deep.detach().cpu().clone(),
         )
-        needs = Needs(swarm.needs.blocks, swarm.needs.fingerprint, swarm.needs.commit, max_tokens)
-        session = _ActiveSession(swarm.connection.loop, swarm.connection.network, needs, config, batch_size=batch_size)
+        connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens)
+        session = _ActiveSession(
+            connection.loop, connection.network, needs, config, batch_size=batch_size, prompts=swarm.prompts
+        )
         session.active = swarm.state.sessions
         return session
 
     def new_remote_cache(self, max_length: int = DEFAULT_SESSION_TOKENS) -> SessionCache:
         """Return a cache with a session of its own, which ends with `generate`, or with the cache."""
         session = self.inference_session(max_length)
-        cache = SessionCache(session, self._swarm.num_virtual_tokens)
+        cache = SessionCache(session)
         weakref.finalize(cache, session.close_soon)
         return cache
 
@@ -229,33 +229,28 @@ class DistributedMixin:
         past = session.output_ids
         inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if past is None and session.position:
-            raise BadRequest("this session was fed by step(); generate continues only what generate began")
+            raise BadRequest(
+                "this session was not fed with token ids by generate, which therefore cannot tell what it holds: "
+                "use another session, or set its position to 0"
+            )
         num_past = 0 if past is None else past.shape[1]
         if past is not None:
-            new = past[:, :0] if inputs is None else inputs
-            if new.shape[0] != past.shape[0]:
-                raise BadRequest(f"the session holds {past.shape[0]} sequences, the new input has {new.shape[0]}")
-            inputs = torch.cat([past.to(new.device), new], dim=1)
-            mask = kwargs.get("attention_mask")
-            if mask is not None and mask.shape[1] == new.shape[1]:
-                known = session.output_mask if session.output_mask is not None else torch.ones_like(past)
-                kwargs["attention_mask"] = torch.cat([known.to(mask.device), mask], dim=1)
-        cache = SessionCache(session, self._swarm.num_virtual_tokens)
-        result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+            inputs, kwargs["attention_mask"] = _joined(session, past, inputs, kwargs.get("attention_mask"))
+        cache, position = SessionCache(session), session.position
+        try:
+            result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            session.rewind(min(position, session.position))
+            raise
         sequences = result if isinstance(result, Tensor) else result.sequences
-        self._remember(session, sequences, kwargs.get("attention_mask"))
+        if kwargs.get("inputs_embeds") is None:
+            _remember(session, sequences, kwargs.get("attention_mask"))
+        if cache.used_beams or session.batch_size != sequences.shape[0]:
+            session.restart()  # its rows are beams, not the sequences; the next call feeds these anew
         if isinstance(result, Tensor):
             return result[:, num_past:]
         result.sequences = sequences[:, num_past:]
         return result
-
-    def _remember(self, session: InferenceSession, sequences: Tensor, mask: Tensor | None) -> None:
-        session.output_ids = sequences
-        if mask is not None:
-            grown = mask.new_ones(mask.shape[0], sequences.shape[1] - mask.shape[1])
-            session.output_mask = torch.cat([mask, grown], dim=1)
-        if session.batch_size != sequences.shape[0]:
-            session.restart()  # beams: its rows are not the sequences; the next call feeds them anew
 
     @contextmanager
     def _own_sessions(self) -> Iterator[None]:
@@ -269,22 +264,11 @@ class DistributedMixin:
                 session.close()
             del generating[start:]
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """Give a generation a session just as long as it can get."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            cache = self.new_remote_cache(max_cache_length + 1)
-            model_kwargs["past_key_values"] = cache
-            self._swarm.state.generating.append(cache.session)
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+    def new_generation_cache(self, max_length: int) -> SessionCache:
+        """A session just as long as one generation can get; it ends with the generation."""
+        cache = self.new_remote_cache(max_length + 1)
+        self._swarm.state.generating.append(cache.session)
+        return cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward; where only the last logits are wanted, only they travel."""
@@ -300,12 +284,38 @@ class DistributedMixin:
     def explain_route(self) -> list[Hop]:
         """Return the hops that a request would take now. Raises: NoRoute."""
         connection = self._swarm.connection
-        servers = connection.loop.run(connection.network.servers(self._swarm.needs.fingerprint))
-        return plan_route(servers, self._swarm.needs)
+        return connection.loop.run(connection.network.route(self._swarm.needs, Attempt()))
 
     def close(self) -> None:
         """Leave the swarm; the model can no longer be used."""
         self._swarm.connection.close()
+
+
+def _joined(
+    session: InferenceSession, past: Tensor, inputs: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The token ids of a session with the new ones behind them, and the attention mask of all of them."""
+    new = past[:, :0] if inputs is None else inputs
+    if new.shape[0] != past.shape[0]:
+        raise BadRequest(f"the session holds {past.shape[0]} sequences, the new input has {new.shape[0]}")
+    ids = torch.cat([past.to(new.device), new], dim=1)
+    if mask is not None and mask.shape[1] == ids.shape[1]:
+        return ids, mask
+    if mask is None and session.output_mask is None:
+        return ids, None
+    if mask is not None and mask.shape != new.shape:
+        raise BadRequest(f"attention_mask must cover the {new.shape[1]} new tokens or all {ids.shape[1]}")
+    known = session.output_mask if session.output_mask is not None else torch.ones_like(past)
+    added = mask if mask is not None else torch.ones_like(new)
+    return ids, torch.cat([known.to(added.device, added.dtype), added], dim=1)
+
+
+def _remember(session: InferenceSession, sequences: Tensor, mask: Tensor | None) -> None:
+    session.output_ids = sequences
+    if mask is not None:
+        rows = mask.repeat_interleave(sequences.shape[0] // mask.shape[0], dim=0)
+        grown = rows.new_ones(rows.shape[0], sequences.shape[1] - rows.shape[1])
+        session.output_mask = torch.cat([rows, grown], dim=1)
 
 
 def make_call(connection: Connection, needs: Needs, *, num_blocks: int, hidden_size: int) -> SwarmCall:

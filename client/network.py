@@ -7,18 +7,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
-
-import grpc.aio
+from typing import Literal, TypeVar
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
-from swarm.errors import BadLink, BadRequest, NoRoute, PeerError, PeerUnavailable, SessionLost
+from swarm.errors import BadLink, BadRequest, NoRoute, PeerError, PeerUnavailable, SessionLost, UserError
 from swarm.peers import Connector
+from swarm.rpc import errors_from_wire
 from swarm.tunnel import open_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
@@ -56,20 +55,39 @@ class ClientConfig:
     """How many peers may fail one request before it fails."""
     avoid_s: float = 1.0
     """How long a peer is avoided after its first failure; doubles with each further one."""
-    max_avoid_s: float = 120.0
+    max_avoid_s: float = 10.0
+    """Bound of that time; below route_timeout_s, so that a peer that is the only one gets further chances."""
     connect_timeout_s: float = 3.0
     """For each way that a connection is tried."""
     micro_batch_tokens: int = 4096
     """Tokens (batch x length) in one Forward or Backward; larger batches are split along the batch."""
+    compression: Literal["none", "int8"] = "none"
+    """Hidden states on the wire: as they are, or with 8 bits per element and a scale per row (not exact)."""
     use_direct: bool = True
     """Whether servers are dialled directly where they can be; False: always through the tunnel."""
 
+    @property
+    def codec(self) -> pb.Codec:
+        return pb.CODEC_INT8_PER_ROW if self.compression == "int8" else pb.CODEC_RAW
+
     def __post_init__(self) -> None:
+        if self.compression not in ("none", "int8"):
+            raise BadRequest(f"compression {self.compression!r} is not known: use 'none' or 'int8'")
         if not self.initial_peers:
             raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
         for name in ("route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s"):
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What one attempt at a request knows from the earlier ones."""
+
+    max_age_s: float | None = None
+    """How old the known announcements may be; None: as configured."""
+    refused_by: frozenset[str] = frozenset()
+    """Peers that said that they cannot do what is asked."""
 
 
 class FailureMemory:
@@ -120,12 +138,12 @@ class Network:
                 self._refreshed_at_s = time.monotonic()
         return self._servers
 
-    async def route(self, needs: Needs, *, max_age_s: float | None = None) -> list[Hop]:
-        """Return a route over live peers. Raises: NoRoute."""
-        servers = await self.servers(needs.fingerprint, max_age_s=max_age_s)
+    async def route(self, needs: Needs, attempt: Attempt) -> list[Hop]:
+        """Return a route over live peers that have not refused this request. Raises: NoRoute."""
+        servers = await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
         if not self.config.use_direct:
             servers = [server.model_copy(update={"direct": []}) for server in servers]
-        return plan_route(servers, needs, avoid=self._failures.avoided(time.monotonic()))
+        return plan_route(servers, needs, avoid=self._failures.avoided(time.monotonic()) | attempt.refused_by)
 
     async def check_model(self, needs: Needs, model_name: str) -> None:
         """Say early, and clearly, when the swarm serves something else than the model that was loaded.
@@ -142,32 +160,42 @@ class Network:
                 "use the join link of a swarm for this model, or load the model and revision that it serves"
             )
 
-    async def retrying(self, attempt: Callable[[float | None], Awaitable[T]]) -> T:
-        """Call `attempt(max_age_s)` until it succeeds: peers that fail are avoided, a missing route is waited for.
+    async def retrying(self, work: Callable[[Attempt], Awaitable[T]]) -> T:
+        """Call `work` until it succeeds: peers that fail are avoided, a missing route is waited for.
+
+        A peer's refusal counts for that peer alone; it is raised when nobody is left who has not refused.
 
         Raises: NoRoute: none appeared for route_timeout_s. PeerError: max_attempts peers failed one after another.
-            Any other error at once: it is not a peer's fault.
+            UserError: ours at once, the servers' after all were asked. Any other error at once: it is our bug.
         """
         loop = asyncio.get_running_loop()
-        deadline_s: float | None = None
-        max_age_s: float | None = None
+        attempt, deadline_s = Attempt(), None
         num_failures, last_failure = 0, ""
+        refusal: UserError | None = None
         while True:
             try:
-                return await attempt(max_age_s)
+                return await work(attempt)
             except NoRoute as exc:
+                if refusal is not None:
+                    raise refusal from exc
                 deadline_s = loop.time() + self.config.route_timeout_s if deadline_s is None else deadline_s
                 if loop.time() >= deadline_s:
                     raise NoRoute(f"{exc}{f'; the last failure was: {last_failure}' if last_failure else ''}") from exc
                 await asyncio.sleep(min(0.5, max(0.0, deadline_s - loop.time())))
-                max_age_s = 1.0
-            except PeerError as exc:
-                num_failures, last_failure = num_failures + 1, str(exc)
-                logger.info("peer %s failed: %s", exc.peer_id, exc)
-                await self._note_failure(exc)
+                attempt = replace(attempt, max_age_s=1.0)
+            except (UserError, PeerError) as exc:
+                if isinstance(exc, UserError) and not exc.peer_id:
+                    raise
+                num_failures, last_failure, deadline_s = num_failures + 1, str(exc), None
+                logger.info("peer %s: %s", exc.peer_id, exc)
                 if num_failures >= self.config.max_attempts:
                     raise
-                max_age_s = 1.0 if num_failures > 1 else max_age_s
+                if isinstance(exc, UserError):
+                    refusal = exc
+                    attempt = replace(attempt, refused_by=attempt.refused_by | {exc.peer_id})
+                else:
+                    await self._note_failure(exc)
+                    attempt = replace(attempt, max_age_s=1.0 if num_failures > 1 else attempt.max_age_s)
 
     async def while_alive(self, work: Awaitable[T], hops: Sequence[Hop], timeout_s: float) -> T:
         """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
@@ -189,10 +217,10 @@ class Network:
     async def _probe(self, hops: Sequence[Hop]) -> None:
         async def ask(hop: Hop) -> bool:
             try:
-                channel = await self.connector.channel(hop.address)
-                request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-                await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
-            except (PeerUnavailable, grpc.aio.AioRpcError) as exc:
+                async with self.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
+                    request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
+                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
+            except PeerError as exc:
                 logger.debug("%s does not answer: %s", hop, exc)
                 return False
             return True
@@ -206,7 +234,8 @@ class Network:
         self._failures.succeeded(peer_id)
 
     async def _note_failure(self, error: PeerError) -> None:
-        if not error.peer_id or isinstance(error, SessionLost):
+        assert error.peer_id, f"an error of a peer does not say which: {error!r}"
+        if isinstance(error, SessionLost):
             return
         self._failures.failed(error.peer_id, time.monotonic())
         if isinstance(error, PeerUnavailable):

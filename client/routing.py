@@ -46,6 +46,11 @@ class Needs:
     fingerprint: str
     commit: str | None = None
     session_tokens: int = 0
+    """Length of the session, for decoding."""
+    batch_tokens: int = 0
+    """Tokens (batch x length) of the batch, for forward and backward."""
+    batch_size: int = 0
+    """Sequences in the batch, for forward and backward."""
 
 
 def usable(server: Announcement, needs: Needs) -> str | None:
@@ -60,13 +65,16 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"is {server.state}"
     if server.max_session_tokens < needs.session_tokens:
         return f"allows sessions of {server.max_session_tokens} tokens (we need {needs.session_tokens})"
+    if server.max_batch_tokens < needs.batch_tokens or server.max_batch_size < needs.batch_size:
+        return f"takes batches of {server.max_batch_size} sequences and {server.max_batch_tokens} tokens"
     return None
 
 
 def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collection[str] = ()) -> list[Hop]:
     """Return the cheapest hops that together run the wanted blocks in order.
 
-    A block costs the announced time per token; changing the peer costs HOP_COST_S. Dynamic programming over
+    A block costs the announced time, for one token when decoding or for the whole batch; changing the peer costs
+    HOP_COST_S. Dynamic programming over
     (block, peer): O(blocks x servers).
 
     Args:
@@ -87,7 +95,7 @@ def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collecti
             stay_s = best[index][0] if index in best else float("inf")
             change_s = arrived_s + HOP_COST_S
             cost_s, previous = min((stay_s, index), (change_s, arrived_by))
-            costs[index] = (cost_s + _block_cost_s(server), previous)
+            costs[index] = (cost_s + _block_cost_s(server, needs), previous)
         if not costs:
             _check_session_tokens(servers, needs)
             raise NoRoute(_explain_gap(servers, needs, avoid))
@@ -111,13 +119,16 @@ def _hops(
     return hops[::-1]
 
 
-def _block_cost_s(server: Announcement) -> float:
-    rate = server.decode_tokens_per_s or 100.0
-    return 1.0 / (rate * max(1, server.end - server.start))
+def _block_cost_s(server: Announcement, needs: Needs) -> float:
+    if needs.batch_tokens:
+        rate = (server.forward_tokens_per_s or 100.0) / needs.batch_tokens
+    else:
+        rate = server.decode_tokens_per_s or 100.0
+    return 1.0 / (rate * len(server.blocks))
 
 
 def _check_session_tokens(servers: Sequence[Announcement], needs: Needs) -> None:
-    """Raise PromptTooLong if the servers there are, also those that failed a moment ago, allow shorter sessions only."""
+    """Raise PromptTooLong if the servers, also those that failed a moment ago, allow shorter sessions only."""
     any_length = replace(needs, session_tokens=0)
     fitting = [server for server in servers if usable(server, any_length) is None]
     limit = min(

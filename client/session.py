@@ -6,6 +6,7 @@ copy of what the record implies: after a failure, the next step finds a new rout
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from swarm.errors import BadRequest, PromptTooLong
 
 from .chain import Chain, ChainConfig, Step, open_chain
 from .loop import LoopThread
-from .network import Network
+from .network import Attempt, Network
+from .prompts import Prompts
 from .routing import Hop, Needs
 
 # B batch, L length, T all tokens so far, D hidden, N blocks, P virtual tokens
@@ -149,16 +151,16 @@ class RemoteSession:
         """
         record = self._record.followed_by(step)
 
-        async def attempt(max_age_s: float | None) -> Tensor:
-            return await self._attempt(step, record, max_age_s)
+        async def attempt(attempt: Attempt) -> Tensor:
+            return await self._attempt(step, record, attempt)
 
         result = await self._network.retrying(attempt)
         self._record = record
         return result
 
-    async def _attempt(self, step: Step, record: Record, max_age_s: float | None) -> Tensor:
+    async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
         try:
-            chain = self._chain or await self._open_chain(max_age_s)
+            chain = self._chain or await self._open_chain(attempt)
             if step.position > self._chain_length or (step.beam_idx and self._chain_length == 0):
                 # Not what the chain's caches hold: everything up to the step is replayed, beams already in order.
                 tokens, start = replace(step, beam_idx=()), 0
@@ -190,8 +192,8 @@ class RemoteSession:
             self._network.succeeded(hop.peer_id)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
-    async def _open_chain(self, max_age_s: float | None) -> Chain:
-        hops = await self._network.route(self._needs, max_age_s=max_age_s)
+    async def _open_chain(self, attempt: Attempt) -> Chain:
+        hops = await self._network.route(self._needs, attempt)
         self._chain = await self._owned.enter_async_context(open_chain(self._network, self._config, hops))
         self._chain_length = 0
         return self._chain
@@ -213,24 +215,38 @@ class RemoteSession:
 
 
 class InferenceSession:
-    """A decoding session over remote blocks, for use from ordinary code.
+    """A decoding session over remote blocks, for use from ordinary code; one thread at a time.
+
+    Positions and lengths count the caller's tokens; virtual tokens in front of them are the session's own affair.
 
     Args:
-        max_length: tokens it may reach, per sequence.
+        config: its max_tokens counts the virtual tokens.
         batch_size: number of sequences; None: that of the first step.
+        prompts: virtual tokens to feed before the first step.
     """
 
     def __init__(
-        self, loop: LoopThread, network: Network, needs: Needs, config: ChainConfig, *, batch_size: int | None = None
+        self,
+        loop: LoopThread,
+        network: Network,
+        needs: Needs,
+        config: ChainConfig,
+        *,
+        batch_size: int | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self._loop = loop
         self._network = network
         self._needs = needs
         self._config = config
+        self._wanted_batch_size = batch_size
         self._batch_size = batch_size
+        self._prompts = prompts
+        self._num_virtual_tokens = 0 if prompts is None else prompts.pre_seq_len
         self._session: RemoteSession | None = None
         self._position = 0
         self._closed = False
+        self._stepping = threading.Lock()
         self.output_ids: Tensor | None = None
         """Token ids of all calls of `generate` in this session, [B, T]; None before the first."""
         self.output_mask: Tensor | None = None
@@ -243,7 +259,8 @@ class InferenceSession:
 
     @property
     def max_length(self) -> int:
-        return self._config.max_tokens
+        """Tokens it may reach, per sequence."""
+        return self._config.max_tokens - self._num_virtual_tokens
 
     @property
     def route(self) -> Sequence[Hop]:
@@ -257,13 +274,17 @@ class InferenceSession:
 
     @position.setter
     def position(self, value: int) -> None:
-        if not 0 <= value <= self._position:
-            raise BadRequest(f"the session is at position {self._position}; it can be set back to 0..{self._position}")
-        self._position = value
+        self.rewind(value)
         if self.output_ids is not None:
             self.output_ids = self.output_ids[:, : value + 1] if value else None
         if self.output_mask is not None:
             self.output_mask = self.output_mask[:, : value + 1] if value else None
+
+    def rewind(self, position: int) -> None:
+        """Go back to a position and leave `output_ids` as they are: what is fed next is part of them."""
+        if not 0 <= position <= self._position:
+            raise BadRequest(f"the session is at position {self._position}; it can be set back to 0..{self._position}")
+        self._position = position
 
     def step(
         self,
@@ -295,25 +316,44 @@ class InferenceSession:
                 f"the session was opened for {self.max_length} tokens and holds {self._position}; {length} more do not "
                 "fit: open it with a larger max_length"
             )
-        session = self._session_for(batch_size)
-        count = length if num_outputs is None else num_outputs
-        x = x_BLD.detach().to("cpu")
-        mask, ids = _as_int64(attention_mask, batch_size), _as_int64(position_ids, batch_size)
-        step = Step(self._position, count, x, mask, ids, tuple(beam_idx))
-        _check_step(step)
-        y_BLD = self._loop.run(session.step(step))
-        self._position += length
+        if not self._stepping.acquire(blocking=False):
+            raise BadRequest("another thread is feeding this session: use one session per thread")
+        try:
+            session = self._session_for(batch_size)
+            count = length if num_outputs is None else num_outputs
+            mask, ids = _as_int64(attention_mask, batch_size), _as_int64(position_ids, batch_size)
+            step = Step(self._position, count, x_BLD.detach().to("cpu"), mask, ids, tuple(beam_idx))
+            _check_step(step)
+            y_BLD = self._loop.run(session.step(self._behind_prompts(step)))
+            self._position += length
+        finally:
+            self._stepping.release()
         return y_BLD.to(x_BLD.device, x_BLD.dtype)
 
+    def _behind_prompts(self, step: Step) -> Step:
+        """The step as the servers see it: virtual tokens in front of the first one, positions moved behind them."""
+        prompts = self._prompts
+        if prompts is None:
+            return step
+        ids_BL = step.position_ids_BL
+        if step.position:
+            moved = None if ids_BL is None else ids_BL + prompts.pre_seq_len
+            return replace(step, position=step.position + prompts.pre_seq_len, position_ids_BL=moved)
+        with torch.no_grad():
+            return replace(
+                step,
+                x_BLD=prompts.prepend(step.x_BLD),
+                mask_BL=prompts.prepend_mask(step.mask_BL),
+                position_ids_BL=prompts.prepend_position_ids(ids_BL),
+            )
+
     def _session_for(self, batch_size: int) -> RemoteSession:
+        if self._batch_size not in (None, batch_size):
+            raise BadRequest(f"the session holds {self._batch_size} sequences, the step has {batch_size}")
+        self._batch_size = batch_size
         if self._session is None:
-            if self._batch_size not in (None, batch_size):
-                raise BadRequest(f"the session was opened for {self._batch_size} sequences, the step has {batch_size}")
-            self._batch_size = batch_size
             config = replace(self._config, batch_size=batch_size)
             self._session = RemoteSession(self._network, self._needs, config)
-        if batch_size != self._batch_size:
-            raise BadRequest(f"the session holds {self._batch_size} sequences, the step has {batch_size}")
         return self._session
 
     def select(self, rows: Sequence[int]) -> None:
@@ -323,9 +363,9 @@ class InferenceSession:
             self._batch_size = len(rows)
 
     def restart(self) -> None:
-        """Go back to position 0 with any number of sequences; output_ids stay."""
+        """Go back to position 0 and the number of sequences it was opened for; output_ids stay."""
         session, self._session = self._session, None
-        self._position, self._batch_size = 0, None
+        self._position, self._batch_size = 0, self._wanted_batch_size
         if session is not None:
             self._loop.run(session.aclose())
 
@@ -337,10 +377,10 @@ class InferenceSession:
             self._loop.submit(session.aclose())
 
     def close(self) -> None:
-        """End the session; servers free its cache. Closing twice is fine."""
+        """End the session; servers free its cache. Closing twice, or after the model, is fine."""
         self._closed = True
         session, self._session = self._session, None
-        if session is not None:
+        if session is not None and not self._loop.closed:
             self._loop.run(session.aclose())
 
     def __enter__(self) -> InferenceSession:

@@ -32,14 +32,14 @@ from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span, load_span
-from swarm.peers import Connector
+from swarm.peers import Connector, is_outside
 from swarm.ranges import BlockRange
 from swarm.rpc import SERVER_OPTIONS
 from swarm.tunnel import open_tunnel, serve_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .config import ServerConfig
+from .config import PERIODS_ALIVE, ServerConfig
 from .engine import ComputeThread, Priority
 from .hardware import Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
 from .placement import MemoryPlan, choose_blocks, plan_memory
@@ -102,7 +102,10 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         speed = await engine.run(Priority.TRAINING, lambda: measure_speed(span))
         bytes_per_token = await engine.run(Priority.TRAINING, span.cache_bytes_per_token)
         sessions = SessionTable(SpanViews(span), plan.memory.cache_bytes, bytes_per_token)
-        connector = Connector(lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses))
+        connector = Connector(
+            lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses),
+            may_dial=_dialling_rule(await dht.multiaddrs()),
+        )
         owned.push_async_callback(connector.aclose)
         model = ServedModel(
             peer_id=dht.peer_id,
@@ -131,7 +134,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
                     sessions,
                 )
             )
-            await _until_stopped(stop, dht)
+            await _until_stopped(stop, dht, announcer.task)
             await announcer.say("draining")
             service.draining = True
             await _wait_idle(service, config.drain_timeout_s)
@@ -147,15 +150,25 @@ def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, engine: Com
     return load_span(checkpoint, plan.blocks, dtype=plan.dtype, device=plan.device, progress=progress)
 
 
-async def _until_stopped(stop: asyncio.Event, dht: Dht) -> None:
+async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task[None]) -> None:
+    """Wait for `stop`. Raises: ResourceError: the DHT node ended by itself. What ended the announcing task."""
     stopping, ended = asyncio.create_task(stop.wait()), asyncio.create_task(dht.wait_stopped())
     try:
-        await asyncio.wait({stopping, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, ended, announcing}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopping.cancel()
         ended.cancel()
+    if announcing.done():
+        announcing.result()
     if not stop.is_set():
         raise ResourceError("the libp2p daemon of this server ended by itself: start the server again")
+
+
+def _dialling_rule(own_multiaddrs: list[str]) -> Callable[[str], bool]:
+    """What may be dialled for a client: where we are visible on the internet, no address of our own network."""
+    hosts = [address.split("/")[2] for address in own_multiaddrs if address.count("/") > 1]
+    public = any(is_outside(f"{host}:1") for host in hosts)
+    return is_outside if public else lambda target: True
 
 
 async def _wait_idle(service: BlocksService, timeout_s: float) -> None:
@@ -257,7 +270,7 @@ async def _announcement(
         max_batch_tokens=limits.max_batch_tokens,
         max_batch_size=limits.max_batch_size,
         cache_free_tokens=0,
-        expires_at_s=time.time() + 4 * config.announce_period_s,
+        expires_at_s=time.time() + PERIODS_ALIVE * config.announce_period_s,
     )
 
 
@@ -291,7 +304,7 @@ class _Announcer:
     async def say(self, state: str | None = None) -> None:
         """Announce the present state; a directory that cannot be reached is tried again with the next period."""
         update: dict[str, Any] = {
-            "expires_at_s": time.time() + 4 * self._config.announce_period_s,
+            "expires_at_s": time.time() + PERIODS_ALIVE * self._config.announce_period_s,
             "cache_free_tokens": self._sessions.cache_free_tokens,
         }
         if state is not None:
@@ -302,7 +315,11 @@ class _Announcer:
         except SwarmError as exc:
             logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
 
-    async def run(self) -> None:
+    def start(self) -> None:
+        """Announce from now on, until `task` is cancelled."""
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
         """Announce again and again."""
         while True:
             await asyncio.sleep(self._config.announce_period_s)
@@ -316,12 +333,12 @@ async def _announced(
     """Be in the directory while the body runs."""
     announcer = _Announcer(dht, announcement, config, sessions)
     await announcer.say()
-    task = asyncio.create_task(announcer.run())
+    announcer.start()
     try:
         yield announcer
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        announcer.task.cancel()
+        await asyncio.gather(announcer.task, return_exceptions=True)
         try:
             async with asyncio.timeout(5):
                 await dht.directory.withdraw(announcer.current)

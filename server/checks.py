@@ -33,10 +33,13 @@ class ServiceLimits:
     max_virtual_tokens: int = 1024
     """Length of a deep prompt."""
 
+    session_idle_s: float = 900.0
+    """How long a session may go without a step before its cache is freed; its client replays it then."""
+
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise BadRequest(f"{name} must be at least 1")
+            if getattr(self, name) <= 0:
+                raise BadRequest(f"{name} must be positive")
 
     def to_wire(self) -> pb.Limits:
         return pb.Limits(

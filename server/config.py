@@ -7,11 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swarm.directory import MAX_LIFETIME_S
 from swarm.errors import BadRequest
 from swarm.model.checkpoint import CheckpointSource
 from swarm.ranges import BlockRange
 
 from .checks import ServiceLimits
+
+PERIODS_ALIVE = 4
+"""After so many announce periods of silence, a server is forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,7 @@ class ServerConfig:
     drain_timeout_s: float = 20.0
     """How long a stopping server lets running sessions finish."""
     announce_period_s: float = 15.0
-    """How often it tells the directory that it is alive; it is forgotten after four periods of silence."""
+    """How often it tells the directory that it is alive; it is forgotten after PERIODS_ALIVE of silence."""
     num_threads: int | None = None
     """CPU threads of the compute thread; None: torch's default."""
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
@@ -65,5 +69,8 @@ class ServerConfig:
             raise BadRequest(f"port {self.port} is not between 0 and 65535")
         if self.cache_bytes is not None and self.cache_bytes < 1 << 16:
             raise BadRequest("cache_bytes must be at least 64 KiB")
-        if self.announce_period_s <= 0 or self.drain_timeout_s < 0:
-            raise BadRequest("announce_period_s must be positive, drain_timeout_s not negative")
+        if not 0 < self.announce_period_s <= MAX_LIFETIME_S / PERIODS_ALIVE or self.drain_timeout_s < 0:
+            raise BadRequest(
+                f"announce_period_s must lie between 0 and {MAX_LIFETIME_S / PERIODS_ALIVE:.0f}, and drain_timeout_s "
+                "must not be negative"
+            )

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import grpc.aio
 
 from swarm import PROTOCOL_VERSION
-from swarm.errors import PeerUnavailable
+from swarm.errors import PeerUnavailable, SwarmError
 from swarm.peers import Connector, PeerAddress
-from swarm.rpc import errors_from_wire, translate
+from swarm.rpc import errors_from_wire
 from swarm.streams import write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
@@ -37,21 +37,18 @@ class PushLink:
                     await self._call.write(pb.SessionRequest(attach=attach))
                     self._attached = True
                 await write_message(self._call.write, first, more)
-            except asyncio.InvalidStateError as exc:
-                raise await self._ended() from exc
+            except asyncio.InvalidStateError:  # the stream has ended: its status says why
+                await self._call
+                raise
 
     async def watch(self, session: ServerSession) -> None:
         """End the session when the next hop ends the link."""
-        session.fail(await self._ended())
-
-    async def _ended(self) -> Exception:
         try:
-            await self._call
-        except grpc.aio.AioRpcError as exc:
-            return translate(exc, self._peer_id)
-        error = PeerUnavailable(f"the next hop {self._peer_id} closed the session")
-        error.peer_id = self._peer_id
-        return error
+            async with errors_from_wire(self._peer_id):
+                await self._call
+                raise PeerUnavailable(f"the next hop {self._peer_id} closed the session")
+        except SwarmError as exc:
+            session.fail(exc)
 
 
 @asynccontextmanager
@@ -59,13 +56,16 @@ async def open_push_link(
     connector: Connector, address: PeerAddress, session: ServerSession, next_session_id: bytes
 ) -> AsyncIterator[PushLink]:
     """Connect to the next hop; its failures end `session`. Raises: PeerUnavailable: it cannot be reached."""
-    channel = await connector.channel(address)
-    call = pb_grpc.BlocksStub(channel).Push()
-    link = PushLink(call, address.peer_id, next_session_id)
-    watcher = asyncio.create_task(link.watch(session))
-    try:
-        yield link
-    finally:
-        watcher.cancel()
-        call.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
+    async with connector.lease(address) as channel:
+        call = pb_grpc.BlocksStub(channel).Push()
+        link = PushLink(call, address.peer_id, next_session_id)
+        watcher = asyncio.create_task(link.watch(session))
+        try:
+            yield link
+        except PeerUnavailable:
+            await connector.forget(address.peer_id)
+            raise
+        finally:
+            watcher.cancel()
+            call.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)

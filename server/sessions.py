@@ -10,7 +10,7 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
+from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class CacheBudget:
-    """Bytes of KV cache, handed out first come first served."""
+    """Bytes of KV cache, handed out to those who wait in the order of their coming."""
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
@@ -43,6 +44,8 @@ class CacheBudget:
     @asynccontextmanager
     async def reserve(self, num_bytes: int, timeout_s: float) -> AsyncIterator[None]:
         """Hold `num_bytes` for the body.
+
+        A small request may overtake a large one that still waits for room.
 
         Raises: PromptTooLong: more than there is in all. CacheFull: no room came free in time.
         """
@@ -59,7 +62,7 @@ class CacheBudget:
             self._admit()
 
     async def _acquire(self, num_bytes: int, timeout_s: float) -> None:
-        if not self._waiting and num_bytes <= self.free_bytes:
+        if num_bytes <= self.free_bytes:
             self.used_bytes += num_bytes
             return
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -98,6 +101,11 @@ class StepInput:
     x_BLD: Tensor
     mask_BL: Tensor | None
     position_ids_BL: Tensor | None
+    codec: pb.Codec = pb.CODEC_RAW
+    """How the hidden states came, and how the output goes on."""
+
+
+Deliver = Callable[[Tensor, StepInput], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -115,10 +123,13 @@ class ServerSession:
     broken: bool = False
     failure: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Set to the error that ends the session, from whichever stream it came."""
+    deliver: Deliver | None = None
+    """Passes a step's output on, to the next hop or to the client; None until the way there is open."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    opened_at_s: float = field(default_factory=time.monotonic)
+    used_at_s: float = field(default_factory=time.monotonic)
+    """When the last step came, or the session was opened."""
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End the session with an error; the first one counts."""
         if not self.failure.done():
             self.failure.set_exception(error)
@@ -215,8 +226,9 @@ class SessionTable:
         Raises: BadRequest: the id is taken. PromptTooLong, CacheFull: see CacheBudget.reserve.
         """
         span = self.views.view(blocks)
-        num_bytes = max_tokens * batch_size * self._bytes_per_token * len(blocks) // len(self.views.span.blocks)
-        async with self._budget.reserve(num_bytes, timeout_s):
+        prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
+        tokens_bytes = max_tokens * batch_size * self._bytes_per_token * len(blocks) // len(self.views.span.blocks)
+        async with self._budget.reserve(prompt_bytes + tokens_bytes, timeout_s):
             if session_id in self._sessions:
                 raise BadRequest("a session with this id is open already")
             if prompts_NBPD is not None:

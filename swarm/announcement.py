@@ -69,6 +69,26 @@ class ModelListing:
     hidden_size: int
 
 
+class AddressFields(BaseModel):
+    """Where and how a peer can be called, as a stranger says."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    peer_id: PeerId
+    direct: Annotated[list[HostPort], Field(max_length=8)]
+    tls_certificate: Annotated[bytes, Field(min_length=1, max_length=4096)]
+    multiaddrs: Annotated[list[MultiaddrText], Field(max_length=16)]
+
+    @classmethod
+    def check(cls, peer_id: str, direct: list[str], tls_certificate: bytes, multiaddrs: list[str]) -> Self:
+        """Raises: ProtocolError: a field is malformed or too long."""
+        try:
+            return cls(peer_id=peer_id, direct=direct, tls_certificate=tls_certificate, multiaddrs=multiaddrs)
+        except ValidationError as exc:
+            fields = ", ".join(str(error["loc"][0]) for error in exc.errors()[:4])
+            raise ProtocolError(f"a peer address is malformed: {fields}") from exc
+
+
 class Announcement(BaseModel):
     """One server's blocks, addresses, speed and limits, valid until `expires_at_s`."""
 

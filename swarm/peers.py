@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import grpc
 import grpc.aio
 
+from swarm.announcement import AddressFields
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.identity import TLS_NAME, certificate_pem
 from swarm.rpc import open_channel
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 TunnelOpener = Callable[[str, tuple[str, ...]], AbstractAsyncContextManager[str]]
 """(peer id, multiaddrs) -> a context that yields a gRPC target; see swarm/tunnel.py."""
+
+MAX_IDLE_LINKS = 64
+"""Links that are kept although nobody uses them at present."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,88 +52,159 @@ class PeerAddress:
 
     @classmethod
     def from_wire(cls, wire: pb.PeerAddress) -> PeerAddress:
-        """Raises: ProtocolError: it is too long or incomplete."""
-        if not wire.peer_id or not wire.tls_certificate or wire.ByteSize() > 16_384:
-            raise ProtocolError("a peer address must name a peer id and a certificate, in at most 16 KiB")
-        return cls(wire.peer_id, tuple(wire.direct), wire.tls_certificate, tuple(wire.multiaddrs))
+        """Raises: ProtocolError: a field is malformed or too long."""
+        fields = AddressFields.check(wire.peer_id, list(wire.direct), wire.tls_certificate, list(wire.multiaddrs))
+        return cls(fields.peer_id, tuple(fields.direct), fields.tls_certificate, tuple(fields.multiaddrs))
+
+
+def is_outside(target: str) -> bool:
+    """Whether a "host:port" may be dialled because a stranger says so: not loopback, link-local or private."""
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".local", ".localhost", ".internal"))
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """An open channel, and how many use it."""
+
+    channel: grpc.aio.Channel
+    owned: AsyncExitStack
+    num_users: int = 0
+    retired: bool = False
+    """Nobody new gets it; it is closed when its last user is gone."""
 
 
 class Connector:
-    """Keeps one channel per peer, opened on first use.
+    """Keeps one channel per peer, opened on first use and shared by all calls to it.
 
     Args:
         open_tunnel: how to reach a peer that cannot be dialled; None: such peers are unavailable.
-        connect_timeout_s: for each way that is tried.
+        may_dial: which of a peer's "host:port" targets may be dialled at all.
+        connect_timeout_s: for each of the two ways.
     """
 
-    def __init__(self, open_tunnel: TunnelOpener | None, *, connect_timeout_s: float = 3.0) -> None:
+    def __init__(
+        self,
+        open_tunnel: TunnelOpener | None,
+        *,
+        may_dial: Callable[[str], bool] = lambda target: True,
+        connect_timeout_s: float = 3.0,
+    ) -> None:
         self._open_tunnel = open_tunnel
+        self._may_dial = may_dial
         self._connect_timeout_s = connect_timeout_s
         self._links: dict[PeerAddress, asyncio.Task[_Link]] = {}
 
-    async def channel(self, address: PeerAddress) -> grpc.aio.Channel:
-        """Return a connected channel to the peer.
+    @asynccontextmanager
+    async def lease(self, address: PeerAddress) -> AsyncIterator[grpc.aio.Channel]:
+        """Use a connected channel to the peer while the body runs.
 
-        Raises: PeerUnavailable: no way leads to it.
+        Raises: PeerUnavailable: no way leads to it. ProtocolError: its certificate cannot be read.
         """
-        task = self._links.get(address)
-        if task is None or (task.done() and not _usable(task)):
-            task = asyncio.create_task(self._connect(address))
-            self._links[address] = task
+        link = await self._link(address)
+        link.num_users += 1
         try:
-            return (await asyncio.shield(task)).channel
-        except PeerUnavailable:
-            if self._links.get(address) is task:
-                del self._links[address]
-            raise
+            yield link.channel
+        finally:
+            link.num_users -= 1
+            if link.retired and not link.num_users:
+                await link.owned.aclose()
+            await self._close_idle()
 
     async def forget(self, peer_id: str) -> None:
-        """Close what leads to this peer; the next call connects anew."""
-        for address in [address for address in self._links if address.peer_id == peer_id]:
-            await self._discard(self._links.pop(address))
+        """Let the next call to this peer connect anew; calls in progress go on over their link."""
+        for address in [each for each, task in self._links.items() if each.peer_id == peer_id and task.done()]:
+            await self._retire(self._links.pop(address))
 
     async def aclose(self) -> None:
         """Close all channels and tunnels."""
-        links, self._links = list(self._links.values()), {}
-        for task in links:
-            await self._discard(task)
+        tasks, self._links = list(self._links.values()), {}
+        for task in tasks:
+            await self._retire(task, force=True)
 
-    async def _discard(self, task: asyncio.Task[_Link]) -> None:
-        task.cancel()
-        result = (await asyncio.gather(task, return_exceptions=True))[0]
-        if isinstance(result, _Link):
-            await result.owned.aclose()
+    async def _link(self, address: PeerAddress) -> _Link:
+        task = self._links.pop(address, None) or asyncio.create_task(self._connect(address))
+        self._links[address] = task  # at the end: the most recently used
+        try:
+            return await asyncio.shield(task)
+        finally:
+            if task.done() and (task.cancelled() or task.exception() is not None) and self._links.get(address) is task:
+                del self._links[address]
+
+    async def _close_idle(self) -> None:
+        idle = [
+            address
+            for address, task in self._links.items()
+            if task.done() and not task.cancelled() and task.exception() is None and not task.result().num_users
+        ]
+        for address in idle[: max(0, len(idle) - MAX_IDLE_LINKS)]:
+            await self._retire(self._links.pop(address))
+
+    async def _retire(self, task: asyncio.Task[_Link], *, force: bool = False) -> None:
+        if not task.done():
+            task.cancel()
+        link = (await asyncio.gather(task, return_exceptions=True))[0]
+        if isinstance(link, _Link):
+            link.retired = True
+            if force or not link.num_users:
+                await link.owned.aclose()
 
     async def _connect(self, address: PeerAddress) -> _Link:
-        pem = certificate_pem(address.tls_certificate)
-        tried = []
-        for target in address.direct:
-            async with AsyncExitStack() as owned:
-                channel = await owned.enter_async_context(open_channel(target, pem, TLS_NAME))
-                if await _becomes_ready(channel, self._connect_timeout_s):
-                    return _Link(channel, owned.pop_all())
-            tried.append(target)
+        try:
+            pem = certificate_pem(address.tls_certificate)
+        except ValueError as exc:
+            raise _blamed(ProtocolError(f"the certificate of peer {address.peer_id} cannot be read"), address) from exc
+        targets = [target for target in address.direct if self._may_dial(target)]
+        if targets and (link := await self._dial(targets, pem)) is not None:
+            return link
         if self._open_tunnel is not None and address.multiaddrs:
-            async with AsyncExitStack() as owned:
-                target = await owned.enter_async_context(self._open_tunnel(address.peer_id, address.multiaddrs))
-                channel = await owned.enter_async_context(open_channel(target, pem, TLS_NAME))
-                if await _becomes_ready(channel, 2 * self._connect_timeout_s):
-                    logger.debug("peer %s is reached through the tunnel", address.peer_id)
-                    return _Link(channel, owned.pop_all())
-            tried.append("the tunnel")
-        error = PeerUnavailable(f"peer {address.peer_id} cannot be reached (tried {', '.join(tried) or 'nothing'})")
-        error.peer_id = address.peer_id
-        raise error
+            try:
+                return await self._tunnel(self._open_tunnel(address.peer_id, address.multiaddrs), pem)
+            except PeerUnavailable as exc:
+                raise _blamed(exc, address) from exc
+        raise _blamed(PeerUnavailable(f"peer {address.peer_id} cannot be reached"), address)
+
+    async def _dial(self, targets: list[str], pem: bytes) -> _Link | None:
+        """Dial all targets at once; the first that connects is the link."""
+        channels = [open_channel(target, pem, TLS_NAME) for target in targets]
+        attempts = {asyncio.create_task(_becomes_ready(each, self._connect_timeout_s)): each for each in channels}
+        winner: grpc.aio.Channel | None = None
+        try:
+            for attempt in asyncio.as_completed(attempts):
+                await attempt
+                ready = [each for done, each in attempts.items() if done.done() and done.result()]
+                if ready:
+                    winner = ready[0]
+                    break
+        finally:
+            for pending in attempts:
+                pending.cancel()
+            await asyncio.gather(*attempts, return_exceptions=True)
+            for channel in channels:
+                if channel is not winner:
+                    await channel.close()
+        if winner is None:
+            return None
+        owned = AsyncExitStack()
+        owned.push_async_callback(winner.close)
+        return _Link(winner, owned)
+
+    async def _tunnel(self, opening: AbstractAsyncContextManager[str], pem: bytes) -> _Link:
+        async with AsyncExitStack() as owned:
+            target = await owned.enter_async_context(opening)
+            channel = open_channel(target, pem, TLS_NAME)
+            owned.push_async_callback(channel.close)
+            if not await _becomes_ready(channel, 2 * self._connect_timeout_s):
+                raise PeerUnavailable("the peer does not answer through the tunnel")
+            return _Link(channel, owned.pop_all())
 
 
-@dataclass(frozen=True, slots=True)
-class _Link:
-    channel: grpc.aio.Channel
-    owned: AsyncExitStack
-
-
-def _usable(task: asyncio.Task[_Link]) -> bool:
-    return not task.cancelled() and task.exception() is None
+def _blamed(error: PeerUnavailable | ProtocolError, address: PeerAddress) -> PeerUnavailable | ProtocolError:
+    error.peer_id = address.peer_id
+    return error
 
 
 async def _becomes_ready(channel: grpc.aio.Channel, timeout_s: float) -> bool:

@@ -7,17 +7,19 @@ logged here with its traceback, and the caller learns no more than that.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from swarm import errors
 from swarm.codec import CHUNK_BYTES
-from swarm.errors import BadRequest, PeerBug, PeerUnavailable, ProtocolError, SwarmError, UserError
+from swarm.errors import BadRequest, PeerBug, PeerError, PeerUnavailable, ProtocolError, SwarmError, UserError
 from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -84,11 +86,15 @@ async def abort(context: grpc.aio.ServicerContext, error: SwarmError) -> NoRetur
     raise AssertionError("abort raises")
 
 
-def translate(failure: grpc.aio.AioRpcError, peer_id: str) -> SwarmError:
-    """Return the error that a failed call to a peer stands for, its `peer_id` set to the peer at fault."""
+def translate(failure: grpc.aio.AioRpcError, peer_id: str, may_blame: Collection[str] = ()) -> SwarmError:
+    """Return the error that a failed call to a peer stands for, its `peer_id` set to the peer at fault.
+
+    Args:
+        may_blame: other peers that this one may name as being at fault; whom else it names is ignored.
+    """
     for key, value in failure.trailing_metadata() or ():
         if key == ERROR_METADATA_KEY and isinstance(value, bytes):
-            return from_wire(value, peer_id)
+            return from_wire(value, peer_id, may_blame)
     code = failure.code()
     text = (failure.details() or "no details")[:_MAX_ERROR_TEXT]
     error: SwarmError
@@ -102,16 +108,16 @@ def translate(failure: grpc.aio.AioRpcError, peer_id: str) -> SwarmError:
     return error
 
 
-def from_wire(data: bytes, peer_id: str) -> SwarmError:
-    """Rebuild an error from an `Error` message that a peer sent."""
+def from_wire(data: bytes, peer_id: str, may_blame: Collection[str] = ()) -> SwarmError:
+    """Rebuild an error from an `Error` message that a peer sent; see `translate`."""
     wire = pb.Error()
     try:
         wire.ParseFromString(data)
-    except ValueError as exc:
+    except DecodeError as exc:
         error: SwarmError = ProtocolError(f"peer {peer_id} sent an error that cannot be read: {exc}")
     else:
         error = _CLASSES.get(wire.code, PeerUnavailable)(wire.message[:_MAX_ERROR_TEXT])
-    error.peer_id = wire.peer_id or peer_id
+    error.peer_id = wire.peer_id if wire.peer_id in may_blame else peer_id
     return error
 
 
@@ -137,12 +143,28 @@ async def errors_to_wire(context: grpc.aio.ServicerContext, call: str) -> AsyncI
 
 
 @asynccontextmanager
-async def errors_from_wire(peer_id: str) -> AsyncIterator[None]:
-    """Raise a failed call to a peer as a SwarmError."""
+async def errors_from_wire(peer_id: str, may_blame: Collection[str] = ()) -> AsyncIterator[None]:
+    """Raise whatever goes wrong in a call to a peer as a SwarmError that names the peer at fault; see `translate`."""
     try:
         yield
     except grpc.aio.AioRpcError as exc:
-        raise translate(exc, peer_id) from exc
+        raise translate(exc, peer_id, may_blame) from exc
+    except PeerError as exc:
+        exc.peer_id = exc.peer_id or peer_id
+        raise
+    except asyncio.InvalidStateError as exc:
+        raise _closed(peer_id) from exc
+    except asyncio.CancelledError as exc:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise _closed(peer_id) from exc  # gRPC's way to say that the channel was closed under the call
+
+
+def _closed(peer_id: str) -> PeerUnavailable:
+    error = PeerUnavailable(f"the call to peer {peer_id} was ended")
+    error.peer_id = peer_id
+    return error
 
 
 def pinned_credentials(certificate_pem: bytes) -> grpc.ChannelCredentials:

@@ -138,16 +138,25 @@ class _ClientHalf:
     """What the client half adds to the library's class."""
 
     new_remote_cache: Callable[[], RemoteCache] = RemoteCache
-    """Makes the cache of a new generation; client code sets its own on the instance."""
+    """Makes the cache of a call with use_cache=True; client code sets its own."""
+
+    def new_generation_cache(self, max_length: int) -> RemoteCache:
+        """Make the cache of a generation that can reach `max_length` tokens; client code overrides it."""
+        return self.new_remote_cache()
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
+        generation_config.cache_implementation = None  # a kind of local cache, which there is none of here
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            generation_config.cache_implementation = None
-            model_kwargs["past_key_values"] = self.new_remote_cache()
+            model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length)
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, *args, **kwargs
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
 

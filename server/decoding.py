@@ -1,0 +1,196 @@
+"""Sessions on the wire: opening one, reading its steps, and passing each output to the next hop or the client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import grpc.aio
+from torch import Tensor
+
+from swarm.codec import optional, pack
+from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolError, SessionLost
+from swarm.model.span import Span
+from swarm.peers import Connector, PeerAddress
+from swarm.ranges import BlockRange
+from swarm.streams import PART_TIMEOUT_S, read_tensors, write_message
+from swarm.v1 import blocks_pb2 as pb
+
+from . import checks
+from .checks import ServiceLimits
+from .engine import ComputeThread, Priority
+from .pushing import PushLink, open_push_link
+from .sessions import Deliver, ServerSession, SessionTable, StepInput
+
+logger = logging.getLogger(__name__)
+
+# B batch, L length, D hidden, N blocks, P virtual tokens
+
+MAX_OPEN_TIMEOUT_S = 120.0
+
+Read = Callable[[], Awaitable[pb.SessionRequest]]
+
+
+class Decoding:
+    """The sessions of a server, as their streams drive them."""
+
+    def __init__(
+        self, span: Span, engine: ComputeThread, sessions: SessionTable, connector: Connector, limits: ServiceLimits
+    ) -> None:
+        self._span = span
+        self._engine = engine
+        self._sessions = sessions
+        self._connector = connector
+        self._limits = limits
+
+    @asynccontextmanager
+    async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
+        """Check what is asked for, reserve room, and open the way to the next hop."""
+        blocks = checks.check_blocks(opening.blocks, self._span.blocks)
+        self._check_size(opening)
+        prompts = await self._read_prompts(context.read, opening, blocks)
+        async with (
+            self._sessions.open(
+                opening.session_id,
+                blocks,
+                batch_size=opening.batch_size,
+                max_tokens=opening.max_tokens,
+                prompts_NBPD=prompts,
+                timeout_s=min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S),
+            ) as session,
+            self._open_delivery(context, opening, session) as session.deliver,
+        ):
+            yield session
+
+    def attach(self, attach: pb.SessionAttach) -> ServerSession:
+        """Return the session that a Push stream feeds. Raises: SessionLost: there is none, or not any more."""
+        session = self._sessions.get(attach.session_id)
+        if session.deliver is None:
+            raise SessionLost("this session is not open yet")
+        return session
+
+    async def run(self, read: Read, session: ServerSession) -> None:
+        """Run the steps of a stream until it ends, or until the session fails on whatever stream.
+
+        Raises: what went wrong; the session has failed with it.
+        """
+        steps = asyncio.create_task(self._run_steps(read, session))
+        try:
+            while not (steps.done() or session.failure.done()):
+                idle_s = time.monotonic() - session.used_at_s
+                if idle_s >= self._limits.session_idle_s:
+                    session.fail(SessionLost(f"nothing came for {idle_s:.0f} s: replay the session when it goes on"))
+                timeout_s = max(0.1, self._limits.session_idle_s - idle_s)
+                await asyncio.wait({steps, session.failure}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if steps.done() and (error := steps.exception()) is not None:
+                session.fail(error)
+            await (steps if steps.done() else session.failure)
+        finally:
+            steps.cancel()
+            await asyncio.gather(steps, return_exceptions=True)
+
+    def _check_size(self, opening: pb.SessionOpen) -> None:
+        if not 1 <= opening.batch_size <= self._limits.max_batch_size:
+            raise BadRequest(
+                f"a session holds 1 to {self._limits.max_batch_size} sequences, {opening.batch_size} were asked for"
+            )
+        if not 1 <= opening.max_tokens <= self._limits.max_session_tokens:
+            raise PromptTooLong(
+                f"a session on this server holds 1 to {self._limits.max_session_tokens} tokens, "
+                f"{opening.max_tokens} were asked for"
+            )
+        if len(opening.session_id) != 16:
+            raise ProtocolError("a session id has 16 bytes")
+
+    async def _read_prompts(self, read: Read, opening: pb.SessionOpen, blocks: BlockRange) -> Tensor | None:
+        specs = optional(opening, "prompts")
+        checks.check_prompts_spec(specs[0], blocks, opening.batch_size, self._span.hidden_size, self._limits)
+        max_bytes = checks.max_message_bytes(0, self._span.hidden_size, len(blocks), self._limits)
+        (prompts,) = await read_tensors(read, specs, opening.data, max_bytes=max_bytes)
+        return prompts
+
+    @asynccontextmanager
+    async def _open_delivery(
+        self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen, session: ServerSession
+    ) -> AsyncIterator[Deliver]:
+        """Yield what passes a step's output on: to the next hop, or back to the client."""
+        if opening.HasField("next"):
+            address = PeerAddress.from_wire(opening.next)
+            async with open_push_link(self._connector, address, session, opening.next_session_id) as link:
+                yield lambda y_BLD, step: _push(link, y_BLD, step)
+        else:
+            yield lambda y_BLD, step: _reply(context, y_BLD, step)
+
+    async def _run_steps(self, read: Read, session: ServerSession) -> None:
+        while (message := await read()) is not grpc.aio.EOF:
+            if message.WhichOneof("kind") != "step":
+                raise ProtocolError("after its first message a session's stream carries steps")
+            step = await self._read_step(read, message.step, session)
+            async with session.lock:
+                await self._run_step(session, step)
+
+    async def _run_step(self, session: ServerSession, step: StepInput) -> None:
+        session.used_at_s = time.monotonic()
+        if step.step_id <= session.last_step_id:
+            logger.debug("dropped a repeated step")
+            return
+        assert session.deliver is not None
+        priority = Priority.DECODE if step.x_BLD.shape[1] == 1 else Priority.PREFILL
+        y_BLD = await self._engine.run(priority, lambda: session.step(step))
+        session.last_step_id = step.step_id
+        await session.deliver(y_BLD, step)
+
+    async def _read_step(self, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
+        max_tokens = max(self._limits.max_step_tokens, session.batch_size)
+        specs = optional(wire, "hidden_states", "attention_mask", "position_ids")
+        checks.check_batch_spec(specs[0], self._span.hidden_size, self._limits, max_tokens=max_tokens)
+        max_bytes = checks.max_message_bytes(max_tokens, self._span.hidden_size, 0, self._limits)
+        x_BLD, mask_BL, ids_BL = await read_tensors(read, specs, wire.data, max_bytes=max_bytes)
+        assert x_BLD is not None
+        batch_size, length, _ = x_BLD.shape
+        if not 0 <= wire.num_outputs <= length:
+            raise BadRequest(f"a step of {length} tokens cannot return {wire.num_outputs}")
+        checks.check_mask(mask_BL, batch_size, length)
+        checks.check_position_ids(ids_BL, batch_size, length)
+        checks.check_beam_idx(list(wire.beam_idx), session.batch_size)
+        step = StepInput(
+            wire.step_id,
+            wire.position,
+            wire.num_outputs,
+            list(wire.beam_idx),
+            x_BLD,
+            mask_BL,
+            ids_BL,
+            wire.hidden_states.codec,
+        )
+        session.check(step)
+        return step
+
+
+async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInput) -> None:
+    wanted = y_BLD[:, y_BLD.shape[1] - step.num_outputs :] if step.num_outputs else None
+    packed = pack(wanted, codec=step.codec)
+    result = pb.StepResult(step_id=step.step_id, hidden_states=packed.specs[0], data=packed.data)
+    try:
+        async with asyncio.timeout(PART_TIMEOUT_S):
+            await write_message(context.write, pb.SessionResponse(result=result), packed.more)
+    except TimeoutError as exc:
+        raise PeerUnavailable(f"the client does not take its results within {PART_TIMEOUT_S:.0f} s") from exc
+
+
+async def _push(link: PushLink, y_BLD: Tensor, step: StepInput) -> None:
+    packed = pack(y_BLD, step.mask_BL, step.position_ids_BL, codec=step.codec)
+    wire = pb.Step(
+        step_id=step.step_id,
+        position=step.position,
+        num_outputs=step.num_outputs,
+        beam_idx=step.beam_idx,
+        hidden_states=packed.specs[0],
+        attention_mask=packed.specs[1],
+        position_ids=packed.specs[2],
+        data=packed.data,
+    )
+    await link.send(pb.SessionRequest(step=wire), packed.more)
