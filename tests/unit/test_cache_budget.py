@@ -76,22 +76,22 @@ async def test_no_room_in_time_is_cache_full():
     assert budget.used_bytes == 0
 
 
-async def test_room_goes_to_whoever_came_first_even_if_a_later_one_is_smaller():
+async def test_a_small_request_does_not_wait_behind_a_large_one():
     budget, order = CacheBudget(100), []
     holder = Visitor(budget, 80)
     await settle()
     large, small = Visitor(budget, 60, order, 1), Visitor(budget, 10, order, 2)
     await settle()
-    assert not large.inside and not small.inside
+    assert small.inside and not large.inside
     await holder.leave()
     await settle()
-    assert order == [1, 2] and budget.used_bytes == 70
+    assert order == [2, 1] and budget.used_bytes == 70
     await large.leave()
     await small.leave()
     assert budget.used_bytes == 0
 
 
-async def test_a_waiter_that_gives_up_lets_those_behind_it_in():
+async def test_a_waiter_that_gives_up_takes_nothing_with_it():
     budget = CacheBudget(100)
     holder = Visitor(budget, 80)
     await settle()

@@ -131,5 +131,5 @@ def test_beams_are_sequences_of_the_batch():
 
 
 def test_limits_are_positive():
-    with pytest.raises(BadRequest, match="max_batch_size must be at least 1"):
+    with pytest.raises(BadRequest, match="max_batch_size must be positive"):
         ServiceLimits(max_batch_size=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 
-from swarm.client.network import ClientConfig, FailureMemory, Network
+from swarm.client.network import Attempt, ClientConfig, FailureMemory, Network
 from swarm.client.routing import Needs
 from swarm.directory import MemoryDirectory
 from swarm.errors import (
@@ -78,8 +78,9 @@ class Attempts:
         self.then = then
         self.ages: list[float | None] = []
 
-    async def __call__(self, max_age_s: float | None) -> object:
-        self.ages.append(max_age_s)
+    async def __call__(self, attempt: Attempt) -> object:
+        self.ages.append(attempt.max_age_s)
+        self.refused_by = attempt.refused_by
         if self.errors:
             raise self.errors.pop(0)
         return self.then
@@ -91,14 +92,14 @@ def test_a_failed_peer_is_avoided_and_its_channel_forgotten():
         for name in "AB":
             await directory.announce(announcement(name, 0, 12))
         network = make_network(directory)
-        first = (await network.route(NEEDS))[0].peer_id
+        first = (await network.route(NEEDS, Attempt()))[0].peer_id
         failure = PeerUnavailable("gone")
         failure.peer_id = first
         assert await network.retrying(Attempts(failure)) == "done"
-        assert (await network.route(NEEDS))[0].peer_id != first
+        assert (await network.route(NEEDS, Attempt()))[0].peer_id != first
         assert network.connector.forgotten == [first]
         network.succeeded(first)
-        assert (await network.route(NEEDS))[0].peer_id == first
+        assert (await network.route(NEEDS, Attempt()))[0].peer_id == first
 
     run(test)
 
@@ -118,7 +119,7 @@ def test_a_lost_session_does_not_speak_against_its_peer():
         await directory.announce(announcement("A", 0, 12))
         network = make_network(directory)
         await network.retrying(Attempts(at_peer(SessionLost("lost"), "A")))
-        assert len(await network.route(NEEDS)) == 1
+        assert len(await network.route(NEEDS, Attempt())) == 1
 
     run(test)
 
@@ -134,13 +135,51 @@ def test_attempts_are_bounded():
     run(test)
 
 
+def test_a_peers_refusal_counts_for_that_peer_alone():
+    async def test() -> None:
+        attempts = Attempts(at_peer(PromptTooLong("no room in all"), "A"))
+        assert await make_network().retrying(attempts) == "done"
+        assert attempts.refused_by == {peer_id("A")}
+
+    run(test)
+
+
+def test_a_refusal_is_raised_when_everybody_has_refused():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "AB":
+            await directory.announce(announcement(name, 0, 12))
+        network, asked = make_network(directory), []
+
+        async def ask(attempt: Attempt) -> None:
+            asked.append((await network.route(NEEDS, attempt))[0].peer_id)
+            error = PromptTooLong("no room in all")
+            error.peer_id = asked[-1]
+            raise error
+
+        with pytest.raises(PromptTooLong, match="no room"):
+            await network.retrying(ask)
+        assert sorted(asked) == sorted(map(peer_id, "AB"))
+
+    run(test)
+
+
+def test_a_route_that_breaks_gets_a_new_deadline():
+    async def test() -> None:
+        gaps = [NoRoute("none")] * 8
+        attempts = Attempts(*gaps, at_peer(PeerUnavailable("gone"), "A"), *gaps)
+        assert await make_network(route_timeout_s=5.0).retrying(attempts) == "done"
+
+    run(test)
+
+
 def test_a_missing_route_is_waited_for_until_the_deadline():
     async def test() -> None:
         network = make_network(route_timeout_s=5.0)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         with pytest.raises(NoRoute, match="no server is available for blocks 0-11"):
-            await network.retrying(lambda max_age_s: network.route(NEEDS, max_age_s=max_age_s))
+            await network.retrying(lambda attempt: network.route(NEEDS, attempt))
         assert 5.0 <= loop.time() - started_s < 5.6
 
     run(test)
@@ -222,8 +261,8 @@ def test_without_direct_dialling_routes_name_no_address():
     async def test() -> None:
         directory = MemoryDirectory()
         await directory.announce(announcement("A", 0, 12))
-        assert (await make_network(directory).route(NEEDS))[0].address.direct
-        assert not (await make_network(directory, use_direct=False).route(NEEDS))[0].address.direct
+        assert (await make_network(directory).route(NEEDS, Attempt()))[0].address.direct
+        assert not (await make_network(directory, use_direct=False).route(NEEDS, Attempt()))[0].address.direct
 
     run(test)
 
