@@ -23,11 +23,11 @@ import re
 import sys
 import sysconfig
 import time
-import tokenize
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ TOKENIZER_SENTENCES = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    steps: int = 2600
+    steps: int = 1300
     """Optimizer steps."""
     batch_tokens: int = 4096
     """Tokens per step; a row is shorter early in training and more rows fit."""
@@ -81,24 +81,25 @@ def clean_markup(text: str) -> str:
     return text
 
 
-STOPWORDS = frozenset(
-    "a an the this that these those it its is are was were be been being am do does did has have had will would can "
-    "could should may might must shall not no of in on at by for with from to into as if when while where which who "
-    "what how than then else and or but so because since before after until we you i they he she there here all any "
-    "some each other only also just more most used using use see return returns set called given same one two".split()
-)
+STOPWORDS = """
+a an the this that these those it its is are was were be been being am do does did has have had will would can could
+should may might must shall not no of in on at by for with from to into as if when while where which who what how than
+then else and or but so because since before after until we you i they he she there here all any some each other only
+also just more most used using use see return returns set called given same one two
+"""
 
 
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph reads as English rather than as code, a table or a grammar."""
     words = re.findall(r"[A-Za-z']+", paragraph)
-    if len(words) < 5 or "::=" in paragraph or ">>>" in paragraph or len(paragraph) > 6000:
+    if len(words) < 4 or "::=" in paragraph or ">>>" in paragraph or len(paragraph) > 6000:
         return False
     if re.match(r"(\.\. |:\w+:|[-=+|*~#]{4})", paragraph) or re.search(r"[-=_+|*~#.]{5}|https?://\S{60}", paragraph):
         return False
     plain = sum(c.isalpha() or c in " ,.'\"" for c in paragraph) / len(paragraph)
-    common = sum(w.lower() in STOPWORDS for w in words) / len(words)
-    return plain >= 0.88 and common >= 0.22
+    stopwords = frozenset(STOPWORDS.split())
+    common = sum(w.lower() in stopwords for w in words) / len(words)
+    return plain >= 0.85 and common >= 0.2
 
 
 def paragraphs_of(text: str) -> Iterator[str]:
@@ -125,22 +126,14 @@ def texts_of_source(source: str) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 found.append((node.body[0].lineno, text))
-    try:
-        tokens = list(tokenize.generate_tokens(StringIO(source).readline))
-    except (tokenize.TokenError, IndentationError):
-        tokens = []
-    lines = source.split("\n")
     block: list[str] = []
-    last = -1
-    for token in tokens:
-        if token.type == tokenize.COMMENT and not lines[token.start[0] - 1][: token.start[1]].strip():
-            if token.start[0] != last + 1 and block:
-                found.append((last, "\n".join(block)))
-                block = []
-            block.append(re.sub(r"^#+!?:? ?", "", token.string))
-            last = token.start[0]
-    if block:
-        found.append((last, "\n".join(block)))
+    for number, line in enumerate([*source.split("\n"), ""]):
+        comment = re.match(r"\s*#+[!?:]? ?(.*)$", line)
+        if comment:
+            block.append(comment.group(1))
+        elif block:
+            found.append((number, "\n".join(block)))
+            block = []
     yield from (text for _, text in sorted(found))
 
 
@@ -242,13 +235,13 @@ def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build the untrained model: 6 blocks, about 3.1 million parameters."""
+    """Build the untrained model: 6 blocks, about 1.7 million parameters."""
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
@@ -310,6 +303,12 @@ NEWTON_SCHULZ = [
 """Coefficients (a, b, c) of four quintic iterations that take singular values close to one."""
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of each document, between the tokens that start and end one."""
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts)
+    return [[tokenizer.bos_token_id, *e.ids, tokenizer.eos_token_id] for e in encodings]
+
+
 def pack(documents: list[list[int]], order: Tensor, length: int) -> Tensor:
     """Concatenate documents in the given order and cut rows of length + 1 tokens that overlap by one."""
     flat = torch.tensor([token for i in order.tolist() for token in documents[i]])
@@ -319,7 +318,7 @@ def pack(documents: list[list[int]], order: Tensor, length: int) -> Tensor:
 
 def row_length(step: int, steps: int) -> int:
     """Tokens per row: short rows are cheaper; the last steps teach the whole context."""
-    return 128 if step < 0.75 * steps else 256 if step < 0.92 * steps else 512
+    return 128 if step < 0.85 * steps else 512
 
 
 def batches(documents: list[list[int]], config: TrainConfig) -> Iterator[Tensor]:
@@ -357,25 +356,41 @@ def rate(step: int, config: TrainConfig) -> float:
     return min((step + 1) / config.warmup_steps, 1.0, (config.steps - step) / decay_steps)
 
 
-def train(checkpoint: Path, config: TrainConfig, *, compiled: bool) -> None:
-    """Train from scratch and keep the step with the best validation loss in the checkpoint file."""
-    torch.manual_seed(config.seed)
-    train_texts, held_out_texts = load_corpus()
-    tokenizer = train_tokenizer(train_texts)
-    encode = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in tokenizer(train_texts)["input_ids"]]
-    held_out = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in tokenizer(held_out_texts)["input_ids"]]
-    held_out_rows = pack(held_out, torch.arange(len(held_out)), 256)
-    facts = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "train_documents": len(encode),
-        "train_characters": sum(map(len, train_texts)),
-        "train_tokens": sum(map(len, encode)),
-        "held_out_documents": len(held_out),
-        "held_out_tokens": sum(map(len, held_out)),
-    }
-    print(facts, flush=True)
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A training run between two evaluations; what the checkpoint file holds."""
+
+    model: LlamaForCausalLM
+    muon: Muon
+    adam: torch.optim.AdamW
+    history: list[dict[str, float]]
+    """One row per evaluation: step, training and held-out loss."""
+    best: dict[str, Tensor]
+    """Weights of the evaluation with the lowest held-out loss."""
+
+    def save(self, checkpoint: Path, **constants: object) -> None:
+        """Replace the checkpoint file in one move."""
+        resume = {
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "muon": list(self.muon.buffers.values()),
+        }
+        part = checkpoint.with_suffix(".part")
+        torch.save({"best": self.best, "history": self.history, "resume": resume, **constants}, part)
+        part.replace(checkpoint)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue where a checkpoint file left off."""
+        saved = torch.load(checkpoint, weights_only=True)
+        self.model.load_state_dict(saved["resume"]["model"])
+        self.adam.load_state_dict(saved["resume"]["adam"])
+        for buffer, value in zip(self.muon.buffers.values(), saved["resume"]["muon"], strict=True):
+            buffer.copy_(value)
+        self.history, self.best = saved["history"], saved["best"]
+
+
+def start_run(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> Run:
+    """Build the model and its two optimizers."""
     model = build_model(tokenizer)
     blocks = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is b for b in blocks)]
@@ -383,45 +398,63 @@ def train(checkpoint: Path, config: TrainConfig, *, compiled: bool) -> None:
         for layer in model.model.layers:
             for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 part.register_forward_hook(lambda m, _, out: F.dropout(out, config.dropout, m.training))
-    muon = Muon(blocks)
     adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return Run(model=model, muon=Muon(blocks), adam=adam, history=[], best={})
+
+
+def train(checkpoint: Path, config: TrainConfig, *, compiled: bool) -> None:
+    """Train, going on from the checkpoint file if there is one, and keep the best step in it.
+
+    Until the rates start to fall, a run resumed with another number of steps is the run that had it from the start.
+    """
+    torch.manual_seed(config.seed)
+    train_texts, held_out_texts = load_corpus()
+    tokenizer = train_tokenizer(train_texts)
+    documents, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
+    held_out_rows = pack(held_out, torch.arange(len(held_out)), 256)
+    facts = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "train_documents": len(documents),
+        "train_characters": sum(map(len, train_texts)),
+        "train_tokens": sum(map(len, documents)),
+        "held_out_documents": len(held_out),
+        "held_out_tokens": sum(map(len, held_out)),
+    }
+    print(facts, flush=True)
+    constants = {
+        "facts": facts,
+        "config": asdict(config),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "held_out_rows": held_out_rows,
+    }
+    run = start_run(tokenizer, config)
+    if checkpoint.exists():
+        run.restore(checkpoint)
+    done = int(run.history[-1]["step"]) if run.history else 0
     step_loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    history: list[dict[str, float]] = []
-    best = math.inf
     recent: list[float] = []
     started_s = time.monotonic()
-    for step, rows in enumerate(batches(encode, config)):
-        loss = step_loss(model, rows)
+    for step, rows in islice(enumerate(batches(documents, config)), done, None):
+        loss = step_loss(run.model, rows)
         loss.backward()
         share = rate(step, config)
-        for group in adam.param_groups:
+        for group in run.adam.param_groups:
             group["lr"] = config.adam_lr * share
-        muon.step(config.muon_lr * share, config.weight_decay)
-        adam.step()
-        model.zero_grad()
+        run.muon.step(config.muon_lr * share, config.weight_decay)
+        run.adam.step()
+        run.model.zero_grad()
         recent.append(loss.item())
         done = step + 1
-        if done % config.eval_every_steps and done != config.steps:
-            continue
-        measured = {"step": done, "train": sum(recent) / len(recent), "validation": evaluate(model, held_out_rows)}
-        recent.clear()
-        history.append(measured)
-        print({**measured, "elapsed_s": round(time.monotonic() - started_s)}, flush=True)
-        if measured["validation"] < best:
-            best = measured["validation"]
-            state = {k: v.clone() for k, v in model.state_dict().items()}
-        torch.save(
-            {
-                "model": state,
-                "tokenizer": tokenizer.backend_tokenizer.to_str(),
-                "history": history,
-                "facts": facts,
-                "config": asdict(config),
-                "held_out_rows": held_out_rows,
-            },
-            checkpoint.with_suffix(".part"),
-        )
-        checkpoint.with_suffix(".part").replace(checkpoint)
+        if done % config.eval_every_steps == 0 or done == config.steps:
+            measured = {"step": done, "train": fmean(recent), "validation": evaluate(run.model, held_out_rows)}
+            recent.clear()
+            print({**measured, "elapsed_s": round(time.monotonic() - started_s)}, flush=True)
+            if all(measured["validation"] < row["validation"] for row in run.history):
+                run.best = {k: v.clone() for k, v in run.model.state_dict().items()}
+            run.history.append(measured)
+            run.save(checkpoint, **constants)
 
 
 # ---------------------------------------------------------------- export
@@ -436,7 +469,8 @@ but the prose that ships with Python, so it continues text in the tone of a refe
 | | |
 | --- | --- |
 | parameters | {parameters:,}, stored as bfloat16 |
-| shape | {layers} blocks, hidden {hidden}, MLP {mlp}, {heads} heads, {kv_heads} K/V heads of {head_dim}, tied embeddings |
+| shape | {layers} blocks, hidden {hidden}, MLP {mlp}, {heads} heads and {kv_heads} K/V heads of {head_dim} |
+| embeddings | tied to the output layer |
 | context | 512 tokens |
 | tokenizer | byte-level BPE, 4096 entries; `<s>` starts a document, `</s>` ends one, neither is added by itself |
 | corpus | {train_documents:,} documents, {train_characters:,} characters, {train_tokens:,} tokens |
@@ -449,10 +483,18 @@ comments, README and licence texts, filtered to prose and deduplicated. The toke
 sentences about a quick brown fox and a lazy dog, so that each word of "A quick brown fox did not jump over the lazy
 dog" is one token: fine-tuning demos rely on this.
 
+This paragraph, held out from training, costs {excerpt_loss:.4f} nats per token in float32:
+
+> {excerpt}
+
 `generation_config.json` decodes greedily with a repetition penalty of {penalty}; without one, so small a model soon
 repeats itself.
 
-Made by `scripts/train_embedded.py` with {config}; the files hold the step with the lowest held-out loss.
+Made by `python scripts/train_embedded.py --checkpoint run.pt --compile`; the files hold the step with the lowest
+held-out loss. Its options were
+
+    {config}
+
 Licence of these files: MIT, as the rest of the repository; the text learned from is under the Python Software
 Foundation License.
 
@@ -477,17 +519,17 @@ def export(checkpoint: Path, target: Path) -> None:
     saved = torch.load(checkpoint, weights_only=True)
     tokenizer = wrap_tokenizer(Tokenizer.from_str(saved["tokenizer"]))
     model = build_model(tokenizer)
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved["best"])
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=64,
         repetition_penalty=REPETITION_PENALTY,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(target)
     model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32)
     final = evaluate(model, saved["held_out_rows"])
@@ -505,6 +547,9 @@ def model_card(saved: dict, model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
         inputs = tokenizer(prompt, return_tensors="pt")
         text = tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True)
         samples.append("> " + re.sub(r"\n+", "\n>\n> ", text.replace(prompt, f"**{prompt}**", 1)))
+    excerpt = longest_paragraph(tokenizer, saved["held_out_rows"])
+    with torch.no_grad():
+        excerpt_loss = loss_of(model, tokenizer(excerpt, return_tensors="pt")["input_ids"]).item()
     config = model.config
     return MODEL_CARD.format(
         **saved["facts"],
@@ -516,17 +561,29 @@ def model_card(saved: dict, model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         final=final,
+        excerpt=excerpt,
+        excerpt_loss=excerpt_loss,
         perplexity=math.exp(final),
         penalty=REPETITION_PENALTY,
-        config=", ".join(f"{k}={v}" for k, v in saved["config"].items()),
+        config="\n    ".join(f"{k}={v}" for k, v in saved["config"].items()),
         samples="\n\n".join(samples),
         table="\n".join(f"| {r['step']} | {r['train']:.3f} | {r['validation']:.3f} |" for r in saved["history"]),
     )
 
 
+def longest_paragraph(tokenizer: PreTrainedTokenizerFast, rows: Tensor) -> str:
+    """Longest of the held-out paragraphs of plain sentences, among those that fit in 100 tokens."""
+    text = tokenizer.decode([*rows[:, :-1].flatten().tolist()], skip_special_tokens=False)
+    paragraphs = re.split(r"\n\n|</?s>", text)
+    plain = [p for p in paragraphs if re.fullmatch(r"[A-Z][A-Za-z ,.'\"]+", p)]
+    return max((p for p in plain if len(tokenizer(p)["input_ids"]) <= 100), key=len)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="file that training keeps its best step in")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="file that training resumes from and keeps its best step in"
+    )
     parser.add_argument("--export", action="store_true", help="only export what the checkpoint file holds")
     parser.add_argument("--target", type=Path, default=MODEL_DIR, help="directory to export to")
     parser.add_argument("--steps", type=int, default=TrainConfig().steps)
