@@ -42,6 +42,8 @@ class SessionCache(RemoteCache):
         self.session = session
         self.used_beams = False
         """Whether its rows were reordered, so that they may no longer be those of the caller's batch."""
+        self.mask_BT: Tensor | None = None
+        """The attention mask of all tokens so far, if any of them is padding."""
         self._beam_idx: Tensor | None = None
 
     @property
@@ -125,6 +127,8 @@ class SwarmCall:
         if position_ids_BL is not None:
             position_ids_BL = position_ids_BL.expand(x_BLD.shape[0], -1)
         if cache is not None:
+            assert isinstance(cache, SessionCache)
+            cache.mask_BT = attention_mask_BT if attention_mask_BT is not None else cache.mask_BT
             return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
         prompts = self.prompts
         if prompts is None:
@@ -138,14 +142,13 @@ class SwarmCall:
         return y_BLD[:, prompts.pre_seq_len :]
 
     def _cached(
-        self, x_BLD: Tensor, cache: RemoteCache, mask_BL: Tensor | None, position_ids_BL: Tensor | None
+        self, x_BLD: Tensor, cache: SessionCache, mask_BL: Tensor | None, position_ids_BL: Tensor | None
     ) -> Tensor:
         if torch.is_grad_enabled() and x_BLD.requires_grad:
             raise BadRequest(
                 "gradients do not flow through a session's cache: call the model with use_cache=False to train it, "
                 "or under torch.no_grad() to generate"
             )
-        assert isinstance(cache, SessionCache)
         length = x_BLD.shape[1]
         if mask_BL is not None and bool(mask_BL.all()):
             mask_BL = None
@@ -244,7 +247,7 @@ class DistributedMixin:
             raise
         sequences = result if isinstance(result, Tensor) else result.sequences
         if kwargs.get("inputs_embeds") is None:
-            _remember(session, sequences, kwargs.get("attention_mask"))
+            _remember(session, sequences, cache.mask_BT)
         if cache.used_beams or session.batch_size != sequences.shape[0]:
             session.restart()  # its rows are beams, not the sequences; the next call feeds these anew
         if isinstance(result, Tensor):
@@ -266,7 +269,7 @@ class DistributedMixin:
 
     def new_generation_cache(self, max_length: int) -> SessionCache:
         """A session just as long as one generation can get; it ends with the generation."""
-        cache = self.new_remote_cache(max_length + 1)
+        cache = self.new_remote_cache(max_length)
         self._swarm.state.generating.append(cache.session)
         return cache
 
@@ -293,7 +296,7 @@ class DistributedMixin:
 
 def _joined(
     session: InferenceSession, past: Tensor, inputs: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The token ids of a session with the new ones behind them, and the attention mask of all of them."""
     new = past[:, :0] if inputs is None else inputs
     if new.shape[0] != past.shape[0]:
@@ -301,8 +304,6 @@ def _joined(
     ids = torch.cat([past.to(new.device), new], dim=1)
     if mask is not None and mask.shape[1] == ids.shape[1]:
         return ids, mask
-    if mask is None and session.output_mask is None:
-        return ids, None
     if mask is not None and mask.shape != new.shape:
         raise BadRequest(f"attention_mask must cover the {new.shape[1]} new tokens or all {ids.shape[1]}")
     known = session.output_mask if session.output_mask is not None else torch.ones_like(past)
@@ -310,12 +311,13 @@ def _joined(
     return ids, torch.cat([known.to(added.device, added.dtype), added], dim=1)
 
 
-def _remember(session: InferenceSession, sequences: Tensor, mask: Tensor | None) -> None:
+def _remember(session: InferenceSession, sequences: Tensor, mask_BT: Tensor | None) -> None:
+    """Note what a generation has made of a session, and which of its tokens are padding."""
     session.output_ids = sequences
-    if mask is not None:
-        rows = mask.repeat_interleave(sequences.shape[0] // mask.shape[0], dim=0)
-        grown = rows.new_ones(rows.shape[0], sequences.shape[1] - rows.shape[1])
-        session.output_mask = torch.cat([rows, grown], dim=1)
+    if mask_BT is not None:
+        rows = mask_BT[:: max(1, mask_BT.shape[0] // sequences.shape[0])]
+        known = rows[:, : sequences.shape[1]]
+        session.output_mask = torch.cat([known, known.new_ones(len(known), sequences.shape[1] - known.shape[1])], dim=1)
 
 
 def make_call(connection: Connection, needs: Needs, *, num_blocks: int, hidden_size: int) -> SwarmCall:

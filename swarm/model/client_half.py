@@ -24,6 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
 from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
@@ -154,10 +155,18 @@ class _ClientHalf:
     ) -> Any:
         generation_config.cache_implementation = None  # a kind of local cache, which there is none of here
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length)
+            drafted = _num_draft_tokens(generation_config, generation_mode)
+            model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length + 1 + drafted)
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def _num_draft_tokens(generation_config: GenerationConfig, generation_mode: Any) -> int:
+    """How far the drafts of assisted generation may reach beyond the last token that is kept."""
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        return 0
+    return max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0, 20)
 
 
 def load_client_half(

@@ -233,7 +233,7 @@ def test_positions_ahead_of_the_session_are_refused(llama):
 def test_a_session_fed_by_hand_is_not_continued_by_generate(llama):
     with llama.remote.inference_session(max_length=16) as session:
         session.step(hidden(1, 3))
-        with pytest.raises(BadRequest, match="fed by step"):
+        with pytest.raises(BadRequest, match="not fed with token ids"):
             generate(llama.remote, random_ids(1, 3))
 
 
@@ -292,3 +292,84 @@ def test_many_sessions_leave_no_task_behind(llama):
         session.step(hidden(1, 3))
         raise KeyError
     wait_until(lambda: count() <= before + 2, "the tasks of closed sessions end")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptingStreamer:
+    """Stands for Ctrl-C: raises after some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def put(self, value: object) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupted
+
+    def end(self) -> None:
+        pass
+
+
+def test_an_interrupted_generation_leaves_the_session_as_it_was(llama):
+    ids, more = random_ids(1, 6), random_ids(1, 3, seed=5)
+    wanted_first = llama.local.generate(ids, max_new_tokens=4, do_sample=False)
+    wanted = llama.local.generate(torch.cat([wanted_first, more], dim=1), max_new_tokens=5, do_sample=False)
+    with llama.remote.inference_session(max_length=64) as session:
+        for start in (ids, None):
+            with pytest.raises(Interrupted):
+                llama.remote.generate(start, max_new_tokens=9, do_sample=False, streamer=InterruptingStreamer(3))
+            if start is not None:
+                assert session.position == 0 and session.output_ids is None
+                llama.remote.generate(ids, max_new_tokens=4, do_sample=False)
+        llama.remote.generate(more, max_new_tokens=5, do_sample=False)
+        assert torch.equal(session.output_ids, wanted)
+
+
+def test_beams_in_a_session_are_followed_by_the_sequences_they_returned(llama):
+    ids = random_ids(1, 6)
+    with llama.remote.inference_session(max_length=64) as session:
+        llama.remote.generate(ids, max_new_tokens=4, num_beams=3, num_return_sequences=3, do_sample=False)
+        returned = session.output_ids
+        rest = llama.remote.generate(max_new_tokens=4, do_sample=False)
+    wanted = llama.local.generate(returned, attention_mask=torch.ones_like(returned), max_new_tokens=4, do_sample=False)
+    assert torch.equal(rest, wanted[:, returned.shape[1] :])
+
+
+def test_padding_of_a_session_is_remembered_when_later_calls_name_no_mask(llama):
+    ids, mask = random_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, :3] = 0
+    whole = llama.local.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    with llama.remote.inference_session(max_length=64):
+        first = llama.remote.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        rest = llama.remote.generate(max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.cat([first, rest], dim=1), whole)
+
+
+def test_a_cache_implementation_for_local_caches_is_no_obstacle(llama):
+    ids = random_ids(1, 6)
+    ours = llama.remote.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="dynamic")
+    assert torch.equal(ours, llama.local.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_two_threads_cannot_feed_one_session(llama):
+    with llama.remote.inference_session(max_length=64) as session:
+        x_BLD = torch.randn(1, 2, llama.remote.config.hidden_size)
+        session.step(x_BLD)
+        session._stepping.acquire()
+        with pytest.raises(BadRequest, match="one session per thread"):
+            session.step(x_BLD)
+        session._stepping.release()
+        assert session.position == 2
+
+
+def test_a_closed_model_says_so_and_its_sessions_close_quietly(llama, swarms):
+    model = swarms.join(llama.swarm, llama.path)
+    session = model.inference_session(max_length=16)
+    session.step(torch.randn(1, 2, model.config.hidden_size))
+    model.close()
+    session.close()
+    with pytest.raises(BadRequest, match="was closed"):
+        model.generate(random_ids(1, 4), max_new_tokens=2)
