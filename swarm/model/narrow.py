@@ -53,7 +53,7 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
     for index, layer in enumerate(layers):
         set_number(layer, index + offset, index)
     model.set_submodule(span.anatomy.layers, nn.ModuleList(layers))
-    return Span(model, span.anatomy, blocks)  # type: ignore[arg-type]
+    return Span(model, span.anatomy, blocks)
 
 
 def _shared(module: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> nn.Module:
@@ -64,5 +64,5 @@ def _shared(module: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> 
     for hooks in _HOOKS:
         setattr(twin, hooks, OrderedDict())
     if getattr(twin, "config", None) is old:
-        twin.config = new  # type: ignore[assignment]
+        twin.config = new
     return twin
