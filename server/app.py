@@ -93,6 +93,9 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     anatomy = anatomy_of(checkpoint.config)
     if config.blocks is not None:
         config.blocks.check_inside(anatomy.num_blocks)
+    if anatomy.max_session_tokens is not None:
+        longest = min(config.limits.max_session_tokens, anatomy.max_session_tokens)
+        config = replace(config, limits=replace(config.limits, max_session_tokens=longest))
     async with AsyncExitStack() as owned:
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
         plan = await _plan(config, checkpoint, dht)

@@ -31,6 +31,9 @@ class Anatomy:
     layers_return_tuple: bool
     """Whether the base model takes `layer(...)[0]`, rather than `layer(...)`, as the hidden states."""
 
+    max_session_tokens: int | None = None
+    """How long a session can be without losing exactness; None: no such limit."""
+
     def find_layers(self, base: nn.Module) -> nn.ModuleList:
         """Find the layer list in a base model that still has all its blocks.
 
@@ -78,7 +81,14 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
     hidden_size = getattr(config, "hidden_size", None)
     if not isinstance(num_blocks, int) or not isinstance(hidden_size, int) or num_blocks < 1 or hidden_size < 1:
         raise BadCheckpoint(f"the config of this {model_type!r} model lacks num_hidden_layers or hidden_size")
-    return Anatomy(model_type, num_blocks, hidden_size, path, model_type in families.RETURN_TUPLE)
+    return Anatomy(
+        model_type,
+        num_blocks,
+        hidden_size,
+        path,
+        model_type in families.RETURN_TUPLE,
+        families.max_session_tokens(config),
+    )
 
 
 def base_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:

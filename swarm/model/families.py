@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 LAYERS = {
@@ -118,4 +120,26 @@ def reason_to_refuse(config: PretrainedConfig) -> str | None:
         return SIDE_CHANNEL
     if getattr(config, "is_causal", True) is False:
         return "it attends to later tokens, so it cannot decode token by token"
+    if _rope_settings(config, "dynamic"):
+        return "its dynamic rotary embedding depends on the longest sequence seen so far, also on those of strangers"
     return None
+
+
+def max_session_tokens(config: PretrainedConfig) -> int | None:
+    """How long a session can be so that it does not matter in which pieces it is fed; None: as long as one likes.
+
+    The library chooses longrope's frequencies anew in each call, by its last position: a prompt fed in pieces across
+    the original length would mix both kinds.
+    """
+    lengths = [settings.get("original_max_position_embeddings") for settings in _rope_settings(config, "longrope")]
+    if not lengths:
+        return None
+    own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return min(length or own for length in lengths)
+
+
+def _rope_settings(config: PretrainedConfig, rope_type: str) -> list[dict[str, Any]]:
+    """The rotary settings of this type, which some configs have one of and some one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    candidates = [parameters, *parameters.values()]
+    return [each for each in candidates if isinstance(each, dict) and each.get("rope_type") == rope_type]

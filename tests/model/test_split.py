@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from swarm.errors import BadRequest, UnsupportedModel
+from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import RemoteLayers
 from swarm.model.span import Span, load_span
@@ -320,3 +321,19 @@ def test_auto_class_of_another_kind_is_refused(llama: Both) -> None:
     with pytest.raises(UnsupportedModel, match="AutoModelForMaskedLM"):
         open_split(llama.directory, auto_class=AutoModelForMaskedLM)
     assert issubclass(type(llama.client), AutoModelForCausalLM._model_mapping[type(llama.client.config)])
+
+
+def test_longrope_limits_sessions_to_where_its_frequencies_do_not_change() -> None:
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = tiny_config("phi3")
+    config.max_position_embeddings, config.original_max_position_embeddings = 64, 16
+    config.rope_parameters = {**factors, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    assert anatomy_of(config).max_session_tokens == 16
+    assert anatomy_of(tiny_config("phi3")).max_session_tokens is None
+
+
+def test_dynamic_rotary_embeddings_are_refused() -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModel, match="dynamic rotary"):
+        anatomy_of(config)
