@@ -10,6 +10,7 @@ from swarm.server import LocalSwarm
 RELEASE_TIMEOUT_S = 20.0
 """How long a server may take to notice that a client is gone; it takes milliseconds."""
 
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
     """Poll a condition that another thread brings about."""
     deadline_s = time.monotonic() + timeout_s

@@ -169,9 +169,7 @@ TENSORS = [
         {"attention_mask": torch.ones(1, 4, dtype=torch.int64)}, BadRequest, "attention_mask must be", id="mask shape"
     ),
     pytest.param({"attention_mask": torch.ones(1, 3)}, BadRequest, "attention_mask must be", id="mask dtype"),
-    pytest.param(
-        {"attention_mask": torch.full((1, 3), 2)}, BadRequest, "zeros and ones only", id="mask values"
-    ),
+    pytest.param({"attention_mask": torch.full((1, 3), 2)}, BadRequest, "zeros and ones only", id="mask values"),
     pytest.param(
         {"position_ids": torch.zeros(2, 3, dtype=torch.int64)}, BadRequest, "position_ids must be", id="positions"
     ),
@@ -265,9 +263,7 @@ async def test_no_room_for_a_session_now(server, llama):
 )
 async def test_steps_that_do_not_fit_the_session(server, changes, error, sentence):
     async with open_stub(server) as stub:
-        await expect(
-            error, sentence, stub.Session(), pb.SessionRequest(open=opening(server)), make_step(**changes)
-        )
+        await expect(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server)), make_step(**changes))
 
 
 async def test_first_and_later_messages_of_the_wrong_kind(server):

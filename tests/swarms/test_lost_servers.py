@@ -1,4 +1,4 @@
-"""Servers that die, hang or are missing: the client carries on elsewhere with the same result, or says what it lacks."""
+"""Servers that die, hang or are missing: the client carries on elsewhere with equal results, or says what it lacks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class At:
         pass
 
 
-def generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def generate(model: Any, ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
     return model.generate(ids, **{"max_new_tokens": NUM_TOKENS, "do_sample": False} | kwargs)
 
 
@@ -183,14 +183,16 @@ def test_a_server_killed_at_a_random_token_changes_neither_tokens_nor_gradients(
 def test_a_server_killed_during_beam_search(herd, remote, local):
     herd.wait_redundant()
     ids = random_ids(2, 8, seed=50)
-    killed = []
+    killed: list[str] = []
 
     with remote.inference_session(max_length=64) as session:
-        hook = remote.model.norm.register_forward_hook(
-            lambda *_: (killed.append(session.position), herd.kill(session.route[0].peer_id))
-            if session.position > 14 and not killed
-            else None
-        )
+
+        def kill(*_: Any) -> None:
+            if session.position > 14 and not killed:
+                killed.append(session.route[0].peer_id)
+                herd.kill(killed[0])
+
+        hook = remote.model.norm.register_forward_hook(kill)
         ours = generate(remote, ids, num_beams=4)
         hook.remove()
     assert killed and torch.equal(ours, generate(local, ids, num_beams=4))
@@ -200,13 +202,19 @@ def test_a_server_killed_with_a_padded_batch(herd, remote, local):
     herd.wait_redundant()
     ids, mask = random_ids(3, 8, seed=51), torch.ones(3, 8, dtype=torch.int64)
     ids[1, :4], mask[1, :4] = 0, 0
+    killed: list[str] = []
+
     with remote.inference_session(max_length=64) as session:
-        hook = remote.model.norm.register_forward_hook(
-            lambda *_: herd.kill(session.route[0].peer_id) if session.position == 12 else None
-        )
+
+        def kill(*_: Any) -> None:
+            if session.position == 12:
+                killed.append(session.route[0].peer_id)
+                herd.kill(killed[0])
+
+        hook = remote.model.norm.register_forward_hook(kill)
         ours = generate(remote, ids, attention_mask=mask)
         hook.remove()
-    assert torch.equal(ours, generate(local, ids, attention_mask=mask))
+    assert killed and torch.equal(ours, generate(local, ids, attention_mask=mask))
 
 
 def test_a_server_that_hangs_is_left(herd, remote, local):
@@ -261,14 +269,14 @@ def test_no_route_names_the_missing_blocks_and_the_session_goes_on_when_they_are
     embeddings = local.get_input_embeddings()(ids).detach()
     with LocalSwarm(path, ranges=[(0, 3), (3, 6)], dtype="float32", arguments=ARGUMENTS) as swarm:
         remote = join(path, swarm.link, route_timeout_s=2.0)
-        with remote.inference_session(max_length=64) as session:
+        with remote.inference_session(max_length=64):
             first = generate(remote, ids, max_new_tokens=4)
             swarm.servers[1].kill()
             with pytest.raises(NoRoute, match=r"blocks 3-5 of 0:6"):
-                generate(remote, max_new_tokens=4)
+                generate(remote, None, max_new_tokens=4)
             with pytest.raises(NoRoute, match=r"blocks 3-5"):
                 remote(inputs_embeds=embeddings, use_cache=False)
             swarm.add((3, 6))
-            rest = generate(remote, max_new_tokens=4)
+            rest = generate(remote, None, max_new_tokens=4)
         remote.close()
     assert torch.equal(torch.cat([first, rest], dim=1), generate(local, ids, max_new_tokens=8))

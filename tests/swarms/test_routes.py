@@ -11,9 +11,9 @@ from conftest import Pair, make_pair
 from tiny import load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
+from swarm.link import JoinLink
 from swarm.model.checkpoint import CheckpointSource
 from swarm.ranges import BlockRange
-from swarm.link import JoinLink
 from swarm.server import ServerConfig
 from swarm.server.local import ThreadServer
 

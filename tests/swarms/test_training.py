@@ -167,7 +167,9 @@ def deep_prompts(local: Any, deep_NBPD: Tensor | None) -> Iterator[None]:
         yield
 
 
-def oracle_loss(local: Any, embeddings_PD: Tensor, deep_NBPD: Tensor | None, ids: Tensor, mask: Tensor | None) -> Tensor:
+def oracle_loss(
+    local: Any, embeddings_PD: Tensor, deep_NBPD: Tensor | None, ids: Tensor, mask: Tensor | None
+) -> Tensor:
     """Prompt tuning of the whole model, written plainly."""
     num_virtual = embeddings_PD.shape[0]
     x_BLD = torch.cat([embeddings_PD.expand(len(ids), -1, -1), local.model.embed_tokens(ids)], dim=1)

@@ -45,11 +45,7 @@ def test_a_server_with_room_for_more_takes_the_whole_model():
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)), max_size=4), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
 def test_an_empty_block_is_always_among_the_chosen(kinds, num_blocks):
-    servers = [
-        announcement(name, start, end)
-        for name, (start, end) in zip("ABCD", kinds, strict=False)
-        if start < end
-    ]
+    servers = [announcement(name, start, end) for name, (start, end) in zip("ABCD", kinds, strict=False) if start < end]
     chosen = choose_blocks(servers, 12, num_blocks)
     assert len(chosen) == num_blocks and chosen.end <= 12
     uncovered = set(range(12)) - {block for server in servers for block in server.blocks}
