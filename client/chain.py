@@ -11,7 +11,6 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import grpc.aio
 from torch import Tensor
@@ -24,7 +23,7 @@ from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .network import Network, blame
+from .network import Network, blame, cancel_and_wait
 from .routing import Hop
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
@@ -244,10 +243,3 @@ async def open_chain(network: Network, config: ChainConfig, hops: Sequence[Hop])
             yield chain
         finally:
             chain.cancel_calls()
-
-
-async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """End tasks, whatever they are doing, and wait until they have."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

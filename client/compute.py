@@ -22,8 +22,7 @@ from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .chain import cancel_and_wait
-from .network import Attempt, Network, blame
+from .network import Attempt, Network, blame, cancel_and_wait
 from .routing import Hop, Needs
 
 # B batch, L length, D hidden, N blocks, P virtual tokens

@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
@@ -120,6 +121,8 @@ class Network:
         self._refreshed_at_s = -float("inf")
         self._refreshing = asyncio.Lock()
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
+        self._missing: dict[str, asyncio.Task[None]] = {}
+        """Peers that could not be reached, and the task that looks for each."""
 
     async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
         """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
@@ -143,7 +146,10 @@ class Network:
         servers = await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
         if not self.config.use_direct:
             servers = [server.model_copy(update={"direct": []}) for server in servers]
-        return plan_route(servers, needs, avoid=self._failures.avoided(time.monotonic()) | attempt.refused_by)
+        return plan_route(servers, needs, avoid=self._avoided() | attempt.refused_by)
+
+    def _avoided(self) -> set[str]:
+        return self._failures.avoided(time.monotonic()) | self._missing.keys()
 
     async def check_model(self, needs: Needs, model_name: str) -> None:
         """Say early, and clearly, when the swarm serves something else than the model that was loaded.
@@ -215,19 +221,19 @@ class Network:
         return await task
 
     async def _probe(self, hops: Sequence[Hop]) -> None:
-        async def ask(hop: Hop) -> bool:
-            try:
-                async with self.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
-                    request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
-            except PeerError as exc:
-                logger.debug("%s does not answer: %s", hop, exc)
-                return False
-            return True
-
-        for hop, answered in zip(hops, await asyncio.gather(*map(ask, hops)), strict=True):
-            if not answered:
+        for hop, answers in zip(hops, await asyncio.gather(*map(self._answers, hops)), strict=True):
+            if not answers:
                 raise blame(PeerUnavailable(f"peer {hop} does not answer within {PROBE_TIMEOUT_S:.0f} s"), hop)
+
+    async def _answers(self, hop: Hop) -> bool:
+        try:
+            async with self.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
+                request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
+                await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
+        except PeerError as exc:
+            logger.debug("%s does not answer: %s", hop, exc)
+            return False
+        return True
 
     def succeeded(self, peer_id: str) -> None:
         """Forget a peer's failures after it did what was asked."""
@@ -240,12 +246,40 @@ class Network:
         self._failures.failed(error.peer_id, time.monotonic())
         if isinstance(error, PeerUnavailable):
             await self.connector.forget(error.peer_id)
+            if error.peer_id not in self._missing:
+                task = self._missing[error.peer_id] = asyncio.create_task(self._look_for(error.peer_id))
+                task.add_done_callback(partial(self._found, error.peer_id))
+
+    def _found(self, peer_id: str, _: asyncio.Task[None]) -> None:
+        del self._missing[peer_id]
+
+    async def _look_for(self, peer_id: str) -> None:
+        """Ask a peer that cannot be reached whether it is back, while it is announced, so that no request has to."""
+        delay_s = self.config.avoid_s
+        while server := next((each for each in self._servers if each.peer_id == peer_id), None):
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, self.config.max_avoid_s)
+            if await self._answers(Hop(server, server.blocks)):
+                self._failures.succeeded(peer_id)
+                return
+            await self.connector.forget(peer_id)
+
+    async def aclose(self) -> None:
+        """Stop what runs in the background."""
+        await cancel_and_wait(list(self._missing.values()))
 
 
 def blame(error: E, hop: Hop) -> E:
     """Note in an error which peer is at fault."""
     error.peer_id = hop.peer_id
     return error
+
+
+async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """End tasks, whatever they are doing, and wait until they have."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -259,4 +293,6 @@ async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
             connect_timeout_s=config.connect_timeout_s,
         )
         owned.push_async_callback(connector.aclose)
-        yield Network(config, dht.directory, connector)
+        network = Network(config, dht.directory, connector)
+        owned.push_async_callback(network.aclose)
+        yield network

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
@@ -22,6 +23,7 @@ from swarm.errors import (
     PromptTooLong,
     SessionLost,
 )
+from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange
 
 NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
@@ -33,6 +35,11 @@ class FakeConnector:
 
     async def forget(self, peer: str) -> None:
         self.forgotten.append(peer)
+
+    @asynccontextmanager
+    async def lease(self, address: PeerAddress) -> AsyncIterator[object]:
+        raise PeerUnavailable("it is still gone")
+        yield
 
 
 class FastLoop(asyncio.SelectorEventLoop):
@@ -98,6 +105,8 @@ def test_a_failed_peer_is_avoided_and_its_channel_forgotten():
         assert await network.retrying(Attempts(failure)) == "done"
         assert (await network.route(NEEDS, Attempt()))[0].peer_id != first
         assert network.connector.forgotten == [first]
+        assert first in network._missing
+        await network.aclose()
         network.succeeded(first)
         assert (await network.route(NEEDS, Attempt()))[0].peer_id == first
 
