@@ -31,6 +31,11 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read), from any thread."""
 
 
+_one_at_a_time = threading.Lock()
+"""The library exchanges global state while it loads: the default dtype, weight tying, initialization. Two threads that
+load at once restore each other's, for good."""
+
+
 class LazyTensor:
     """A tensor of a safetensors file, read when the loader indexes it."""
 
@@ -65,9 +70,9 @@ def load_part(
         BadCheckpoint: a shard is missing or corrupt, or a tensor has another shape than the config says.
         ResourceError: the device has no memory for it.
     """
-    with torch.device("meta"), no_init_weights(), no_tie_weights():
-        names = names_of(model_class(config), checkpoint)
-    with ExitStack() as files, quiet_loader():
+    with ExitStack() as files, _one_at_a_time, quiet_loader():
+        with torch.device("meta"), no_init_weights(), no_tie_weights():
+            names = names_of(model_class(config), checkpoint)
         try:
             model, info = model_class.from_pretrained(
                 None,
