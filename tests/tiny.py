@@ -49,7 +49,7 @@ def save_tiny(directory: Path, model_type: str, *, seed: int = 0, **changes: obj
     config = CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # not all classes initialize all of theirs
                 if parameter.dim() > 1:
