@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -62,9 +63,7 @@ def parse_setting(description: str, *, batch_size: int, length: int) -> Setting:
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--length", type=int, default=length)
     arguments = parser.parse_args()
-    return Setting(
-        arguments.shape, arguments.servers, arguments.samples, arguments.batch_size, arguments.length
-    )
+    return Setting(arguments.shape, arguments.servers, arguments.samples, arguments.batch_size, arguments.length)
 
 
 def make_model(shape: str, directory: str) -> LlamaForCausalLM:
@@ -89,7 +88,7 @@ def local_and_swarm(setting: Setting) -> Iterator[tuple[LlamaForCausalLM, Any]]:
         local = make_model(setting.shape, directory)
         num_blocks = local.config.num_hidden_layers
         cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
-        ranges = list(zip(cuts, cuts[1:], strict=False))
+        ranges = list(itertools.pairwise(cuts))
         with LocalSwarm(directory, ranges, dtype="bfloat16") as servers:
             remote = AutoDistributedModelForCausalLM.from_pretrained(directory, join=servers.link)
             try:

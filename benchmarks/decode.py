@@ -1,6 +1,6 @@
 """How fast does one person's text come? Greedy decoding over the swarm against local `generate`, same weights.
 
-    python benchmarks/decode.py --shape 1.1B --servers 3
+python benchmarks/decode.py --shape 1.1B --servers 3
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How fast does a batch go forward (no cache, no gradients)? The swarm against the local model, same weights.
 
-    python benchmarks/forward.py --shape 1.1B --servers 3
+python benchmarks/forward.py --shape 1.1B --servers 3
 """
 
 from __future__ import annotations
