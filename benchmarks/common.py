@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import swarm
 from swarm import AutoDistributedModelForCausalLM
+from swarm.cli.app import OPENMP_SPINS
 from swarm.server import LocalSwarm
 
 SHAPES = {
@@ -56,6 +58,9 @@ class Setting:
 
 def parse_setting(description: str, *, batch_size: int, length: int) -> Setting:
     """Read the command line that all benchmarks have."""
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # As `swarm` sets it for its own processes: both sides are measured under it. torch reads it when it is loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GOMP_SPINCOUNT": OPENMP_SPINS})
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--servers", type=int, default=2)
@@ -129,6 +134,7 @@ def report(name: str, setting: Setting, rates: dict[str, list[float]], **more: A
             "python": platform.python_version(),
         },
         "hardware": f"{_processor()}, {torch.get_num_threads()} threads",
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "git": _git_sha(),
     }
     print(json.dumps(result))

@@ -57,8 +57,14 @@ def _register() -> None:
     app.command("generate")(generate.generate_command)
 
 
+OPENMP_SPINS = "20000"
+"""How long an idle OpenMP thread spins before it sleeps. Its default of 300,000 turns (milliseconds) takes a core from
+whoever computes next, which on one machine is the next server; much less slows the layers of small models down."""
+
+
 def main() -> None:
     """Run the command line; every error that Swarm raises on purpose becomes one sentence and an exit code."""
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)  # read when torch is loaded, which it is not yet
     try:
         _register()
         app(standalone_mode=True)
