@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import swarm
 from swarm import AutoDistributedModelForCausalLM
 from swarm.cli.app import OPENMP_SPINS
+from swarm.codec import torch_dtype
 from swarm.server import LocalSwarm
 
 SHAPES = {
@@ -54,6 +55,7 @@ class Setting:
     num_samples: int
     batch_size: int
     length: int
+    dtype: str
 
 
 def parse_setting(description: str, *, batch_size: int, length: int) -> Setting:
@@ -67,15 +69,24 @@ def parse_setting(description: str, *, batch_size: int, length: int) -> Setting:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--length", type=int, default=length)
+    # On a processor without bfloat16 instructions, batches in bfloat16 take minutes; the ratio can be had in float32.
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
-    return Setting(arguments.shape, arguments.servers, arguments.samples, arguments.batch_size, arguments.length)
+    return Setting(
+        shape=arguments.shape,
+        num_servers=arguments.servers,
+        num_samples=arguments.samples,
+        batch_size=arguments.batch_size,
+        length=arguments.length,
+        dtype=arguments.dtype,
+    )
 
 
-def make_model(shape: str, directory: str) -> LlamaForCausalLM:
-    """Write a random bfloat16 Llama of this shape into the directory and return it."""
+def make_model(shape: str, dtype: str, directory: str) -> LlamaForCausalLM:
+    """Write a random Llama of this shape into the directory and return it."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **SHAPES[shape])
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch_dtype(dtype))
     try:
         model = LlamaForCausalLM(config).eval()
     finally:
@@ -90,11 +101,11 @@ def local_and_swarm(setting: Setting) -> Iterator[tuple[LlamaForCausalLM, Any]]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
-        local = make_model(setting.shape, directory)
+        local = make_model(setting.shape, setting.dtype, directory)
         num_blocks = local.config.num_hidden_layers
         cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
         ranges = list(itertools.pairwise(cuts))
-        with LocalSwarm(directory, ranges, dtype="bfloat16") as servers:
+        with LocalSwarm(directory, ranges, dtype=setting.dtype) as servers:
             remote = AutoDistributedModelForCausalLM.from_pretrained(directory, join=servers.link)
             try:
                 yield local, remote
