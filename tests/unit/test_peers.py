@@ -1,0 +1,98 @@
+"""What a stranger may make us dial, whom a peer may blame, and channels that outlive being forgotten."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import peer_id
+
+from swarm.errors import CacheFull, PeerUnavailable, ProtocolError
+from swarm.identity import Identity
+from swarm.peers import Connector, PeerAddress, is_outside
+from swarm.rpc import errors_from_wire, from_wire
+from swarm.v1 import blocks_pb2 as pb
+
+
+def wire(**changes: object) -> pb.PeerAddress:
+    fields = {"peer_id": peer_id("A"), "direct": ["192.0.2.1:5"], "tls_certificate": b"x", "multiaddrs": []}
+    return pb.PeerAddress(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"direct": ["unix:/tmp/socket"]},
+        {"direct": ["dns:///localhost:80"]},
+        {"direct": ["192.0.2.1:5"] * 9},
+        {"direct": ["no port"]},
+        {"multiaddrs": ["/ip4/192.0.2.1/tcp/1"] * 17},
+        {"multiaddrs": ["not a multiaddr"]},
+        {"tls_certificate": b""},
+        {"tls_certificate": b"x" * 5000},
+        {"peer_id": "../etc"},
+    ],
+)
+def test_a_next_hop_that_is_no_plain_address_is_refused(changes):
+    assert PeerAddress.from_wire(wire()).direct == ("192.0.2.1:5",)
+    with pytest.raises(ProtocolError, match="malformed"):
+        PeerAddress.from_wire(wire(**changes))
+
+
+@pytest.mark.parametrize(
+    ("target", "outside"),
+    [
+        ("8.8.8.8:1", True),
+        ("[2606:4700::1]:1", True),
+        ("peer.example.org:1", True),
+        ("127.0.0.1:1", False),
+        ("10.1.2.3:1", False),
+        ("192.168.0.9:1", False),
+        ("169.254.169.254:80", False),
+        ("[::1]:1", False),
+        ("localhost:1", False),
+        ("router.local:1", False),
+    ],
+)
+def test_addresses_of_the_own_network_are_not_outside(target, outside):
+    assert is_outside(target) is outside
+
+
+@pytest.fixture(scope="module")
+def certificate() -> bytes:
+    with Identity.ephemeral() as identity:
+        return identity.tls_certificate().certificate_der
+
+
+async def test_what_may_not_be_dialled_is_not_and_the_peer_is_named(certificate):
+    connector = Connector(None, may_dial=is_outside)
+    address = PeerAddress(peer_id("A"), ("127.0.0.1:1",), certificate, ())
+    with pytest.raises(PeerUnavailable) as caught:
+        async with connector.lease(address):
+            pass
+    assert caught.value.peer_id == peer_id("A") and not connector._links
+    await connector.aclose()
+
+
+async def test_a_certificate_that_cannot_be_read_leaves_nothing_behind():
+    connector = Connector(None)
+    for _ in range(3):
+        with pytest.raises((ProtocolError, PeerUnavailable)):
+            async with connector.lease(PeerAddress(peer_id("A"), ("127.0.0.1:1",), b"garbage", ())):
+                pass
+    assert not connector._links
+    await connector.aclose()
+
+
+def test_a_peer_may_blame_only_the_one_it_pushes_to():
+    error = pb.Error(code=pb.ERROR_CODE_CACHE_FULL, message="full", peer_id="B").SerializeToString()
+    assert isinstance(from_wire(error, "A"), CacheFull)
+    assert from_wire(error, "A").peer_id == "A"
+    assert from_wire(error, "A", {"B"}).peer_id == "B"
+    assert from_wire(error, "A", {"C"}).peer_id == "A"
+    assert from_wire(b"\xff\xff", "A").peer_id == "A"
+
+
+async def test_every_error_of_a_call_names_the_peer():
+    with pytest.raises(ProtocolError) as caught:
+        async with errors_from_wire("A"):
+            raise ProtocolError("lying bytes")
+    assert caught.value.peer_id == "A"
