@@ -1,0 +1,98 @@
+"""Keys and values of all sequences of a server: per block one large tensor of slots, one slot per token.
+
+Which slot holds which token of which sequence is the caller's business (it keeps pages); here is only the memory.
+"""
+
+# S slots, T new tokens, N key/value heads, H head dim
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from swarm.errors import UnsupportedModel
+from swarm.model.span import Span
+from swarm.ranges import BlockRange
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token leaves in one block; keys and values may differ (latent attention)."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What one token leaves in each block of a span."""
+
+    blocks: BlockRange
+    shapes: tuple[KVShape, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Memory of one token, all blocks together."""
+        numbers = sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes)
+        return numbers * self.dtype.itemsize
+
+
+def kv_layout(span: Span) -> KVLayout:
+    """Find out, by running one token, what a token leaves in each block.
+
+    Raises:
+        UnsupportedModel: a block keeps something else than keys and values.
+    """
+    cache = span.new_cache(1)
+    with torch.inference_mode():
+        span(torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device), cache=cache)
+    shapes = []
+    for number, layer in zip(span.blocks, cache.layers, strict=True):
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            raise UnsupportedModel(f"block {number} keeps something else than keys and values: {type(layer).__name__}")
+        (_, num_kv_heads, _, key_dim), value_dim = layer.keys.shape, layer.values.shape[-1]
+        shapes.append(KVShape(num_kv_heads, key_dim, value_dim))
+    return KVLayout(span.blocks, tuple(shapes), span.dtype, span.device)
+
+
+class KVStore:
+    """The memory of `num_slots` tokens in every block of a layout; on a CPU it is taken only as slots are written.
+
+    Blocks go by their number in the whole model, so that views of a span share the store of the span.
+    """
+
+    def __init__(self, layout: KVLayout, num_slots: int) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.inference_mode(False):
+            for number, shape in zip(layout.blocks, layout.shapes, strict=True):
+                keys_SNH, values_SNH = (
+                    torch.empty(num_slots, shape.num_kv_heads, dim, dtype=layout.dtype, device=layout.device)
+                    for dim in (shape.key_dim, shape.value_dim)
+                )
+                self._blocks[number] = keys_SNH, values_SNH
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slots, used or not."""
+        return self.num_slots * self.layout.bytes_per_slot
+
+    def block(self, number: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of one block, [S, N, H] each; writing into them writes into the store."""
+        return self._blocks[number]
+
+    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy slots in every block: each (source, target, count) the `count` slots from `source` on to `target`."""
+        with torch.inference_mode():
+            for source, target, count in copies:
+                for tensors in self._blocks.values():
+                    for each_SNH in tensors:
+                        each_SNH[target : target + count] = each_SNH[source : source + count]
