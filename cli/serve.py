@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -21,6 +22,10 @@ from .common import (
     run_until_signal,
     write_atomically,
 )
+
+if TYPE_CHECKING:
+    from swarm.server.app import Running
+    from swarm.server.config import ServerConfig
 
 
 def serve_command(
@@ -57,24 +62,8 @@ def serve_command(
     link = parse_join(join)
     block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
-    from swarm.server.app import Running, serve
     from swarm.server.checks import ServiceLimits
     from swarm.server.config import ServerConfig
-
-    progress = Progress(
-        TextColumn("loading blocks"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-        transient=True,
-    )
-    task = progress.add_task("loading", total=None)
-
-    def on_progress(done_bytes: int, total_bytes: int) -> None:
-        progress.update(task, completed=done_bytes, total=total_bytes)
 
     config = ServerConfig(
         source=CheckpointSource(model, revision, token, cache_dir),
@@ -95,8 +84,19 @@ def serve_command(
         drain_timeout_s=drain_timeout,
         announce_period_s=announce_period,
         num_threads=threads or None,
-        on_progress=on_progress,
     )
+    _serve_until_signal(config, link_file)
+
+
+def _serve_until_signal(config: ServerConfig, link_file: Path | None) -> None:
+    """Run the server behind a loading bar; say, and write into `link_file`, how others join when it is ready."""
+    from swarm.server.app import serve
+
+    progress = _loading_bar()
+    task = progress.add_task("loading", total=None)
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        progress.update(task, completed=done_bytes, total=total_bytes)
 
     async def work(lifetime: Lifetime) -> None:
         def on_ready(running: Running) -> None:
@@ -106,13 +106,26 @@ def serve_command(
                 write_atomically(link_file, running.link + "\n")
             _print_ready(running)
 
-        await serve(config, lifetime.stop, on_ready)
+        await serve(replace(config, on_progress=on_progress), lifetime.stop, on_ready)
 
     with progress:
         run_until_signal(work)
 
 
-def _print_ready(running: Any) -> None:
+def _loading_bar() -> Progress:
+    return Progress(
+        TextColumn("loading blocks"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
+
+
+def _print_ready(running: Running) -> None:
     console.print(
         f"Serving blocks [bold]{running.blocks}[/] of [bold]{running.model_name}[/] "
         f"on {running.device} in {running.dtype}. Ctrl-C to stop.",
