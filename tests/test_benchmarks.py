@@ -1,0 +1,80 @@
+"""The benchmarks explain themselves, and the one that the others build on runs to its end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(
+    path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("gpu/*.py")) if 'if __name__ == "__main__"' in path.read_text()
+)
+TIMEOUT_S = 200
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a script in this process, which has torch loaded already."""
+
+    def run_script(script: Path, *arguments: str) -> None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", "20000")
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+        runpy.run_path(str(script), run_name="__main__")
+
+    return run_script
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_every_benchmark_explains_itself(
+    script: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_here(script, "--help")
+    assert ended.value.code == 0
+    assert f"python benchmarks/{script.relative_to(FOLDER)}" in capsys.readouterr().out
+
+
+def test_clients_in_processes_are_compared_with_a_local_batch() -> None:
+    flags = ("--shape", "tiny", "--clients", "2", "--tokens", "6", "--samples", "2", "--dtype", "float32")
+    command = [sys.executable, str(FOLDER / "serve_load.py"), *flags]
+    environment = {**os.environ, "GOMP_SPINCOUNT": "20000"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert row["clients"] == 2 and row["num_requests"] == 4 and row["errors"] == []
+    assert row["ratio"] > 0 and len(row["samples"]["swarm"]) == len(row["samples"]["local"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the benchmark would run")
+def test_without_a_gpu_its_benchmarks_say_that_they_did_not_run(
+    run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_here(FOLDER / "gpu" / "decode.py")
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "did not run" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["ran"] is False
+
+
+@pytest.mark.parametrize("script", ["decode.py", "prefill.py"])
+def test_gpu_benchmarks_work_up_to_the_device(
+    script: str, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = (
+        ("--batch-sizes", "1,2", "--context", "16", "--steps", "2") if script == "decode.py" else ("--lengths", "40")
+    )
+    flags = ("--device", "cpu", "--shape", "tiny", "--execution", "single", "--samples", "1")
+    run_here(FOLDER / "gpu" / script, *flags, *sizes)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["ran"] and report["device_name"] == "cpu"
+    assert all(row["tokens_per_s"]["median"] > 0 for row in report["rows"])
