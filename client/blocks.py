@@ -62,7 +62,9 @@ class RemoteBlocks(nn.Module):
         Raises: BadRequest: a shape does not fit. NoRoute: no servers for some blocks within the timeout.
         """
         self._check(x_BLD, attention_mask, position_ids, prompts)
-        y_BLD: Tensor = _RemoteFunction.apply(self, attention_mask, position_ids, x_BLD, prompts)
+        wanted = x_BLD.requires_grad or (prompts is not None and prompts.requires_grad)
+        differentiable = wanted and torch.is_grad_enabled()
+        y_BLD: Tensor = _RemoteFunction.apply(self, differentiable, attention_mask, position_ids, x_BLD, prompts)
         return y_BLD
 
     def _check(self, x_BLD: Tensor, mask_BL: Tensor | None, ids_BL: Tensor | None, prompts_NBPD: Tensor | None) -> None:
@@ -108,19 +110,21 @@ class _RemoteFunction(torch.autograd.Function):
     """Forward and backward calls as one differentiable operation."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: RemoteBlocks, mask: Any, position_ids: Any, x_BLD: Tensor, prompts: Any) -> Tensor:
+    def forward(
+        ctx: Any, blocks: RemoteBlocks, differentiable: bool, mask: Any, position_ids: Any, x_BLD: Tensor, prompts: Any
+    ) -> Tensor:
         batch = blocks._batch(x_BLD, mask, position_ids, prompts)
-        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks))
-        if any(ctx.needs_input_grad):
+        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks, keep=differentiable))
+        if differentiable:
             ctx.blocks, ctx.batch, ctx.traces = blocks, batch, traces
         return y_BLD.to(x_BLD.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[None, None, None, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[None, None, None, None, Tensor, Tensor | None]:
         blocks: RemoteBlocks = ctx.blocks
         grad = grad_BLD.cpu().contiguous()
         dx_BLD, dprompts = blocks._loop.run(blocks._compute.backward(ctx.batch, ctx.traces, grad))
         if dprompts is not None:
             dprompts = dprompts[blocks.blocks.start :].to(grad_BLD.device)
-        return None, None, None, dx_BLD.to(grad_BLD.device), dprompts
+        return None, None, None, None, dx_BLD.to(grad_BLD.device), dprompts

@@ -7,10 +7,11 @@ at fault, and the session opens another chain and replays its record.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc.aio
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
+from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
@@ -26,7 +28,12 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 from .network import Network, blame, cancel_and_wait
 from .routing import Hop
 
+logger = logging.getLogger(__name__)
+
 # B batch, L length, D hidden, N blocks, P virtual tokens
+
+FINISH_TIMEOUT_S = 2.0
+"""How long ending a session in order may take before its streams are just broken off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,25 @@ class ChainConfig:
     open_timeout_s: float
     prompts_NBPD: Tensor | None = None
     """Deep prompts of all blocks of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tickets:
+    """What lets a chain take up the caches that an earlier one left on the same hops."""
+
+    session_ids: Mapping[tuple[str, BlockRange], bytes] = field(default_factory=dict)
+    """(peer id, blocks) -> session id."""
+    epoch: int = 0
+    """Grows with each chain of a session."""
+
+    def following(self, hops: Sequence[Hop]) -> Tickets:
+        """The tickets of the next chain: the same ids where it takes the same hops."""
+        keys = [(hop.peer_id, hop.blocks) for hop in hops]
+        ids = {key: self.session_ids.get(key) or secrets.token_bytes(16) for key in keys}
+        return Tickets(ids, self.epoch + 1)
+
+    def session_id(self, hop: Hop) -> bytes:
+        return self.session_ids[hop.peer_id, hop.blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +83,12 @@ class Step:
 class Chain:
     """The streams of a session over one route; made by `open_chain`."""
 
-    def __init__(self, network: Network, config: ChainConfig, hops: Sequence[Hop]) -> None:
+    def __init__(self, network: Network, config: ChainConfig, hops: Sequence[Hop], tickets: Tickets) -> None:
         self.hops = hops
         self.max_step_tokens = 1
+        self.position = 0
+        """Tokens that all hops have still cached from an earlier chain of the same tickets."""
+        self._tickets = tickets
         self._network = network
         self._config = config
         self._calls: list[grpc.aio.StreamStreamCall] = []
@@ -145,14 +174,17 @@ class Chain:
         following = self.hops[index + 1 : index + 2]
         return errors_from_wire(self.hops[index].peer_id, {hop.peer_id for hop in following})
 
-    async def _open_hop(self, index: int, session_ids: Sequence[bytes], leases: AsyncExitStack) -> None:
-        """Open the stream to one hop and wait until it has room. Raises: PeerError, UserError."""
+    async def _open_hop(self, index: int, leases: AsyncExitStack) -> int:
+        """Open the stream to one hop and wait until it has room; return how many tokens it has still cached.
+
+        Raises: PeerError, UserError.
+        """
         hop, config = self.hops[index], self._config
         channel = await leases.enter_async_context(self._network.connector.lease(hop.address))
         async with self._errors_of(index):
             call = pb_grpc.BlocksStub(channel).Session()
             self._calls[index] = call
-            first, more = self._opening(index, session_ids)
+            first, more = self._opening(index)
 
             async def exchange() -> pb.SessionResponse:
                 await write_message(call.write, first, more)
@@ -166,15 +198,17 @@ class Chain:
             if answer.WhichOneof("kind") != "opened":
                 raise ProtocolError(f"peer {hop} did not answer `open` with `opened`")
         self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
+        return int(answer.opened.position)
 
-    def _opening(self, index: int, session_ids: Sequence[bytes]) -> tuple[pb.SessionRequest, list[bytes]]:
+    def _opening(self, index: int) -> tuple[pb.SessionRequest, list[bytes]]:
         hop, config = self.hops[index], self._config
         prompts = config.prompts_NBPD
         packed = pack(None if prompts is None else prompts[hop.blocks.start : hop.blocks.end])
         opening = pb.SessionOpen(
             protocol_version=PROTOCOL_VERSION,
             model_fingerprint=config.fingerprint,
-            session_id=session_ids[index],
+            session_id=self._tickets.session_id(hop),
+            epoch=self._tickets.epoch,
             blocks=pb.BlockRange(start=hop.blocks.start, end=hop.blocks.end),
             batch_size=config.batch_size,
             max_tokens=config.max_tokens,
@@ -184,20 +218,21 @@ class Chain:
         )
         if index + 1 < len(self.hops):
             opening.next.CopyFrom(self.hops[index + 1].address.to_wire())
-            opening.next_session_id = session_ids[index + 1]
+            opening.next_session_id = self._tickets.session_id(self.hops[index + 1])
         return pb.SessionRequest(open=opening), packed.more
 
     async def open(self, owned: AsyncExitStack) -> None:
         """Open all hops at once; `owned` gets what must be closed at the end."""
         self._calls = [None] * len(self.hops)
         self.max_step_tokens = 1 << 30
-        session_ids = [secrets.token_bytes(16) for _ in self.hops]
         leases = await owned.enter_async_context(AsyncExitStack())
-        openings = [asyncio.create_task(self._open_hop(index, session_ids, leases)) for index in range(len(self.hops))]
+        openings = [asyncio.create_task(self._open_hop(index, leases)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, openings)
-        await asyncio.gather(*openings)
-        listeners = [asyncio.create_task(self._listen(index)) for index in range(len(self.hops))]
-        owned.push_async_callback(cancel_and_wait, listeners)
+        self.position = min(await asyncio.gather(*openings))
+        self._listeners = [asyncio.create_task(self._listen(index)) for index in range(len(self.hops))]
+        owned.push_async_callback(cancel_and_wait, self._listeners)
+        self._network.farewells.add(self.finish)
+        owned.callback(self._network.farewells.discard, self.finish)
 
     async def _listen(self, index: int) -> None:
         """Read a hop's stream to its end, which is the chain's: results from the last hop, errors from any."""
@@ -226,17 +261,30 @@ class Chain:
         if result is not None and not result.done():
             result.set_result(y_BLD)
 
+    async def finish(self) -> None:
+        """End the streams in order, so that the servers free their caches at once instead of keeping them for a while."""
+        try:
+            async with asyncio.timeout(FINISH_TIMEOUT_S):
+                for index, call in enumerate(self._calls):
+                    async with self._errors_of(index):
+                        await call.done_writing()
+                await asyncio.gather(*self._listeners)
+        except (SwarmError, TimeoutError) as exc:
+            logger.debug("a session could not be ended in order: %s", exc)
+
     def cancel_calls(self) -> None:
-        """Close all streams; the servers free what they hold for us."""
+        """Break all streams; the servers keep what they hold for us for a while."""
         for call in self._calls:
             if call is not None:
                 call.cancel()
 
 
 @asynccontextmanager
-async def open_chain(network: Network, config: ChainConfig, hops: Sequence[Hop]) -> AsyncIterator[Chain]:
+async def open_chain(
+    network: Network, config: ChainConfig, hops: Sequence[Hop], tickets: Tickets
+) -> AsyncIterator[Chain]:
     """Open a session on every hop. Raises: PeerError: a hop cannot be reached or has no room; UserError."""
-    chain = Chain(network, config, hops)
+    chain = Chain(network, config, hops, tickets)
     async with AsyncExitStack() as owned:
         try:
             await chain.open(owned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,11 +67,22 @@ class Batch:
         return Batch(self.x_BLD[start:end], rows(self.mask_BL), rows(self.position_ids_BL), prompts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """What one hop did in a forward pass: where its backward starts again."""
+
+    hop: Hop
+    x_BLD: Tensor
+    """The hidden states that entered it."""
+    forward_id: bytes
+    """What the hop may have kept its activations under; empty if it was not asked to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The hidden states that entered each range of blocks in a forward pass: where backward starts again."""
+    """One micro-batch's way forward."""
 
-    segments: Sequence[tuple[BlockRange, Tensor]]
+    segments: Sequence[Segment]
 
 
 class RemoteCompute:
@@ -80,18 +92,20 @@ class RemoteCompute:
         self._network = network
         self._needs = needs
 
-    async def forward(self, batch: Batch, blocks: BlockRange) -> tuple[Tensor, list[Trace]]:
+    async def forward(self, batch: Batch, blocks: BlockRange, *, keep: bool) -> tuple[Tensor, list[Trace]]:
         """Return the hidden states that leave the blocks, and one trace per micro-batch.
 
+        Args:
+            keep: whether a backward will follow, so that servers may keep their activations for it.
         Raises: NoRoute, PeerError: see Network.retrying.
         """
         parts = batch.split(*await self._micro_batch_size(blocks))
-        results = await _gather_bounded([partial(self._forward_part, part, blocks) for part in parts])
+        results = await _gather_bounded([partial(self._forward_part, part, blocks, keep) for part in parts])
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
     async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradients with respect to the batch's hidden states and to its prompts (None without)."""
-        sizes = [trace.segments[0][1].shape[0] for trace in traces]
+        sizes = [trace.segments[0].x_BLD.shape[0] for trace in traces]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         jobs = [
             partial(self._backward_part, batch.rows(start, start + size), trace, grad_BLD[start : start + size])
@@ -119,23 +133,24 @@ class RemoteCompute:
         batch_size, length, _ = batch.x_BLD.shape
         return replace(self._needs, blocks=blocks, batch_size=batch_size, batch_tokens=batch_size * length)
 
-    async def _forward_part(self, batch: Batch, blocks: BlockRange) -> tuple[Tensor, Trace]:
+    async def _forward_part(self, batch: Batch, blocks: BlockRange, keep: bool) -> tuple[Tensor, Trace]:
         x_BLD, segments = batch.x_BLD, []
         start = blocks.start
         while start < blocks.end:
             rest = BlockRange(start, blocks.end)
-            y_BLD, done = await self._forward_hop(replace(batch, x_BLD=x_BLD), rest)
-            segments.append((done, x_BLD))
-            x_BLD, start = y_BLD, done.end
+            y_BLD, segment = await self._forward_hop(replace(batch, x_BLD=x_BLD), rest, keep)
+            segments.append(segment)
+            x_BLD, start = y_BLD, segment.hop.blocks.end
         return x_BLD, Trace(segments)
 
-    async def _forward_hop(self, batch: Batch, rest: BlockRange) -> tuple[Tensor, BlockRange]:
+    async def _forward_hop(self, batch: Batch, rest: BlockRange, keep: bool) -> tuple[Tensor, Segment]:
         """Run the first hop of a route through the remaining blocks; say how far it went."""
 
-        async def attempt(attempt: Attempt) -> tuple[Tensor, BlockRange]:
+        async def attempt(attempt: Attempt) -> tuple[Tensor, Segment]:
             hop = (await self._network.route(self._needs_of(batch, rest), attempt))[0]
-            y_BLD, _ = await self._call(hop, batch, None)
-            return y_BLD, hop.blocks
+            segment = Segment(hop, batch.x_BLD, secrets.token_bytes(16) if keep else b"")
+            y_BLD, _ = await self._call(hop, batch, None, segment.forward_id)
+            return y_BLD, segment
 
         return await self._network.retrying(attempt)
 
@@ -144,18 +159,22 @@ class RemoteCompute:
         dprompts = None if prompts is None else torch.zeros_like(prompts)
         segments = list(trace.segments)
         while segments:
-            blocks, x_BLD = segments.pop()
+            segment = segments.pop()
+            blocks = segment.hop.blocks
 
             async def attempt(
-                attempt: Attempt, blocks: BlockRange = blocks, x: Tensor = x_BLD, grad: Tensor = grad_BLD
+                attempt: Attempt, segment: Segment = segment, grad: Tensor = grad_BLD
             ) -> tuple[Tensor, Tensor | None] | None:
-                hops = await self._network.route(self._needs_of(batch, blocks), attempt)
-                return await self._call(hops[0], replace(batch, x_BLD=x), grad) if len(hops) == 1 else None
+                needs = self._needs_of(batch, segment.hop.blocks)
+                hops = await self._network.route(needs, attempt, prefer=segment.hop.peer_id)
+                if len(hops) > 1:
+                    return None
+                return await self._call(hops[0], replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
             result = await self._network.retrying(attempt)
             if result is None:
                 # No single peer serves these blocks any more: find the states between the peers that do.
-                _, finer = await self._forward_part(replace(batch, x_BLD=x_BLD), blocks)
+                _, finer = await self._forward_part(replace(batch, x_BLD=segment.x_BLD), blocks, keep=True)
                 segments.extend(finer.segments)
                 continue
             grad_BLD = result[0]
@@ -163,7 +182,9 @@ class RemoteCompute:
                 dprompts[blocks.start : blocks.end] = result[1]
         return grad_BLD, dprompts
 
-    async def _call(self, hop: Hop, batch: Batch, grad_BLD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    async def _call(
+        self, hop: Hop, batch: Batch, grad_BLD: Tensor | None, forward_id: bytes
+    ) -> tuple[Tensor, Tensor | None]:
         """One Forward (without a gradient) or Backward on one peer. Raises: PeerError, UserError."""
         dtype = torch_dtype(hop.server.dtype)
         prompts = batch.prompts_NBPD
@@ -187,6 +208,7 @@ class RemoteCompute:
             prompts=packed.specs[3],
             grad_outputs=packed.specs[4],
             data=packed.data,
+            forward_id=forward_id,
         )
         y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
         wanted = [batch.x_BLD.shape, None if prompts is None or grad_BLD is None else prompts.shape]

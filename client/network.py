@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -52,6 +53,8 @@ class ClientConfig:
     """After this long without an answer the servers of a step are asked whether they are alive."""
     refresh_period_s: float = 15.0
     """How old the known announcements may be before the next new route reads the directory again."""
+    idle_refresh_period_s: float = 60.0
+    """The same for a client that asks for no route: it meets new servers before all those that it knows are gone."""
     max_attempts: int = 20
     """How many peers may fail one request before it fails."""
     avoid_s: float = 1.0
@@ -76,7 +79,10 @@ class ClientConfig:
             raise BadRequest(f"compression {self.compression!r} is not known: use 'none' or 'int8'")
         if not self.initial_peers:
             raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
-        for name in ("route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s"):
+        for name in (
+            "route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s",
+            "idle_refresh_period_s",
+        ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
 
@@ -118,20 +124,27 @@ class Network:
         self.connector = connector
         self._directory = directory
         self._servers: list[Announcement] = []
+        self._fingerprint = ""
+        """The model that was asked for last; "" before that."""
         self._refreshed_at_s = -float("inf")
         self._refreshing = asyncio.Lock()
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._missing: dict[str, asyncio.Task[None]] = {}
         """Peers that could not be reached, and the task that looks for each."""
+        self.farewells: set[Callable[[], Awaitable[None]]] = set()
+        """What open sessions want done before the client leaves."""
 
     async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
         """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
 
         Raises: NoRoute: it cannot be reached, and never could.
         """
+        self._fingerprint = fingerprint
         max_age_s = self.config.refresh_period_s if max_age_s is None else max_age_s
+        if self._age_s <= max_age_s:
+            return self._servers
         async with self._refreshing:
-            if time.monotonic() - self._refreshed_at_s > max_age_s:
+            if self._age_s > max_age_s:
                 try:
                     self._servers = await self._directory.servers(fingerprint)
                 except PeerUnavailable as exc:
@@ -141,12 +154,30 @@ class Network:
                 self._refreshed_at_s = time.monotonic()
         return self._servers
 
-    async def route(self, needs: Needs, attempt: Attempt) -> list[Hop]:
-        """Return a route over live peers that have not refused this request. Raises: NoRoute."""
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._refreshed_at_s
+
+    async def keep_in_touch(self) -> None:
+        """Read the directory now and then, until cancelled, also while nobody asks for a route."""
+        period_s = self.config.idle_refresh_period_s
+        while True:
+            await asyncio.sleep(period_s)
+            if self._fingerprint:
+                with contextlib.suppress(NoRoute):
+                    await self.servers(self._fingerprint, max_age_s=period_s / 2)
+
+    async def route(self, needs: Needs, attempt: Attempt, *, prefer: str = "") -> list[Hop]:
+        """Return a route over live peers that have not refused this request.
+
+        Args:
+            prefer: id of a peer to take alone if it can do all of it.
+        Raises: NoRoute.
+        """
         servers = await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
         if not self.config.use_direct:
             servers = [server.model_copy(update={"direct": []}) for server in servers]
-        return plan_route(servers, needs, avoid=self._avoided() | attempt.refused_by)
+        return plan_route(servers, needs, avoid=self._avoided() | attempt.refused_by, prefer=prefer)
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys()
@@ -265,7 +296,8 @@ class Network:
             await self.connector.forget(peer_id)
 
     async def aclose(self) -> None:
-        """Stop what runs in the background."""
+        """Tell servers that open sessions end, and stop what runs in the background."""
+        await asyncio.gather(*(farewell() for farewell in self.farewells))
         await cancel_and_wait(list(self._missing.values()))
 
 
@@ -295,4 +327,6 @@ async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
         owned.push_async_callback(connector.aclose)
         network = Network(config, dht.directory, connector)
         owned.push_async_callback(network.aclose)
+        touching = asyncio.create_task(network.keep_in_touch())
+        owned.push_async_callback(cancel_and_wait, [touching])
         yield network

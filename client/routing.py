@@ -70,7 +70,9 @@ def usable(server: Announcement, needs: Needs) -> str | None:
     return None
 
 
-def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collection[str] = ()) -> list[Hop]:
+def plan_route(
+    servers: Sequence[Announcement], needs: Needs, *, avoid: Collection[str] = (), prefer: str = ""
+) -> list[Hop]:
     """Return the cheapest hops that together run the wanted blocks in order.
 
     A block costs the announced time, for one token when decoding or for the whole batch; changing the peer costs
@@ -79,10 +81,14 @@ def plan_route(servers: Sequence[Announcement], needs: Needs, *, avoid: Collecti
 
     Args:
         avoid: ids of peers that failed a moment ago.
+        prefer: id of a peer that is taken, alone, if it can do all of it.
     Raises: NoRoute: some blocks have no usable server; the message names them and says why. PromptTooLong: they have,
         for shorter sessions.
     """
     candidates = [server for server in servers if usable(server, needs) is None and server.peer_id not in avoid]
+    for server in candidates:
+        if server.peer_id == prefer and server.blocks.covers(needs.blocks):
+            return [Hop(server, needs.blocks)]
     candidates.sort(key=lambda server: server.peer_id)
     best: dict[int, tuple[float, int]] = {}
     history: list[dict[int, int]] = []

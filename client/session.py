@@ -7,6 +7,7 @@ copy of what the record implies: after a failure, the next step finds a new rout
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from swarm.errors import BadRequest, PromptTooLong
 
-from .chain import Chain, ChainConfig, Step, open_chain
+from .chain import Chain, ChainConfig, Step, Tickets, open_chain
 from .loop import LoopThread
 from .network import Attempt, Network
 from .prompts import Prompts
@@ -132,6 +133,10 @@ class RemoteSession:
         self._record = Record()
         self._chain: Chain | None = None
         self._chain_length = 0
+        """Leading tokens of the record that the caches of the chain are known to hold."""
+        self._tickets = Tickets()
+        self._valid_length = 0
+        """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
         self._owned = AsyncExitStack()
 
     @property
@@ -161,16 +166,17 @@ class RemoteSession:
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
         try:
             chain = self._chain or await self._open_chain(attempt)
-            if step.position > self._chain_length or (step.beam_idx and self._chain_length == 0):
-                # Not what the chain's caches hold: everything up to the step is replayed, beams already in order.
+            tokens, start = step, min(step.position, self._chain_length)
+            if step.beam_idx and (start < step.position or start == 0):
+                # The record has its beams in order already, the chain's caches have not: all is replayed.
                 tokens, start = replace(step, beam_idx=()), 0
-            else:
-                tokens, start = step, step.position
+            # Until all is done, the caches may hold some of the old tokens from here on, or some of the new ones.
+            self._valid_length = 0 if tokens.beam_idx else min(self._valid_length, start)
             result = await self._feed(chain, tokens, record, start)
         except BaseException:
             await self._drop_chain()
             raise
-        self._chain_length = record.length
+        self._chain_length = self._valid_length = record.length
         return result
 
     async def _feed(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
@@ -194,8 +200,10 @@ class RemoteSession:
 
     async def _open_chain(self, attempt: Attempt) -> Chain:
         hops = await self._network.route(self._needs, attempt)
-        self._chain = await self._owned.enter_async_context(open_chain(self._network, self._config, hops))
-        self._chain_length = 0
+        self._tickets = self._tickets.following(hops)
+        opening = open_chain(self._network, self._config, hops, self._tickets)
+        self._chain = await self._owned.enter_async_context(opening)
+        self._chain_length = min(self._chain.position, self._valid_length)
         return self._chain
 
     async def _drop_chain(self) -> None:
@@ -207,11 +215,18 @@ class RemoteSession:
         """Let the sequences be those of these rows from now on; the next step replays them."""
         self._record = self._record.rows(torch.tensor(rows))
         self._config = replace(self._config, batch_size=len(rows))
-        await self._drop_chain()
+        await self.aclose()
+        self._tickets, self._valid_length = Tickets(epoch=self._tickets.epoch), 0
 
     async def aclose(self) -> None:
         """Close the streams; the servers free their caches."""
+        if self._chain is not None:
+            await self._chain.finish()
         await self._drop_chain()
+
+
+def _close_soon(loop: LoopThread, session: RemoteSession) -> None:
+    loop.submit(session.aclose())
 
 
 class InferenceSession:
@@ -354,6 +369,8 @@ class InferenceSession:
         if self._session is None:
             config = replace(self._config, batch_size=batch_size)
             self._session = RemoteSession(self._network, self._needs, config)
+            # A session that is dropped without a word ends in order all the same; closing twice is fine.
+            weakref.finalize(self, _close_soon, self._loop, self._session).atexit = False
         return self._session
 
     def select(self, rows: Sequence[int]) -> None:
@@ -374,7 +391,7 @@ class InferenceSession:
         self._closed = True
         session, self._session = self._session, None
         if session is not None:
-            self._loop.submit(session.aclose())
+            _close_soon(self._loop, session)
 
     def close(self) -> None:
         """End the session; servers free its cache. Closing twice, or after the model, is fine."""

@@ -30,7 +30,9 @@ from swarm.identity import TlsCertificate
 from swarm.link import JoinLink
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import SpanViews
+from swarm.model.ragged import is_packable
 from swarm.model.span import Span, load_span
 from swarm.peers import Connector, is_outside
 from swarm.ranges import BlockRange
@@ -39,14 +41,25 @@ from swarm.tunnel import open_tunnel, serve_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .batches import KeptActivations
+from .compute import ComputeThread
 from .config import PERIODS_ALIVE, ServerConfig
-from .engine import ComputeThread, Priority
-from .hardware import Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
+from .engine import Engine
+from .execution import Executor, PackedExecutor, SessionExecutor
+from .hardware import SPEED_TOKENS, Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
+from .pages import PagePool
 from .placement import MemoryPlan, choose_blocks, plan_memory
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
+from .timing import CostModel
 
 logger = logging.getLogger(__name__)
+
+PAGE_TOKENS = 16
+"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway."""
+
+CUDA_PAGE_TOKENS = 256
+"""On CUDA, where attention reads page by page."""
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Blocks"].full_name
 
@@ -99,12 +112,12 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     async with AsyncExitStack() as owned:
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
         plan = await _plan(config, checkpoint, dht)
-        engine = owned.enter_context(ComputeThread(num_threads=config.num_threads))
+        thread = owned.enter_context(ComputeThread(num_threads=config.num_threads))
         logger.info("loading blocks %s of %s", plan.blocks, checkpoint.name)
-        span = await engine.run(Priority.TRAINING, lambda: _load(config, checkpoint, plan, engine))
-        speed = await engine.run(Priority.TRAINING, lambda: measure_speed(span))
-        bytes_per_token = await engine.run(Priority.TRAINING, span.cache_bytes_per_token)
-        sessions = SessionTable(SpanViews(span), plan.memory.cache_bytes, bytes_per_token)
+        span = await thread.run(lambda: _load(config, checkpoint, plan, thread))
+        speed = await thread.run(lambda: measure_speed(span))
+        sessions, executor = await thread.run(lambda: _open_cache(config, span, plan.memory.cache_bytes))
+        engine = owned.enter_context(Engine(thread, sessions, executor, _costs(speed), config.scheduler))
         connector = Connector(
             lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses),
             may_dial=_dialling_rule(await dht.multiaddrs()),
@@ -116,7 +129,8 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             fingerprint=checkpoint.fingerprint,
             num_blocks=anatomy.num_blocks,
         )
-        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits)
+        kept = KeptActivations(config.kept_activation_bytes)
+        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept)
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(_open_grpc(config, service, certificate))
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
@@ -137,15 +151,44 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
                     sessions,
                 )
             )
-            await _until_stopped(stop, dht, announcer.task)
+            await _until_stopped(stop, dht, announcer.task, engine)
             await announcer.say("draining")
             service.draining = True
             await _wait_idle(service, config.drain_timeout_s)
 
 
-def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, engine: ComputeThread) -> Span:
+def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[SessionTable, Executor]:
+    """Divide the cache budget into pages; choose how sessions run.
+
+    Raises: ResourceError: it has not room for one page.
+    """
+    page_tokens = CUDA_PAGE_TOKENS if span.device.type == "cuda" else PAGE_TOKENS
+    packed = is_packable(span)
+    layout = kv_layout(span) if packed else None
+    bytes_per_page = page_tokens * (span.cache_bytes_per_token() if layout is None else layout.bytes_per_slot)
+    num_pages = cache_bytes // max(1, bytes_per_page)
+    if num_pages < 1:
+        raise ResourceError(
+            f"a KV cache of {cache_bytes} bytes has not room for one page of {bytes_per_page}: give it more"
+        )
+    pool = PagePool(num_pages, page_tokens)
+    sessions = SessionTable(SpanViews(span), pool, bytes_per_page, packed=packed, grace_s=config.session_grace_s)
+    if layout is None:
+        return sessions, SessionExecutor()
+    return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
+
+
+def _costs(speed: Speed) -> CostModel:
+    """What iterations cost, as measured at start."""
+    costs = CostModel()
+    costs.observe(1, 1 / speed.decode_tokens_per_s)
+    costs.observe(SPEED_TOKENS, SPEED_TOKENS / speed.forward_tokens_per_s)
+    return costs
+
+
+def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, thread: ComputeThread) -> Span:
     def progress(done_bytes: int, total_bytes: int) -> None:
-        if engine.closed:
+        if thread.closed:
             raise asyncio.CancelledError("loading was interrupted")
         if config.on_progress is not None:
             config.on_progress(done_bytes, total_bytes)
@@ -153,16 +196,19 @@ def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, engine: Com
     return load_span(checkpoint, plan.blocks, dtype=plan.dtype, device=plan.device, progress=progress)
 
 
-async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task[None]) -> None:
-    """Wait for `stop`. Raises: ResourceError: the DHT node ended by itself. What ended the announcing task."""
+async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task[None], engine: Engine) -> None:
+    """Wait for `stop`. Raises: ResourceError: the DHT node ended by itself. What ended announcing or the engine."""
     stopping, ended = asyncio.create_task(stop.wait()), asyncio.create_task(dht.wait_stopped())
+    computing = asyncio.create_task(engine.wait_ended())
     try:
-        await asyncio.wait({stopping, ended, announcing}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, ended, announcing, computing}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopping.cancel()
         ended.cancel()
-    if announcing.done():
-        announcing.result()
+        computing.cancel()
+    for task in (announcing, computing):
+        if task.done() and not task.cancelled():
+            task.result()
     if not stop.is_set():
         raise ResourceError("the libp2p daemon of this server ended by itself: start the server again")
 

@@ -1,20 +1,33 @@
-"""Forward and Backward: one batch through a range of blocks, no cache. What they compute, without any network."""
+"""Forward and Backward: batches through a range of blocks, no cache. What they compute, without any network.
+
+Runs in the compute thread, in slices of rows, and lets others go first at every boundary between submodules.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import collections
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 from swarm.v1 import blocks_pb2 as pb
 
+from .engine import Turns
+
 # B batch, L length, D hidden, N blocks, P virtual tokens
 
+MAX_KEPT_S = 120.0
+"""How long activations wait for their Backward."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """The tensors of one Forward or Backward, still on the CPU."""
 
@@ -26,31 +39,212 @@ class Batch:
     grad_BLD: Tensor | None
     codec: pb.Codec
     """How the hidden states came, and how the answer goes back."""
+    forward_id: bytes = b""
+    """Ties a Backward to its Forward; empty: the Forward keeps nothing."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.x_BLD.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.x_BLD.shape[1]
+
+    def rows(self, start: int, end: int) -> Batch:
+        """The sequences [start, end)."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:end]
+
+        prompts = self.prompts_NBPD
+        if prompts is not None and prompts.shape[1] > 1:
+            prompts = prompts[:, start:end]
+        return replace(
+            self,
+            x_BLD=self.x_BLD[start:end],
+            mask_BL=rows(self.mask_BL),
+            position_ids_BL=rows(self.position_ids_BL),
+            prompts_NBPD=prompts,
+            grad_BLD=None if self.grad_BLD is None else self.grad_BLD[start:end],
+        )
 
 
-def _run_span(span: Span, batch: Batch, x_BLD: Tensor, prompts: Tensor | None) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    """Some rows of a batch on their way through a span, ready for backward."""
+
+    start: int
+    end: int
+    inputs: list[Tensor]
+    """Hidden states, and prompts if there are any; leaves."""
+    y_BLD: Tensor
+    num_bytes: int
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the batch has the shapes of the one that this was made of."""
+        shapes = [batch.rows(self.start, self.end).x_BLD.shape]
+        if batch.prompts_NBPD is not None:
+            shapes.append(batch.rows(self.start, self.end).prompts_NBPD.shape)  # type: ignore[union-attr]
+        return shapes == [tensor.shape for tensor in self.inputs]
+
+
+class KeptActivations:
+    """Activations of recent Forward calls, within a budget, for the Backward that may follow; the oldest go first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self.num_hits = 0
+        """Slices whose activations did not have to be computed again."""
+        self._kept: collections.OrderedDict[bytes, tuple[float, list[_Graph]]] = collections.OrderedDict()
+
+    def room(self, num_bytes: int) -> bool:
+        """Whether so much can be kept, were all else dropped."""
+        return num_bytes <= self.max_bytes
+
+    def keep(self, forward_id: bytes, graphs: list[_Graph], now_s: float) -> None:
+        """Keep these until they are taken, drop what is too old or too much."""
+        self._remove(forward_id)
+        self._kept[forward_id] = now_s, graphs
+        self.used_bytes += sum(graph.num_bytes for graph in graphs)
+        while self._kept:
+            oldest, (kept_s, _) = next(iter(self._kept.items()))
+            if self.used_bytes <= self.max_bytes and now_s - kept_s <= MAX_KEPT_S:
+                break
+            self._remove(oldest)
+
+    def take(self, forward_id: bytes) -> list[_Graph]:
+        """Return what is kept of this Forward, and keep it no longer."""
+        graphs = self._remove(forward_id)
+        self.num_hits += len(graphs)
+        return graphs
+
+    def _remove(self, forward_id: bytes) -> list[_Graph]:
+        _, graphs = self._kept.pop(forward_id, (0.0, []))
+        self.used_bytes -= sum(graph.num_bytes for graph in graphs)
+        return graphs
+
+
+def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -> Tensor:
+    """Return the hidden states that leave the span, [B, L, D], on the CPU."""
+    graphs: list[_Graph] = []
+    outputs, at, num_bytes = [], 0, 0
+    with _boundaries(span, turns):
+        while at < batch.num_rows:
+            end = min(batch.num_rows, at + turns.rows(batch.num_rows - at, batch.length))
+            # What the next slice will take is not known; that of the last one is the best guess.
+            expected = num_bytes + (graphs[-1].num_bytes if graphs else 0)
+            if batch.forward_id and kept.room(expected):
+                graphs.append(_graph(span, batch, at, end))
+                num_bytes += graphs[-1].num_bytes
+                outputs.append(graphs[-1].y_BLD.detach().cpu())
+            else:
+                with torch.inference_mode():
+                    part = batch.rows(at, end)
+                    outputs.append(_run_span(span, part, _on_device(span, part)).cpu())
+            at = end
+    if graphs:
+        kept.keep(batch.forward_id, graphs, time.monotonic())
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def run_backward(
+    span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept: KeptActivations
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the inputs, [B, L, D], and of the prompts, on the CPU.
+
+    Activations that the Forward of this batch has left here are used; the others are computed again.
+    """
+    graphs = collections.deque(graph for graph in kept.take(batch.forward_id) if graph.fits(batch))
+    prompts = batch.prompts_NBPD
+    dprompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
+    gradients, at = [], 0
+    with _boundaries(span, turns):
+        while at < batch.num_rows:
+            if graphs and graphs[0].start == at:
+                graph = graphs.popleft()
+            else:
+                before = graphs[0].start if graphs else batch.num_rows
+                graph = _graph(span, batch, at, min(before, at + turns.rows(before - at, batch.length)))
+            grads = torch.autograd.grad(
+                graph.y_BLD, graph.inputs, grad_BLD[at : graph.end].to(graph.y_BLD.device, graph.y_BLD.dtype)
+            )
+            gradients.append(grads[0].cpu())
+            if dprompts is not None:
+                rows = slice(at, graph.end) if dprompts.shape[1] > 1 else slice(None)
+                dprompts[:, rows] += grads[1].cpu()
+            at = graph.end
+            del graph, grads
+    dx_BLD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+    return dx_BLD, None if dprompts is None else dprompts.to(span.dtype)
+
+
+def _on_device(span: Span, batch: Batch) -> list[Tensor]:
+    """The tensors that gradients may be wanted of: hidden states, and prompts if there are any."""
+    tensors = [batch.x_BLD] if batch.prompts_NBPD is None else [batch.x_BLD, batch.prompts_NBPD]
+    return [tensor.to(span.device, span.dtype) for tensor in tensors]
+
+
+def _run_span(span: Span, batch: Batch, inputs: list[Tensor]) -> Tensor:
     device = span.device
     return span(
-        x_BLD,
+        inputs[0],
         attention_mask_BT=None if batch.mask_BL is None else batch.mask_BL.to(device),
         position_ids_BL=None if batch.position_ids_BL is None else batch.position_ids_BL.to(device),
-        prompts_NBPD=prompts,
+        prompts_NBPD=inputs[1] if len(inputs) == 2 else None,
     )
 
 
-def run_forward(span: Span, batch: Batch) -> Tensor:
-    """Return the hidden states that leave the span, [B, L, D], on the CPU."""
-    with torch.inference_mode():
-        prompts = None if batch.prompts_NBPD is None else batch.prompts_NBPD.to(span.device, span.dtype)
-        return _run_span(span, batch, batch.x_BLD.to(span.device, span.dtype), prompts).cpu()
+def _graph(span: Span, batch: Batch, start: int, end: int) -> _Graph:
+    """Run forward on some rows, with all that backward needs."""
+    part = batch.rows(start, end)
+    with torch.enable_grad(), _counting_saved(span) as saved:
+        inputs = [tensor.detach().requires_grad_() for tensor in _on_device(span, part)]
+        y_BLD = _run_span(span, part, inputs)
+    return _Graph(start, end, inputs, y_BLD, saved.num_bytes)
 
 
-def run_backward(span: Span, batch: Batch, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Run forward again and return the gradients of the inputs, [B, L, D], and of the prompts, on the CPU."""
-    with torch.enable_grad():
-        inputs = [batch.x_BLD.to(span.device, span.dtype).requires_grad_()]
-        if batch.prompts_NBPD is not None:
-            inputs.append(batch.prompts_NBPD.to(span.device, span.dtype).requires_grad_())
-        y_BLD = _run_span(span, batch, inputs[0], inputs[1] if len(inputs) == 2 else None)
-        gradients = torch.autograd.grad(y_BLD, inputs, grad_BLD.to(y_BLD.device, y_BLD.dtype))
-    return gradients[0].cpu(), gradients[1].cpu() if len(inputs) == 2 else None
+@dataclass(slots=True)
+class _Saved:
+    num_bytes: int = 0
+
+
+@contextmanager
+def _counting_saved(span: Span) -> Iterator[_Saved]:
+    """Count the bytes that autograd keeps for backward, each storage once, the weights not at all."""
+    saved = _Saved()
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*span.parameters(), *span.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            saved.num_bytes += storage.nbytes()
+        return tensor.detach()  # the tensor itself may be the output of the node that keeps it: a cycle
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+@contextmanager
+def _boundaries(span: Span, turns: Turns) -> Iterator[None]:
+    """Call `turns.at_boundary` between the submodules of every block, on the way forward and on the way back."""
+
+    def before(_module: nn.Module, _args: Any) -> None:
+        turns.at_boundary()
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        if isinstance(y, Tensor) and y.requires_grad:
+            y.register_hook(lambda _gradient: turns.at_boundary())
+
+    handles = []
+    for layer in span.layers:
+        for child in layer.children():
+            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
+                handles += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

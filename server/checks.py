@@ -150,6 +150,12 @@ def check_same_shape(gradient: Tensor | None, hidden_states: Tensor) -> Tensor:
     return gradient
 
 
+def check_forward_id(forward_id: bytes) -> None:
+    """Raise ProtocolError unless the id is absent or has the length that makes it hard to guess."""
+    if len(forward_id) not in (0, 16):
+        raise ProtocolError("a forward id has 16 bytes")
+
+
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:
     """Raise BadRequest unless the indices name sequences of the batch, one for each."""
     if beam_idx and (len(beam_idx) != batch_size or max(beam_idx) >= batch_size):

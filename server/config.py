@@ -13,6 +13,7 @@ from swarm.model.checkpoint import CheckpointSource
 from swarm.ranges import BlockRange
 
 from .checks import ServiceLimits
+from .scheduler import SchedulerConfig
 
 PERIODS_ALIVE = 4
 """After so many announce periods of silence, a server is forgotten."""
@@ -51,6 +52,12 @@ class ServerConfig:
     cache_bytes: int | None = None
     """Budget of the KV cache over all sessions; None: from the free memory."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """How decoding, prefill and training share the time."""
+    session_grace_s: float = 30.0
+    """How long the cache of a session whose connection broke is kept, so that it can go on; 0: not at all."""
+    kept_activation_bytes: int = 1 << 30
+    """Budget for activations of Forward calls that wait for their Backward; 0: always computed again."""
     drain_timeout_s: float = 20.0
     """How long a stopping server lets running sessions finish."""
     announce_period_s: float = 15.0
@@ -65,6 +72,8 @@ class ServerConfig:
             raise BadRequest("give either blocks or num_blocks, not both")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
+        if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
+            raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
         if not 0 <= self.port < 65536:
             raise BadRequest(f"port {self.port} is not between 0 and 65535")
         if self.cache_bytes is not None and self.cache_bytes < 1 << 16:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import grpc.aio
+import torch
 from torch import Tensor
 
 from swarm.codec import optional, pack
@@ -21,9 +23,10 @@ from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
 from .checks import ServiceLimits
-from .engine import ComputeThread, Priority
+from .engine import Engine
+from .kv_cache import StepInput
 from .pushing import PushLink, open_push_link
-from .sessions import Deliver, ServerSession, SessionTable, StepInput
+from .sessions import Deliver, ServerSession, SessionKey, SessionTable
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Decoding:
     """The sessions of a server, as their streams drive them."""
 
     def __init__(
-        self, span: Span, engine: ComputeThread, sessions: SessionTable, connector: Connector, limits: ServiceLimits
+        self, span: Span, engine: Engine, sessions: SessionTable, connector: Connector, limits: ServiceLimits
     ) -> None:
         self._span = span
         self._engine = engine
@@ -48,36 +51,43 @@ class Decoding:
 
     @asynccontextmanager
     async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
-        """Check what is asked for, reserve room, and open the way to the next hop."""
+        """Check what is asked for, take it in when there is room, and open the way to the next hop."""
         blocks = checks.check_blocks(opening.blocks, self._span.blocks)
         self._check_size(opening)
         prompts = await self._read_prompts(context.read, opening, blocks)
-        async with (
-            self._sessions.open(
-                opening.session_id,
-                blocks,
-                batch_size=opening.batch_size,
-                max_tokens=opening.max_tokens,
-                prompts_NBPD=prompts,
-                timeout_s=min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S),
-            ) as session,
-            self._open_delivery(context, opening, session) as session.deliver,
-        ):
-            yield session
+        key = SessionKey(
+            session_id=opening.session_id,
+            blocks=blocks,
+            batch_size=opening.batch_size,
+            max_tokens=opening.max_tokens,
+            prompts_digest=b"" if prompts is None else _digest(prompts),
+        )
+        timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
+        async with self._sessions.open(
+            key, epoch=opening.epoch, prompts_NBPD=prompts, timeout_s=timeout_s
+        ) as session:
+            try:
+                async with (
+                    self._open_delivery(context, opening, session) as session.deliver,
+                    self._passing_on(session),
+                ):
+                    yield session
+            finally:
+                self._engine.forget(session)
 
     def attach(self, attach: pb.SessionAttach) -> ServerSession:
         """Return the session that a Push stream feeds. Raises: SessionLost: there is none, or not any more."""
-        session = self._sessions.get(attach.session_id)
+        session = self._sessions.get(attach.session_id, attach.epoch)
         if session.deliver is None:
             raise SessionLost("this session is not open yet")
         return session
 
-    async def run(self, read: Read, session: ServerSession) -> None:
+    async def run(self, read: Read, session: ServerSession, *, from_client: bool) -> None:
         """Run the steps of a stream until it ends, or until the session fails on whatever stream.
 
         Raises: what went wrong; the session has failed with it.
         """
-        steps = asyncio.create_task(self._run_steps(read, session))
+        steps = asyncio.create_task(self._run_steps(read, session, from_client))
         try:
             while not (steps.done() or session.failure.done()):
                 idle_s = time.monotonic() - session.used_at_s
@@ -118,30 +128,53 @@ class Decoding:
     ) -> AsyncIterator[Deliver]:
         """Yield what passes a step's output on: to the next hop, or back to the client."""
         if opening.HasField("next"):
-            address = PeerAddress.from_wire(opening.next)
-            async with open_push_link(self._connector, address, session, opening.next_session_id) as link:
+            attach = pb.SessionAttach(
+                protocol_version=opening.protocol_version, session_id=opening.next_session_id, epoch=opening.epoch
+            )
+            async with open_push_link(
+                self._connector, PeerAddress.from_wire(opening.next), attach, on_end=session.fail
+            ) as link:
                 yield lambda y_BLD, step: _push(link, y_BLD, step)
         else:
             yield lambda y_BLD, step: _reply(context, y_BLD, step)
 
-    async def _run_steps(self, read: Read, session: ServerSession) -> None:
+    @asynccontextmanager
+    async def _passing_on(self, session: ServerSession) -> AsyncIterator[None]:
+        """Pass outputs on in the order of their steps, while later steps are read and run."""
+
+        async def pass_on() -> None:
+            assert session.deliver is not None
+            try:
+                while True:
+                    step, output = await session.under_way.get()
+                    await session.deliver(await output, step)
+                    session.under_way.task_done()
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # it ends the session, whose stream raises it
+                session.fail(exc)
+
+        task = asyncio.create_task(pass_on())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run_steps(self, read: Read, session: ServerSession, from_client: bool) -> None:
         while (message := await read()) is not grpc.aio.EOF:
             if message.WhichOneof("kind") != "step":
                 raise ProtocolError("after its first message a session's stream carries steps")
             step = await self._read_step(read, message.step, session)
             async with session.lock:
-                await self._run_step(session, step)
-
-    async def _run_step(self, session: ServerSession, step: StepInput) -> None:
-        session.used_at_s = time.monotonic()
-        if step.step_id <= session.last_step_id:
-            logger.debug("dropped a repeated step")
-            return
-        assert session.deliver is not None
-        priority = Priority.DECODE if step.x_BLD.shape[1] == 1 else Priority.PREFILL
-        y_BLD = await self._engine.run(priority, lambda: session.step(step))
-        session.last_step_id = step.step_id
-        await session.deliver(y_BLD, step)
+                session.used_at_s = time.monotonic()
+                if step.step_id <= session.last_step_id:
+                    logger.debug("dropped a repeated step")
+                    continue
+                session.last_step_id = step.step_id
+                output = self._engine.step(session, step, starts_round=from_client)
+                await session.under_way.put((step, output))
+        await session.under_way.join()
 
     async def _read_step(self, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
         max_tokens = max(self._limits.max_step_tokens, session.batch_size)
@@ -157,17 +190,30 @@ class Decoding:
         checks.check_position_ids(ids_BL, batch_size, length)
         checks.check_beam_idx(list(wire.beam_idx), session.batch_size)
         step = StepInput(
-            wire.step_id,
-            wire.position,
-            wire.num_outputs,
-            list(wire.beam_idx),
-            x_BLD,
-            mask_BL,
-            ids_BL,
-            wire.hidden_states.codec,
+            step_id=wire.step_id,
+            position=wire.position,
+            num_outputs=wire.num_outputs,
+            beam_idx=list(wire.beam_idx),
+            x_BLD=x_BLD,
+            mask_BL=None if mask_BL is None or bool(mask_BL.all()) else mask_BL,
+            position_ids_BL=_unless_counting(ids_BL, wire.position),
+            codec=wire.hidden_states.codec,
         )
         session.check(step)
         return step
+
+
+def _digest(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(repr((tensor.dtype, tensor.shape)).encode())
+    digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _unless_counting(ids_BL: Tensor | None, position: int) -> Tensor | None:
+    """Positions that are not simply position, position + 1, …"""
+    if ids_BL is None or bool((ids_BL == torch.arange(position, position + ids_BL.shape[1])).all()):
+        return None
+    return ids_BL
 
 
 async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInput) -> None:

@@ -1,129 +1,463 @@
-"""The compute thread: everything that touches the model or a cache runs here, one piece at a time.
+"""The engine: one compute thread that runs everything that touches the model or a cache, iteration by iteration.
 
-A piece of work that a person waits for token by token goes before a prefill, a prefill before training work;
-among equals, first come first served. One thread needs no locks around the model, and torch uses all cores
-inside each operation anyway.
+What runs next is decided by `scheduler.compose`, a pure function of what waits. The engine takes that snapshot, takes the
+pages that the plan needs, runs one pass (`execution.py`) and hands the outputs to the event loop. Training work is long:
+it calls `at_boundary` between submodules, where waiting steps are run in its place, as iterations of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import heapq
-import itertools
+import collections
 import logging
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+
+from swarm.errors import CacheFull, SwarmError
+
+from . import scheduler
+from .compute import ComputeThread
+from .execution import Executor, Slice
+from .kv_cache import StepInput
+from .pages import OutOfPages
+from .scheduler import Kind, SchedulerConfig, Snapshot, Waiting
+from .sessions import ServerSession, SessionTable
+from .timing import CostModel, ReturnTimes
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
-class Priority(enum.IntEnum):
-    """Smaller goes first."""
-
-    DECODE = 0
-    PREFILL = 1
-    TRAINING = 2
+MAX_PAGES_WAIT_S = 10.0
+"""How long a running session's step waits for pages that others hold, before its client is sent elsewhere."""
 
 
-@dataclass(order=True, slots=True)
-class _Job:
-    priority: Priority
+class Turns(Protocol):
+    """What long work is given, to let others go first."""
+
+    def at_boundary(self) -> None:
+        """Run waiting steps now, if it is their turn. Raises: Abandoned: nobody waits for this work any more."""
+
+    def rows(self, num_rows: int, length: int) -> int:
+        """How many rows of a batch to run as the next slice."""
+
+
+class Abandoned(Exception):
+    """Raised through long work whose caller has gone."""
+
+
+@dataclass(slots=True, eq=False)
+class _StepJob:
+    """A step in the queue of its session."""
+
+    session: ServerSession
+    step: StepInput
+    names: Sequence[Sequence[tuple[int, bytes]]]
+    """(page number, name) of the pages that it fills, per sequence."""
     number: int
-    work: Callable[[], Any] = field(compare=False)
-    future: asyncio.Future[Any] = field(compare=False)
-    loop: asyncio.AbstractEventLoop = field(compare=False)
+    arrived_s: float
+    future: asyncio.Future[Tensor]
+    starts_round: bool
+    return_s: float | None
+    done: int = 0
+    """Tokens per sequence that have run."""
+    outputs: list[Tensor] = field(default_factory=list)
+    blocked_since_s: float | None = None
+    """When it first found no free pages."""
+    blocked_at: int = -1
+    """SessionTable.num_releases when it last found none."""
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.DECODE if self.step.length == 1 else Kind.PREFILL
+
+
+@dataclass(slots=True, eq=False)
+class _TrainingJob:
+    work: Callable[[Turns], Any]
+    num_rows: int
+    length: int
+    number: int
+    arrived_s: float
+    future: asyncio.Future[Any]
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """The training job that runs now, and for how long it and those that went before it have."""
+
+    job: _TrainingJob
+    began_s: float
+    other_s: float = 0.0
+    interrupting: bool = False
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """What the engine has done since its start."""
+
+    num_iterations: int = 0
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_training_tokens: int = 0
+    num_shared_passes: int = 0
+    """Iterations that carried steps of more than one session."""
+    num_held: int = 0
+    """Times that steps were held for others to come."""
+    iteration_s: float = 0.0
+    training_s: float = 0.0
+    queued_s: float = 0.0
+    """Time that steps waited for their first pass, summed."""
+    num_steps: int = 0
+    num_out_of_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
     queue_length: int
-    num_jobs: int
-    busy_s: float
+    counters: EngineCounters
+    batch_sizes: dict[int, int]
+    """Decode steps in one iteration -> how often."""
 
 
-class ComputeThread:
-    """Runs callables in one thread, in the order of their priority. Use as a context manager."""
+class Engine:
+    """Runs the steps of all sessions, and training work, in a compute thread. A context manager of the event loop."""
 
-    def __init__(self, *, num_threads: int | None = None) -> None:
-        self._num_threads = num_threads
-        self._jobs: list[_Job] = []
-        self._numbers = itertools.count()
-        self._changed = threading.Condition()
+    def __init__(
+        self, thread: ComputeThread, sessions: SessionTable, executor: Executor, costs: CostModel, config: SchedulerConfig
+    ) -> None:
+        self._thread = thread
+        self._sessions = sessions
+        self._executor = executor
+        self._costs = costs
+        self._config = config
+        self._guard = sessions.guard
+        self._returns = ReturnTimes()
+        self._queues: dict[ServerSession, collections.deque[_StepJob]] = {}
+        self._training: dict[int, _TrainingJob] = {}
+        self._running: _Running | None = None
+        self._last_number = 0
         self._closed = False
-        self._num_jobs = 0
-        self._busy_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._counters = EngineCounters()
+        self._batch_sizes: collections.Counter[int] = collections.Counter()
 
-    def __enter__(self) -> ComputeThread:
-        self._thread.start()
+    def __enter__(self) -> Engine:
+        self._loop = asyncio.get_running_loop()
+        self._served = self._thread.submit(self._serve)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        with self._changed:
+        with self._guard:
             self._closed = True
-            self._changed.notify()
-            abandoned, self._jobs = self._jobs, []
-        for job in abandoned:
-            job.loop.call_soon_threadsafe(job.future.cancel)
-        self._thread.join()
+            abandoned = [job.future for queue in self._queues.values() for job in queue]
+            abandoned += [job.future for job in self._training.values()]
+            self._queues.clear()
+            self._training.clear()
+            if self._running is not None:
+                abandoned.append(self._running.job.future)
+            self._guard.notify_all()
+        for future in abandoned:
+            future.cancel()
 
-    async def run(self, priority: Priority, work: Callable[[], T]) -> T:
-        """Run `work` in the compute thread and return its result; cancelled before its turn, it never runs."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the compute thread is closed")
-            heapq.heappush(self._jobs, _Job(priority, next(self._numbers), work, future, loop))
-            self._changed.notify()
+    async def wait_ended(self) -> None:
+        """Wait until the engine has ended. Raises: the error of its own that ended it."""
+        await asyncio.wrap_future(self._served)
+
+    # What the event loop calls.
+
+    def step(self, session: ServerSession, step: StepInput, *, starts_round: bool) -> asyncio.Future[Tensor]:
+        """Queue a step behind the earlier ones of its session; the future gives [B, L, D], on the CPU.
+
+        Args:
+            starts_round: whether it came from the client, not from another server.
+        Raises (the future): SessionLost: it does not follow what is cached. CacheFull: no pages came free in time.
+        """
+        future: asyncio.Future[Tensor] = self._loop.create_future()
+        future.add_done_callback(_retrieve)
+        names = session.names.of_step(step) if session.names is not None else []
+        now_s = time.monotonic()
+        with self._guard:
+            self._check_open()
+            return_s = self._returns.returned(session, now_s)
+            number = self._next_number()
+            job = _StepJob(session, step, names, number, now_s, future, starts_round, return_s)
+            self._queues.setdefault(session, collections.deque()).append(job)
+            self._guard.notify_all()
+        return future
+
+    async def train(self, work: Callable[[Turns], T], *, num_rows: int, length: int) -> T:
+        """Run long work when its turn comes. Cancelled, it is abandoned at its next boundary."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        with self._guard:
+            self._check_open()
+            job = _TrainingJob(work, num_rows, length, self._next_number(), time.monotonic(), future)
+            self._training[job.number] = job
+            self._guard.notify_all()
         return await future
 
-    @property
-    def closed(self) -> bool:
-        """Whether the thread is asked to end; long work looks at it to give up early."""
-        return self._closed
+    def forget(self, session: ServerSession) -> None:
+        """Drop what a session still has in the queue."""
+        with self._guard:
+            self._returns.forget(session)
+            for job in self._queues.pop(session, ()):
+                job.future.cancel()
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(len(self._jobs), self._num_jobs, self._busy_s)
+        with self._guard:
+            length = sum(len(queue) for queue in self._queues.values()) + len(self._training)
+            return EngineStatistics(length, self._counters, dict(self._batch_sizes))
 
-    def _run(self) -> None:
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
-        while (job := self._next()) is not None:
-            if job.future.cancelled():
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+    # The compute thread.
+
+    def _serve(self) -> None:
+        while (turn := self._next_turn()) is not None:
+            if isinstance(turn, _TrainingJob):
+                self._run_training(turn)
+            else:
+                self._run_iteration(turn)
+
+    def _next_turn(self) -> list[tuple[_StepJob, Slice]] | _TrainingJob | None:
+        """Wait for something to do; None when the engine is closed."""
+        held = False
+        with self._guard:
+            while not self._closed:
+                now_s = time.monotonic()
+                plan = scheduler.compose(self._snapshot(now_s), self._costs, self._config)
+                if plan.training is not None:
+                    return self._training.pop(plan.training)
+                if plan.slices:
+                    if slices := self._take_pages(plan.slices, now_s):
+                        self._counters.num_held += held
+                        return slices
+                    continue  # they are marked as blocked now
+                held = held or plan.hold_until_s is not None
+                self._guard.wait(self._wait_s(plan.hold_until_s, now_s))
+            return None
+
+    def _snapshot(self, now_s: float, *, training: bool = True) -> Snapshot:
+        waiting = []
+        for session in list(self._queues):
+            job = self._head(session, now_s)
+            if job is None or job.blocked_at == self._sessions.num_releases:
                 continue
-            started = time.perf_counter()
+            rest = job.step.length - job.done
+            waiting.append(
+                Waiting(
+                    job.number, job.kind, session.batch_size, rest, job.arrived_s, job.return_s, job.starts_round
+                )
+            )
+        if training:
+            for number in [number for number, each in self._training.items() if each.future.cancelled()]:
+                del self._training[number]
+            waiting += [
+                Waiting(each.number, Kind.TRAINING, each.num_rows, each.length, each.arrived_s)
+                for each in self._training.values()
+            ]
+        return Snapshot(now_s, waiting, self._returns.expected(now_s))
+
+    def _head(self, session: ServerSession, now_s: float) -> _StepJob | None:
+        """The next step of a session; cancelled ones, and those that waited too long for pages, are dropped."""
+        queue = self._queues[session]
+        while queue:
+            job = queue[0]
+            late = job.blocked_since_s is not None and now_s - job.blocked_since_s > MAX_PAGES_WAIT_S
+            if late:
+                self._settle([(job.future, CacheFull(f"no cache came free within {MAX_PAGES_WAIT_S:.0f} s"))])
+            if not (late or job.future.cancelled()):
+                return job
+            queue.popleft()
+        del self._queues[session]
+        return None
+
+    def _wait_s(self, hold_until_s: float | None, now_s: float) -> float | None:
+        """How long to wait for news: until the hold ends, or a blocked step has waited too long."""
+        times = [] if hold_until_s is None else [hold_until_s]
+        times += [
+            queue[0].blocked_since_s + MAX_PAGES_WAIT_S
+            for queue in self._queues.values()
+            if queue and queue[0].blocked_since_s is not None
+        ]
+        return max(0.0, min(times) - now_s) + 1e-4 if times else None
+
+    def _take_pages(self, planned: Sequence[scheduler.Slice], now_s: float) -> list[tuple[_StepJob, Slice]]:
+        """Take the pages of the planned slices; those for which there are none stay in the queue, marked."""
+        heads = {queue[0].number: queue[0] for queue in self._queues.values() if queue}
+        taken = []
+        for each in planned:
+            job = heads[each.number]
             try:
-                result, error = job.work(), None
-            except BaseException as exc:  # handed to the waiting task, whichever it is
-                result, error = None, exc
-            self._busy_s += time.perf_counter() - started
-            self._num_jobs += 1
+                taken.append((job, self._begin_slice(job, each.length)))
+            except OutOfPages:
+                if job.blocked_since_s is None:
+                    self._counters.num_out_of_pages += 1
+                    logger.warning("the KV cache is full: a step waits for pages")
+                job.blocked_since_s = job.blocked_since_s or now_s
+                job.blocked_at = self._sessions.num_releases
+            except SwarmError as exc:
+                self._queues[job.session].popleft()
+                self._settle([(job.future, exc)])
+        return taken
+
+    def _begin_slice(self, job: _StepJob, length: int) -> Slice:
+        session, cache = job.session, job.session.cache
+        if job.done == 0:
+            before = cache.length
+            cache.begin(job.step)
+            if cache.length < before:
+                self._sessions.num_releases += 1
+        while True:
             try:
-                job.loop.call_soon_threadsafe(_settle, job.future, result, error)
-            except RuntimeError:  # the loop was closed while we computed: nobody waits for the result any more
-                logger.debug("a result came after its event loop was closed")
-            del job, result, error
+                copies = cache.append(length)
+                break
+            except OutOfPages:
+                if not self._sessions.give_way():
+                    raise
+        self._sessions.begun(session)
+        job.blocked_since_s = None
+        if job.done == 0:
+            self._counters.num_steps += 1
+            self._counters.queued_s += time.monotonic() - job.arrived_s
+        return Slice(session, job.step, job.done, length, copies)
 
-    def _next(self) -> _Job | None:
-        with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
-            return heapq.heappop(self._jobs) if self._jobs and not self._closed else None
+    def _run_iteration(self, turn: Sequence[tuple[_StepJob, Slice]]) -> None:
+        began_s = time.monotonic()
+        jobs = {each: job for job, each in turn}
+        num_tokens = 0
+        for group in self._executor.groups(list(jobs)):
+            started_s = time.perf_counter()
+            outputs = self._run_group(group)
+            tokens = sum(each.num_tokens for each in group)
+            self._costs.observe(tokens, time.perf_counter() - started_s)
+            num_tokens += tokens
+            self._finish([(jobs[each], each, output) for each, output in zip(group, outputs, strict=True)])
+        counters = self._counters
+        counters.num_iterations += 1
+        counters.num_shared_passes += len(turn) > 1
+        counters.iteration_s += time.monotonic() - began_s
+        decoding = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
+        counters.num_decode_tokens += sum(decoding)
+        counters.num_prefill_tokens += num_tokens - sum(decoding)
+        if decoding:
+            self._batch_sizes[len(decoding)] += 1
+
+    def _run_group(self, group: Sequence[Slice]) -> Sequence[Tensor | BaseException]:
+        """Run slices together; if that fails, each alone, so that an error reaches only whoever causes it."""
+        try:
+            return self._executor.run(group)
+        except Exception as exc:  # handed to the tasks that wait
+            if len(group) == 1:
+                if not isinstance(exc, SwarmError):
+                    logger.exception("a step of a session failed")
+                return [exc]
+            logger.exception("a pass of %d sessions failed; each is run alone", len(group))
+        return [self._run_group([each])[0] for each in group]
+
+    def _finish(self, results: Sequence[tuple[_StepJob, Slice, Tensor | BaseException]]) -> None:
+        """Note what has run; give the outputs of steps that are complete to the event loop."""
+        settled: list[tuple[asyncio.Future[Any], Any]] = []
+        with self._guard:
+            now_s = time.monotonic()
+            for job, each, output in results:
+                cache = job.session.cache
+                if isinstance(output, BaseException):
+                    cache.broken = True
+                    settled.append((job.future, output))
+                else:
+                    job.done += each.length
+                    job.outputs.append(output)
+                    cache.publish(job.names, each.position, each.position + each.length)
+                    if job.done < job.step.length:
+                        continue
+                    whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
+                    settled.append((job.future, whole))
+                    self._returns.left(job.session, job.session.batch_size, now_s)
+                queue = self._queues.get(job.session)
+                if queue and queue[0] is job:
+                    queue.popleft()
+                    if not queue:
+                        del self._queues[job.session]
+        self._settle(settled)
+
+    def _settle(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._set_results, results)
+        except RuntimeError:  # the loop was closed while we computed: nobody waits for the results any more
+            logger.debug("results came after their event loop was closed")
+
+    def _set_results(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        for future, result in results:
+            if future.done():
+                continue
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        self._sessions.admit_waiting()
+
+    # Training: long work in the compute thread, which lets others go first.
+
+    def _run_training(self, job: _TrainingJob) -> None:
+        self._running = _Running(job, time.monotonic())
+        try:
+            result: Any = job.work(self)
+        except Abandoned:
+            logger.debug("a batch was abandoned: its caller is gone")
+            return
+        except Exception as exc:  # handed to the task that waits
+            result = exc
+        finally:
+            running, self._running = self._running, None
+        self._counters.training_s += time.monotonic() - running.began_s - running.other_s
+        self._counters.num_training_tokens += job.num_rows * job.length
+        self._settle([(job.future, result)])
+
+    def at_boundary(self) -> None:
+        """See Turns."""
+        running = self._running
+        if running is None or running.interrupting:
+            return
+        if self._closed or running.job.future.cancelled():
+            raise Abandoned
+        running.interrupting = True
+        try:
+            while self._queues and (turn := self._interruption(running)):
+                started_s = time.monotonic()
+                self._run_iteration(turn)
+                running.other_s += time.monotonic() - started_s
+        finally:
+            running.interrupting = False
+
+    def _interruption(self, running: _Running) -> list[tuple[_StepJob, Slice]]:
+        with self._guard:
+            now_s = time.monotonic()
+            training_s = now_s - running.began_s - running.other_s
+            if not scheduler.may_interrupt(training_s, running.other_s, self._config):
+                return []
+            plan = scheduler.compose(self._snapshot(now_s, training=False), self._costs, self._config)
+            return self._take_pages(plan.slices, now_s)
+
+    def rows(self, num_rows: int, length: int) -> int:
+        """See Turns."""
+        with self._guard:
+            now_s = time.monotonic()
+            decoding = bool(self._queues) or bool(self._returns.expected(now_s))
+        return scheduler.training_rows(num_rows, length, decoding, self._config)
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Take note of an error that nobody may be waiting for: a session ends with its first one."""
+    if not future.cancelled():
+        future.exception()

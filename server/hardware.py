@@ -16,6 +16,9 @@ from swarm.model.span import Span
 
 from .placement import MemoryNeeds
 
+SPEED_TOKENS = 256
+"""Length of the batch whose speed is measured."""
+
 MEASURE_S = 0.4
 """Time spent on each speed that is measured at start."""
 
@@ -76,7 +79,7 @@ def memory_needs(config: PretrainedConfig, dtype: torch.dtype) -> MemoryNeeds:
 def measure_speed(span: Span) -> Speed:
     """Run the real blocks for a moment: single-token steps with a cache, and a batch of 256 tokens without."""
     with torch.inference_mode():
-        x_BLD = torch.zeros(1, 256, span.hidden_size, dtype=span.dtype, device=span.device)
+        x_BLD = torch.zeros(1, SPEED_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device)
         cache = span.new_cache(1)
         span(x_BLD[:, :16], cache=cache)
 
@@ -86,7 +89,8 @@ def measure_speed(span: Span) -> Speed:
         def forward() -> None:
             span(x_BLD)
 
-        return Speed(1 / _seconds_per_call(decode, span.device), 256 / _seconds_per_call(forward, span.device))
+        decode_s, forward_s = _seconds_per_call(decode, span.device), _seconds_per_call(forward, span.device)
+        return Speed(1 / decode_s, SPEED_TOKENS / forward_s)
 
 
 def _seconds_per_call(work: object, device: torch.device) -> float:

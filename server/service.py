@@ -23,10 +23,10 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
-from .batches import Batch, run_backward, run_forward
+from .batches import Batch, KeptActivations, run_backward, run_forward
 from .checks import ServiceLimits
 from .decoding import Decoding
-from .engine import ComputeThread, Priority
+from .engine import Engine
 from .sessions import SessionTable
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,11 @@ class BlocksService(pb_grpc.BlocksServicer):
         self,
         model: ServedModel,
         views: SpanViews,
-        engine: ComputeThread,
+        engine: Engine,
         sessions: SessionTable,
         connector: Connector,
         limits: ServiceLimits,
+        kept: KeptActivations,
     ) -> None:
         self._model = model
         self._views = views
@@ -63,6 +64,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._engine = engine
         self._sessions = sessions
         self._limits = limits
+        self._kept = kept
         self._decoding = Decoding(views.span, engine, sessions, connector, limits)
         self._can_rewind = views.span.can_rewind
         self._num_calls = 0
@@ -105,16 +107,20 @@ class BlocksService(pb_grpc.BlocksServicer):
             opening = (await _first_message(context, "open")).open
             self._check_caller(opening)
             async with self._decoding.open(context, opening) as session:
-                opened = pb.SessionOpened(max_tokens=session.max_tokens, max_step_tokens=self._limits.max_step_tokens)
+                opened = pb.SessionOpened(
+                    max_tokens=session.max_tokens,
+                    max_step_tokens=self._limits.max_step_tokens,
+                    position=session.cache.length,
+                )
                 await context.write(pb.SessionResponse(opened=opened))
-                await self._decoding.run(context.read, session)
+                await self._decoding.run(context.read, session, from_client=True)
 
     async def Push(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PushResponse:
         """See the wire contract. What goes wrong here ends the session, whose client is told on its own stream."""
         async with errors_to_wire(context, "Push"), self._counted(admit=True):
             attach = (await _first_message(context, "attach")).attach
             checks.check_version(attach.protocol_version)
-            await self._decoding.run(context.read, self._decoding.attach(attach))
+            await self._decoding.run(context.read, self._decoding.attach(attach), from_client=False)
         return pb.PushResponse()
 
     async def Forward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
@@ -122,7 +128,9 @@ class BlocksService(pb_grpc.BlocksServicer):
         async with errors_to_wire(context, "Forward"), self._counted():
             batch = await self._read_batch(context)
             span = self._views.view(batch.blocks)
-            y_BLD = await self._engine.run(Priority.TRAINING, lambda: run_forward(span, batch))
+            y_BLD = await self._engine.train(
+                lambda turns: run_forward(span, batch, turns, self._kept), num_rows=batch.num_rows, length=batch.length
+            )
             packed = pack(y_BLD, codec=batch.codec)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -133,7 +141,11 @@ class BlocksService(pb_grpc.BlocksServicer):
             batch = await self._read_batch(context)
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
             span = self._views.view(batch.blocks)
-            dx_BLD, dprompts = await self._engine.run(Priority.TRAINING, lambda: run_backward(span, batch, grad_BLD))
+            dx_BLD, dprompts = await self._engine.train(
+                lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
+                num_rows=batch.num_rows,
+                length=batch.length,
+            )
             packed = pack(dx_BLD, dprompts, codec=batch.codec)
             result = pb.ComputeResult(hidden_states=packed.specs[0], prompts=packed.specs[1], data=packed.data)
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
@@ -157,7 +169,8 @@ class BlocksService(pb_grpc.BlocksServicer):
         assert x_BLD is not None
         checks.check_mask(mask_BL, batch_size, length)
         checks.check_position_ids(ids_BL, batch_size, length)
-        return Batch(blocks, x_BLD, mask_BL, ids_BL, prompts, grad_BLD, wire.hidden_states.codec)
+        checks.check_forward_id(wire.forward_id)
+        return Batch(blocks, x_BLD, mask_BL, ids_BL, prompts, grad_BLD, wire.hidden_states.codec, wire.forward_id)
 
     @asynccontextmanager
     async def _counted(self, *, admit: bool = False) -> AsyncIterator[None]:

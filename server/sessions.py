@@ -1,14 +1,17 @@
-"""Decoding sessions: who holds how much of the cache, and one step of one session.
+"""Decoding sessions: who may open one, what it holds, and how long its cache outlives a broken connection.
 
-A session lives as long as the stream that opened it. Its place in the cache is reserved when it opens, so that
-a running session never runs out of memory; when the budget is used up, opening waits for its deadline.
+A session lives as long as the stream that opened it. It takes cache pages as it grows. Opening one waits while those
+that run leave no room; what they hold is never taken from them. When a stream breaks, the cache is kept for a grace,
+so that the same caller can open the session again and go on; kept caches give way to whoever needs their pages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import hashlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,117 +20,70 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PromptTooLong, SessionLost, UnsupportedModel
+from swarm.errors import BadRequest, CacheFull, PeerError, PromptTooLong, SessionLost
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
-from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
-from swarm.v1 import blocks_pb2 as pb
+
+from .kv_cache import PageNames, SessionCache, StepInput
+from .pages import PagePool
 
 logger = logging.getLogger(__name__)
 
-# B batch, L length, T cached + L, D hidden, N blocks, P virtual tokens
-
-
-class CacheBudget:
-    """Bytes of KV cache, handed out to those who wait in the order of their coming."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.used_bytes = 0
-        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
-
-    @property
-    def free_bytes(self) -> int:
-        return self.total_bytes - self.used_bytes
-
-    @asynccontextmanager
-    async def reserve(self, num_bytes: int, timeout_s: float) -> AsyncIterator[None]:
-        """Hold `num_bytes` for the body.
-
-        A small request may overtake a large one that still waits for room.
-
-        Raises: PromptTooLong: more than there is in all. CacheFull: no room came free in time.
-        """
-        if num_bytes > self.total_bytes:
-            raise PromptTooLong(
-                f"the session needs {num_bytes >> 20} MiB of cache, this server has {self.total_bytes >> 20} MiB in "
-                "all: use a shorter max_length or a smaller batch"
-            )
-        await self._acquire(num_bytes, timeout_s)
-        try:
-            yield
-        finally:
-            self.used_bytes -= num_bytes
-            self._admit()
-
-    async def _acquire(self, num_bytes: int, timeout_s: float) -> None:
-        if num_bytes <= self.free_bytes:
-            self.used_bytes += num_bytes
-            return
-        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (num_bytes, admitted)
-        self._waiting.append(entry)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await admitted
-        except BaseException as exc:
-            if admitted.done() and not admitted.cancelled():
-                self.used_bytes -= num_bytes
-            elif entry in self._waiting:
-                self._waiting.remove(entry)
-            self._admit()
-            if isinstance(exc, TimeoutError):
-                raise CacheFull(f"no room for {num_bytes >> 20} MiB of cache within {timeout_s:.1f} s") from exc
-            raise
-
-    def _admit(self) -> None:
-        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self.free_bytes):
-            num_bytes, admitted = self._waiting.popleft()
-            if admitted.done():  # cancelled, its task has not run since
-                continue
-            self.used_bytes += num_bytes
-            admitted.set_result(None)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step as it arrived: see Step in the wire contract."""
-
-    step_id: int
-    position: int
-    num_outputs: int
-    beam_idx: list[int]
-    x_BLD: Tensor
-    mask_BL: Tensor | None
-    position_ids_BL: Tensor | None
-    codec: pb.Codec = pb.CODEC_RAW
-    """How the hidden states came, and how the output goes on."""
-
+# B batch, L length, D hidden, N blocks, P virtual tokens
 
 Deliver = Callable[[Tensor, StepInput], Awaitable[None]]
 
+MAX_STEPS_UNDER_WAY = 4
+"""Steps of one session that may have been read and not yet passed on."""
 
-@dataclass(slots=True)
-class ServerSession:
-    """The state of one session over a range of blocks; `step` runs in the compute thread."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionKey:
+    """What a session is opened with; to open it again, all of it must be the same."""
 
     session_id: bytes
-    span: Span
-    cache: SpanCache
+    blocks: BlockRange
     batch_size: int
     max_tokens: int
+    prompts_digest: bytes = b""
+
+
+@dataclass(slots=True, eq=False)
+class ServerSession:
+    """One session over a range of blocks, from one opening to the end of the stream that opened it."""
+
+    key: SessionKey
+    epoch: int
+    span: Span
+    cache: SessionCache
     prompts_NBPD: Tensor | None
-    mask_BT: Tensor | None = None
+    names: PageNames | None
+    """None where pages cannot be shared."""
     last_step_id: int = 0
-    broken: bool = False
     failure: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Set to the error that ends the session, from whichever stream it came."""
     deliver: Deliver | None = None
     """Passes a step's output on, to the next hop or to the client; None until the way there is open."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a step is put into the engine's queue, so that steps of two streams keep their order."""
+    under_way: asyncio.Queue[tuple[StepInput, asyncio.Future[Tensor]]] = field(
+        default_factory=lambda: asyncio.Queue(MAX_STEPS_UNDER_WAY)
+    )
+    """Steps in the engine and their outputs to come, in order."""
+    opened_at_s: float = field(default_factory=time.monotonic)
     used_at_s: float = field(default_factory=time.monotonic)
     """When the last step came, or the session was opened."""
+    replaced: bool = False
+    """Whether the caller has opened it again: the cache belongs to the newer one."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.key.batch_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.key.max_tokens
 
     def fail(self, error: BaseException) -> None:
         """End the session with an error; the first one counts."""
@@ -146,119 +102,249 @@ class ServerSession:
                 f"{step.position + length}: open it with a larger max_length"
             )
 
-    def step(self, step: StepInput) -> Tensor:
-        """Append the step's tokens and return the hidden states that leave the span, [B, L, D], on the CPU.
 
-        Raises: SessionLost: the step does not follow what is cached, or an earlier step failed half-way.
-        """
-        if self.broken or step.position > self.cache.length:
-            raise SessionLost(f"the session's cache ends at {self.cache.length}, a step at {step.position} came")
-        self.broken = True
-        with torch.inference_mode():
-            result = self._step(step).cpu()
-        self.broken = False
-        return result
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """The cache of a session whose stream broke, until its grace is over."""
 
-    def _step(self, step: StepInput) -> Tensor:
-        cached = self.cache.length
-        if step.beam_idx:
-            beam_idx = torch.tensor(step.beam_idx, device=self.span.device)
-            self.cache.reorder(beam_idx)
-            if self.mask_BT is not None:
-                self.mask_BT = self.mask_BT[beam_idx]
-        if step.position < cached:
-            try:
-                self.cache.rewind(step.position)
-            except UnsupportedModel as exc:
-                raise SessionLost(f"{exc}: replay the session") from exc
-        self._extend_mask(step)
-        x_BLD = step.x_BLD.to(self.span.device, self.span.dtype)
-        ids_BL = None if step.position_ids_BL is None else step.position_ids_BL.to(self.span.device)
-        return self.span(
-            x_BLD,
-            cache=self.cache,
-            attention_mask_BT=self.mask_BT,
-            position_ids_BL=ids_BL,
-            prompts_NBPD=self.prompts_NBPD,
-        )
-
-    def _extend_mask(self, step: StepInput) -> None:
-        if self.mask_BT is None and step.mask_BL is None:
-            return
-        device, length = self.span.device, step.x_BLD.shape[1]
-        past, new = self.mask_BT, step.mask_BL
-        if past is None:
-            past = torch.ones(self.batch_size, step.position, dtype=torch.int64, device=device)
-        if new is None:
-            new = torch.ones(self.batch_size, length, dtype=torch.int64)
-        self.mask_BT = torch.cat([past[:, : step.position], new.to(device)], dim=1)
+    session: ServerSession
+    timer: asyncio.TimerHandle
 
 
 @dataclass(frozen=True, slots=True)
 class SessionTableStatistics:
     num_sessions: int
+    num_kept: int
+    """Caches of sessions whose connection broke, waiting to be opened again."""
     cache_used_bytes: int
+    cache_shared_bytes: int
+    """Held once, used by several sequences."""
     cache_total_bytes: int
+    oldest_session_s: float
 
 
 class SessionTable:
-    """All sessions of a server."""
+    """All sessions of a server and the pages they share.
 
-    def __init__(self, views: SpanViews, cache_bytes: int, bytes_per_token: int) -> None:
+    Args:
+        pool: touched under `guard` only; whoever waits for pages in another thread waits on `guard`.
+        bytes_per_page: of keys and values in all blocks.
+        packed: whether the engine keeps keys and values in the store; if not, each session has a cache of its own.
+        grace_s: how long the cache of a broken stream is kept.
+    """
+
+    def __init__(
+        self, views: SpanViews, pool: PagePool, bytes_per_page: int, *, packed: bool, grace_s: float
+    ) -> None:
         self.views = views
-        self._bytes_per_token = max(1, bytes_per_token)
-        self._budget = CacheBudget(cache_bytes)
+        self.pool = pool
+        self.guard = threading.Condition()
+        self.num_releases = 0
+        """Grows whenever pages may have become free."""
+        self._bytes_per_page = max(1, bytes_per_page)
+        self._packed = packed
+        self._grace_s = grace_s
         self._sessions: dict[bytes, ServerSession] = {}
+        self._kept: collections.OrderedDict[bytes, _Kept] = collections.OrderedDict()
+        self._waiting: collections.deque[tuple[int, object, asyncio.Future[None]]] = collections.deque()
+        self._promised: dict[object, int] = {}
+        """Pages for sessions that were admitted and have not begun yet."""
 
     @asynccontextmanager
     async def open(
-        self,
-        session_id: bytes,
-        blocks: BlockRange,
-        *,
-        batch_size: int,
-        max_tokens: int,
-        prompts_NBPD: Tensor | None,
-        timeout_s: float,
+        self, key: SessionKey, *, epoch: int, prompts_NBPD: Tensor | None, timeout_s: float
     ) -> AsyncIterator[ServerSession]:
-        """Reserve room and keep the session while the body runs.
+        """Keep a session while the body runs: a new one, or one of this key that is still here.
 
-        Raises: BadRequest: the id is taken. PromptTooLong, CacheFull: see CacheBudget.reserve.
+        Raises: BadRequest: the id belongs to another session. PromptTooLong: it could not fit even alone.
+            CacheFull: those that run left no room within the timeout.
         """
-        span = self.views.view(blocks)
-        prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
-        tokens_bytes = max_tokens * batch_size * self._bytes_per_token * len(blocks) // len(self.views.span.blocks)
-        async with self._budget.reserve(prompt_bytes + tokens_bytes, timeout_s):
-            if session_id in self._sessions:
-                raise BadRequest("a session with this id is open already")
-            if prompts_NBPD is not None:
-                prompts_NBPD = prompts_NBPD.to(span.device, span.dtype)
-            session = ServerSession(
-                session_id=session_id,
-                span=span,
-                cache=span.new_cache(batch_size),
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-                prompts_NBPD=prompts_NBPD,
-            )
-            self._sessions[session_id] = session
-            try:
-                yield session
-            finally:
-                del self._sessions[session_id]
-                session.fail(SessionLost("the session was closed"))
-
-    def get(self, session_id: bytes) -> ServerSession:
-        """Return an open session. Raises: SessionLost: there is none of this id."""
-        session = self._sessions.get(session_id)
+        session = self._open_again(key, epoch, prompts_NBPD)
         if session is None:
+            session = await self._open_new(key, epoch, prompts_NBPD, timeout_s)
+        self._sessions[key.session_id] = session
+        error: BaseException | None = None
+        try:
+            yield session
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            broke = isinstance(error, asyncio.CancelledError | PeerError) and not isinstance(error, SessionLost)
+            self._end(session, keep=broke)
+
+    def get(self, session_id: bytes, epoch: int) -> ServerSession:
+        """Return an open session. Raises: SessionLost: there is none of this id and epoch."""
+        session = self._sessions.get(session_id)
+        if session is None or session.epoch != epoch:
             raise SessionLost("this server holds no such session")
         return session
 
+    def begun(self, session: ServerSession) -> None:
+        """Note that a session takes its first pages now; called under the guard."""
+        self._promised.pop(session, None)
+
+    def give_way(self) -> bool:
+        """Free the cache that has been kept longest; called under the guard. Returns whether there was one."""
+        if not self._kept:
+            return False
+        _, kept = self._kept.popitem(last=False)
+        self._close(kept.session.cache)
+        logger.info("a kept session gave way")
+        return True
+
     def statistics(self) -> SessionTableStatistics:
-        return SessionTableStatistics(len(self._sessions), self._budget.used_bytes, self._budget.total_bytes)
+        now_s = time.monotonic()
+        with self.guard:
+            return SessionTableStatistics(
+                num_sessions=len(self._sessions),
+                num_kept=len(self._kept),
+                cache_used_bytes=self.pool.num_used * self._bytes_per_page,
+                cache_shared_bytes=self.pool.num_shared * self._bytes_per_page,
+                cache_total_bytes=self.pool.num_pages * self._bytes_per_page,
+                oldest_session_s=max((now_s - each.opened_at_s for each in self._sessions.values()), default=0.0),
+            )
 
     @property
     def cache_free_tokens(self) -> int:
         """Tokens, over all blocks served here, that still fit."""
-        return self._budget.free_bytes // self._bytes_per_token
+        return self.pool.num_free * self.pool.page_tokens
+
+    def drop_kept(self) -> None:
+        """Free what is kept for sessions whose stream broke."""
+        with self.guard:
+            while self.give_way():
+                pass
+
+    # Opening.
+
+    def _open_again(self, key: SessionKey, epoch: int, prompts_NBPD: Tensor | None) -> ServerSession | None:
+        with self.guard:
+            old = self._sessions.get(key.session_id)
+            if old is None and (kept := self._kept.get(key.session_id)) is not None:
+                old = kept.session
+            if old is None:
+                return None
+            if old.key != key or epoch <= old.epoch:
+                raise BadRequest("a session with this id is open already")
+            kept = self._kept.pop(key.session_id, None)
+            if kept is not None:
+                kept.timer.cancel()
+            old.replaced = True
+            old.fail(SessionLost("the session was opened again"))
+            if old.cache.broken:
+                self._promised.pop(old, None)
+                self._close(old.cache)
+                return None
+            promised = self._promised.pop(old, 0)
+            session = ServerSession(key, epoch, old.span, old.cache, old.prompts_NBPD, old.names)
+            session.opened_at_s = old.opened_at_s
+            if promised:
+                self._promised[session] = promised
+            return session
+
+    async def _open_new(
+        self, key: SessionKey, epoch: int, prompts_NBPD: Tensor | None, timeout_s: float
+    ) -> ServerSession:
+        span, pool = self.views.view(key.blocks), self.pool
+        prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
+        prompt_pages = -(-prompt_bytes // self._bytes_per_page)
+        most = prompt_pages + key.batch_size * -(-key.max_tokens // pool.page_tokens)
+        if most > pool.num_pages:
+            raise PromptTooLong(
+                f"the session needs {most * self._bytes_per_page >> 20} MiB of cache, this server has "
+                f"{pool.num_pages * self._bytes_per_page >> 20} MiB in all: use a shorter max_length or a smaller batch"
+            )
+        promise = await self._admit(prompt_pages + key.batch_size, timeout_s)
+        with self.guard:
+            del self._promised[promise]
+            cache = SessionCache(
+                pool,
+                key.batch_size,
+                expected_tokens=key.max_tokens,
+                own=None if self._packed else span.new_cache(key.batch_size),
+                ballast_pages=prompt_pages,
+            )
+            context = repr((key.blocks, key.prompts_digest)).encode()
+            names = PageNames(key.batch_size, pool.page_tokens, context) if self._packed else None
+            if prompts_NBPD is not None:
+                prompts_NBPD = prompts_NBPD.to(span.device, span.dtype)
+            session = ServerSession(key, epoch, span, cache, prompts_NBPD, names)
+            self._promised[session] = key.batch_size
+        return session
+
+    def _room(self) -> int:
+        """Pages for a session that comes now: what is free less what others are about to take."""
+        running = sum(session.batch_size for session in self._sessions.values())
+        headroom = min(running, self.pool.num_pages // 16)
+        return self.pool.num_free - sum(self._promised.values()) - headroom
+
+    def _fits(self, num_pages: int) -> bool:
+        with self.guard:
+            while self._room() < num_pages:
+                if not self.give_way():
+                    return False
+        return True
+
+    async def _admit(self, num_pages: int, timeout_s: float) -> object:
+        """Wait until there is room, in the order of coming; return what stands for it in `_promised`.
+
+        Raises: CacheFull: none came free in time.
+        """
+        promise = object()
+        if not self._waiting and self._fits(num_pages):
+            self._promised[promise] = num_pages
+            return promise
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (num_pages, promise, admitted)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await admitted
+        except BaseException as exc:
+            self._promised.pop(promise, None)
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            self.admit_waiting()
+            if isinstance(exc, TimeoutError):
+                raise CacheFull(f"no room for {num_pages} pages of cache within {timeout_s:.1f} s") from exc
+            raise
+        return promise
+
+    def admit_waiting(self) -> None:
+        """Let in those for whom there is room by now; called in the event loop."""
+        while self._waiting and self._fits(self._waiting[0][0]):
+            num_pages, promise, admitted = self._waiting.popleft()
+            if not admitted.done():  # else cancelled, and its task has not run since
+                self._promised[promise] = num_pages
+                admitted.set_result(None)
+
+    # Ending.
+
+    def _end(self, session: ServerSession, *, keep: bool) -> None:
+        if self._sessions.get(session.key.session_id) is session:
+            del self._sessions[session.key.session_id]
+        session.fail(SessionLost("the session was closed"))
+        if session.replaced:
+            return
+        with self.guard:
+            if keep and not session.cache.broken and session.cache.length and self._grace_s > 0:
+                timer = asyncio.get_running_loop().call_later(self._grace_s, self._grace_over, session)
+                self._kept[session.key.session_id] = _Kept(session, timer)
+            else:
+                self._promised.pop(session, None)
+                self._close(session.cache)
+        self.admit_waiting()
+
+    def _grace_over(self, session: ServerSession) -> None:
+        with self.guard:
+            kept = self._kept.get(session.key.session_id)
+            if kept is not None and kept.session is session:
+                del self._kept[session.key.session_id]
+                self._close(session.cache)
+        self.admit_waiting()
+
+    def _close(self, cache: SessionCache) -> None:
+        cache.close()
+        self.num_releases += 1
+        self.guard.notify_all()

@@ -178,7 +178,7 @@ class SessionRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[SessionOpen, _Mapping]] = ..., attach: _Optional[_Union[SessionAttach, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data")
+    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +190,7 @@ class SessionOpen(_message.Message):
     NEXT_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     session_id: bytes
@@ -201,15 +202,18 @@ class SessionOpen(_message.Message):
     next_session_id: bytes
     prompts: TensorSpec
     data: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    epoch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SessionAttach(_message.Message):
-    __slots__ = ("protocol_version", "session_id")
+    __slots__ = ("protocol_version", "session_id", "epoch")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     session_id: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[bytes] = ...) -> None: ...
+    epoch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data")
@@ -242,12 +246,14 @@ class SessionResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class SessionOpened(_message.Message):
-    __slots__ = ("max_tokens", "max_step_tokens")
+    __slots__ = ("max_tokens", "max_step_tokens", "position")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     max_step_tokens: int
-    def __init__(self, max_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ...) -> None: ...
+    position: int
+    def __init__(self, max_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "hidden_states", "data")
@@ -272,7 +278,7 @@ class ComputeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ComputeOpen, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class ComputeOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data")
+    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data", "forward_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +288,7 @@ class ComputeOpen(_message.Message):
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     GRAD_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     blocks: BlockRange
@@ -291,7 +298,8 @@ class ComputeOpen(_message.Message):
     prompts: TensorSpec
     grad_outputs: TensorSpec
     data: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    forward_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., forward_id: _Optional[bytes] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
     __slots__ = ("result", "more")

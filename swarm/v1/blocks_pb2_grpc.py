@@ -79,7 +79,8 @@ class BlocksServicer:
 
     def Session(self, request_iterator, context):
         """One decoding session over a range of this server's blocks. First message: open. The server answers `opened`,
-        then a StepResult for each step whose chain ends here. Closing the stream frees the cache.
+        then a StepResult for each step whose chain ends here. Ending the stream frees the cache; when it breaks instead,
+        the cache is kept for a while, so that the same caller can open the session again and go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,7 +101,7 @@ class BlocksServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Backward(self, request_iterator, context):
-        """The gradient with respect to the inputs (and prompts) of a Forward; activations are recomputed.
+        """The gradient with respect to the inputs (and prompts) of a Forward; activations are recomputed unless kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

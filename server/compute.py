@@ -1,0 +1,44 @@
+"""The compute thread: everything that touches the model or a cache runs here, one piece after the other.
+
+One thread needs no locks around the model, and torch uses all cores inside each operation anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class ComputeThread:
+    """One thread for everything that uses the model, so that nothing around it needs a lock. A context manager."""
+
+    def __init__(self, *, num_threads: int | None = None) -> None:
+        self.closed = False
+        """Set when the thread is asked to end; long work looks at it to give up early."""
+        self._threads = concurrent.futures.ThreadPoolExecutor(1, "compute", lambda: _use_threads(num_threads))
+
+    def __enter__(self) -> ComputeThread:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.closed = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in the thread and return its result; cancelled before its turn, it never runs."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def submit(self, work: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run `work` in the thread, after what was submitted before."""
+        return self._threads.submit(work)
+
+
+def _use_threads(num_threads: int | None) -> None:
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
