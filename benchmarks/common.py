@@ -137,14 +137,17 @@ def make_model(shape: str, dtype: str, directory: str) -> LlamaForCausalLM:
 
 @contextmanager
 def model_and_servers(setting: Setting) -> Iterator[tuple[LlamaForCausalLM, str, LocalSwarm]]:
-    """Yield a model whole in this process, the directory it was saved in, and servers of it in their own processes."""
+    """Yield a model whole in this process, the directory it was saved in, and servers of it in their own processes.
+
+    Who has no use for the model deletes it.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        local = make_model(setting.shape, setting.dtype, directory)
-        num_blocks = local.config.num_hidden_layers
+        made = [make_model(setting.shape, setting.dtype, directory)]
+        num_blocks = SHAPES[setting.shape]["num_hidden_layers"]
         cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
         ranges = list(itertools.pairwise(cuts))
         with LocalSwarm(directory, ranges, dtype=setting.dtype, arguments=setting.serve_flags) as servers:
-            yield local, directory, servers
+            yield made.pop(), directory, servers
 
 
 @contextmanager

@@ -92,6 +92,7 @@ def draw_kv_memory(results: list[Result], into: Path) -> None:
             axes[0].barh(heights, [row["used_ratio"] for row in result["rows"]], 0.8 / len(mine), label=result["label"])
         axes[0].set_yticks(range(len(names)), names, fontsize=7)
         axes[0].axvline(1.0, color="black", linewidth=0.8)
+        axes[0].invert_yaxis()
         _name(axes[0], configuration, "cache in use / what the distinct tokens need", "")
 
 
@@ -104,7 +105,6 @@ def draw_soak(results: list[Result], into: Path) -> None:
             times_s, servers = zip(*result["rss_mib_over_time"], strict=True)
             for number, values in enumerate(zip(*servers, strict=True)):
                 axes[0].plot([s / 60 for s in times_s], values, label=f"{result['label']}, server {number + 1}")
-        axes[0].set_ylim(bottom=0)
         _name(axes[0], configuration, "minutes", "MiB resident")
 
 
@@ -134,7 +134,7 @@ def _panels(path: Path, configurations: list[str], *, columns: int = 1) -> Itera
         return
     from matplotlib import pyplot
 
-    size = 5.5 * columns, 3.6 * len(configurations)
+    size = 6.0 * columns, 4.0 * len(configurations)
     figure, axes = pyplot.subplots(len(configurations), columns, figsize=size, squeeze=False)
     yield from zip(axes, configurations, strict=True)
     figure.tight_layout()
@@ -146,8 +146,9 @@ def _name(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    if y:  # not the bars, which have names in its place
+        axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
 
 

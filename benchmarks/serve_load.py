@@ -160,7 +160,7 @@ def _decoding(load: Load, number: int, new_tokens: int = WARM_UP_TOKENS) -> list
 
 
 def _run_local(model: Any, load: Load, number: int, new_tokens: int) -> Request:
-    """One batch of `number` sequences, as often as each client asks."""
+    """One batch of `number` sequences; further ones would take as long again."""
     ids = random_prompts(number, load.prompt_tokens, load.seed).squeeze(1)
     return generate_here(model, ids, new_tokens)
 
@@ -206,10 +206,9 @@ def _steady_rate(requests: list[Request]) -> float | None:
     end_s = min((each.token_times_s[-1] for each in done), default=0.0)
     if end_s <= start_s:
         return None
-    rows = requests[0].num_tokens // len(requests[0].token_times_s)
-    return (
-        rows * sum(start_s < moment_s <= end_s for each in done for moment_s in each.token_times_s) / (end_s - start_s)
-    )
+    rows = done[0].num_tokens // len(done[0].token_times_s)
+    num_steps = sum(start_s < moment_s <= end_s for each in done for moment_s in each.token_times_s)
+    return rows * num_steps / (end_s - start_s)
 
 
 def _summary(load: Load, local_runs: list[Request], swarm_runs: list[list[Request]]) -> dict[str, Any]:
