@@ -77,6 +77,7 @@ class Running:
     dtype: str
     service: BlocksService
     sessions: SessionTable
+    engine: Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
                     dtype_name(plan.dtype),
                     service,
                     sessions,
+                    engine,
                 )
             )
             await _until_stopped(stop, dht, announcer.task, engine)

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarm.errors import BadRequest, ResourceError, SwarmError
 from swarm.link import JoinLink
@@ -25,6 +25,8 @@ from .config import ServerConfig
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+
+_THREAD_SETTINGS = {"drain_timeout_s": 0.2, "cache_bytes": 1 << 30, "session_grace_s": 1.0}
 
 
 class LocalServer(Protocol):
@@ -188,6 +190,7 @@ class LocalSwarm:
         dtype: of the servers' weights.
         in_process: threads instead of processes: quicker, but they cannot be killed.
         arguments: further flags for `swarm serve`; processes only.
+        settings: further fields of ServerConfig; threads only.
         join: the link of a swarm to join; default: a new one.
     """
 
@@ -199,6 +202,7 @@ class LocalSwarm:
         dtype: str = "auto",
         in_process: bool = False,
         arguments: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
         join: str | None = None,
     ) -> None:
         if not ranges:
@@ -208,6 +212,7 @@ class LocalSwarm:
         self._dtype = dtype
         self._in_process = in_process
         self._arguments = tuple(arguments)
+        self._settings = _THREAD_SETTINGS | dict(settings or {})
         self._join = join
         self.servers: list[ProcessServer | ThreadServer] = []
 
@@ -263,7 +268,6 @@ class LocalSwarm:
                 blocks=blocks,
                 dtype=self._dtype,
                 initial_peers=peers,
-                drain_timeout_s=0.2,
-                cache_bytes=1 << 30,
+                **self._settings,
             )
         )

@@ -1,112 +1,296 @@
-"""The compute thread: order, cancellation, errors, and its end."""
+"""The engine over a fake executor: what runs together, who waits, who is told what, and its end."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from swarm.server.engine import ComputeThread, Priority
+from swarm.errors import CacheFull, SessionLost
+from swarm.ranges import BlockRange
+from swarm.server import engine as engine_module
+from swarm.server.compute import ComputeThread
+from swarm.server.engine import Engine, Turns
+from swarm.server.execution import Slice
+from swarm.server.kv_cache import StepInput
+from swarm.server.pages import PagePool
+from swarm.server.scheduler import SchedulerConfig
+from swarm.server.sessions import ServerSession, SessionKey, SessionTable
+from swarm.server.timing import CostModel
+
+BLOCKS = BlockRange(0, 2)
+PAGE = 4
 
 
-class Gate:
-    """Work that occupies the thread until it is let go."""
+class FakeViews:
+    """Stands for SpanViews: the span is never run."""
+
+    class span:
+        blocks = BLOCKS
+        device = torch.device("cpu")
+        dtype = torch.float32
+
+    def view(self, blocks: BlockRange) -> type[FakeViews.span]:
+        return self.span
+
+
+class FakeExecutor:
+    """Doubles what it is given; can be stopped before a pass, and fails for poisoned sessions."""
 
     def __init__(self) -> None:
-        self.entered, self.released = threading.Event(), threading.Event()
+        self.passes: list[list[tuple[int, int]]] = []
+        """(position, length) of each slice of each pass."""
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.let_go.set()
+        self.poisoned: set[int] = set()
 
-    def __call__(self) -> None:
+    def groups(self, slices: Sequence[Slice]) -> list[list[Slice]]:
+        return [list(slices)]
+
+    def run(self, group: Sequence[Slice]) -> list[Tensor]:
         self.entered.set()
-        assert self.released.wait(30)
+        assert self.let_go.wait(30)
+        if self.poisoned & {id(each.session) for each in group}:
+            raise ArithmeticError("poison")
+        self.passes.append([(each.position, each.length) for each in group])
+        return [each.x_BLD * 2 for each in group]
 
 
-async def blocked(engine: ComputeThread) -> tuple[Gate, asyncio.Task[None]]:
-    gate = Gate()
-    task = asyncio.create_task(engine.run(Priority.DECODE, gate))
-    assert await asyncio.to_thread(gate.entered.wait, 30)
-    return gate, task
+class Bench:
+    """An engine, its sessions, and what a test does with them."""
+
+    def __init__(self, num_pages: int, **config: Any) -> None:
+        self.executor = FakeExecutor()
+        pool = PagePool(num_pages, PAGE)
+        self.table = SessionTable(FakeViews(), pool, 1024, packed=True, grace_s=5.0)  # type: ignore[arg-type]
+        self.thread = ComputeThread()
+        self.engine = Engine(self.thread, self.table, self.executor, CostModel(), SchedulerConfig(**config))
+        self._step_ids: dict[ServerSession, int] = {}
+
+    @asynccontextmanager
+    async def session(self, *, batch_size: int = 1, max_tokens: int = 64) -> AsyncIterator[ServerSession]:
+        key = SessionKey(
+            session_id=secrets.token_bytes(16), blocks=BLOCKS, batch_size=batch_size, max_tokens=max_tokens
+        )
+        async with self.table.open(key, epoch=1, prompts_NBPD=None, timeout_s=0.0) as session:
+            try:
+                yield session
+            finally:
+                self.engine.forget(session)
+
+    def step(self, session: ServerSession, length: int, *, position: int | None = None) -> asyncio.Future[Tensor]:
+        self._step_ids[session] = self._step_ids.get(session, 0) + 1
+        x_BLD = torch.full((session.batch_size, length, 2), float(length))
+        at = session.cache.length if position is None else position
+        step = StepInput(self._step_ids[session], at, length, [], x_BLD, None, None)
+        return self.engine.step(session, step, starts_round=True)
+
+    async def busy(self, session: ServerSession) -> asyncio.Future[Tensor]:
+        """Let a session's step enter the executor and stay there until `let_go` is set."""
+        self.executor.let_go.clear()
+        self.executor.entered.clear()
+        future = self.step(session, 1)
+        assert await asyncio.to_thread(self.executor.entered.wait, 30)
+        return future
+
+    @property
+    def used_pages(self) -> int:
+        return self.table.pool.num_used
 
 
-async def queued(engine: ComputeThread, count: int) -> None:
-    async with asyncio.timeout(30):
-        while engine.statistics().queue_length != count:
-            await asyncio.sleep(0)
+@asynccontextmanager
+async def open_bench(num_pages: int = 64, **config: Any) -> AsyncIterator[Bench]:
+    bench = Bench(num_pages, **config)
+    with bench.thread, bench.engine:
+        try:
+            yield bench
+        finally:
+            bench.executor.let_go.set()
+    assert bench.used_pages == 0
 
 
-async def test_waiting_work_runs_by_priority_and_then_in_order():
-    ran: list[str] = []
-    with ComputeThread() as engine:
-        gate, first = await blocked(engine)
-        tasks = []
-        for name, priority in [
-            ("train 1", Priority.TRAINING), ("prefill 1", Priority.PREFILL), ("decode 1", Priority.DECODE),
-            ("train 2", Priority.TRAINING), ("decode 2", Priority.DECODE), ("prefill 2", Priority.PREFILL),
-        ]:  # fmt: skip
-            tasks.append(asyncio.create_task(engine.run(priority, lambda name=name: ran.append(name))))
-            await queued(engine, len(tasks))
-        gate.released.set()
-        await asyncio.gather(first, *tasks)
-    assert ran == ["decode 1", "decode 2", "prefill 1", "prefill 2", "train 1", "train 2"]
+async def test_steps_that_wait_run_together_in_one_pass():
+    async with open_bench() as bench, bench.session() as first, bench.session() as second, bench.session() as third:
+        busy = await bench.busy(first)
+        waiting = [bench.step(second, 1), bench.step(third, 1)]
+        bench.executor.let_go.set()
+        assert torch.equal(await busy, torch.full((1, 1, 2), 2.0))
+        await asyncio.gather(*waiting)
+        assert bench.executor.passes == [[(0, 1)], [(0, 1), (0, 1)]]
+        statistics = bench.engine.statistics()
+        assert statistics.counters.num_shared_passes == 1 and statistics.batch_sizes == {1: 1, 2: 1}
 
 
-async def test_all_work_runs_in_one_thread_which_is_not_the_loops():
-    with ComputeThread() as engine:
-        threads = {await engine.run(Priority.DECODE, threading.get_ident) for _ in range(3)}
-    assert len(threads) == 1 and threading.get_ident() not in threads
+async def test_a_long_prefill_is_cut_into_chunks_and_comes_back_whole():
+    async with open_bench(max_tokens=8) as bench, bench.session() as session:
+        output = await bench.step(session, 20)
+        assert torch.equal(output, torch.full((1, 20, 2), 40.0))
+        assert bench.executor.passes == [[(0, 8)], [(8, 8)], [(16, 4)]]
 
 
-async def test_work_cancelled_before_its_turn_never_runs():
-    ran: list[str] = []
-    with ComputeThread() as engine:
-        gate, first = await blocked(engine)
-        task = asyncio.create_task(engine.run(Priority.DECODE, lambda: ran.append("cancelled")))
-        await queued(engine, 1)
-        task.cancel()
+async def test_steps_of_one_session_run_in_their_order():
+    async with open_bench() as bench, bench.session() as first, bench.session() as session:
+        busy = await bench.busy(first)
+        steps = [bench.step(session, 1, position=at) for at in range(3)]
+        bench.executor.let_go.set()
+        await asyncio.gather(busy, *steps)
+        assert [each for each_pass in bench.executor.passes for each in each_pass][1:] == [(0, 1), (1, 1), (2, 1)]
+
+
+async def test_a_step_ahead_of_the_cache_is_refused_and_others_are_not_disturbed():
+    async with open_bench() as bench, bench.session() as first, bench.session() as second:
+        with pytest.raises(SessionLost, match="cache ends at 0, a step at 3 came"):
+            await bench.step(first, 1, position=3)
+        await bench.step(second, 1)
+
+
+async def test_rolling_back_frees_pages():
+    async with open_bench() as bench, bench.session() as session:
+        await bench.step(session, 20)
+        assert bench.used_pages == 5
+        await bench.step(session, 1, position=3)
+        assert bench.used_pages == 1 and session.cache.length == 4
+
+
+async def test_an_error_reaches_only_the_session_that_causes_it():
+    async with open_bench() as bench, bench.session() as first, bench.session() as good, bench.session() as bad:
+        busy = await bench.busy(first)
+        bench.executor.poisoned.add(id(bad))
+        good_step, bad_step = bench.step(good, 1), bench.step(bad, 1)
+        bench.executor.let_go.set()
+        await asyncio.gather(busy, good_step)
+        with pytest.raises(ArithmeticError, match="poison"):
+            await bad_step
+        bench.executor.poisoned.clear()
+        await bench.step(good, 1)
+        with pytest.raises(SessionLost):
+            await bench.step(bad, 1)
+
+
+async def test_a_step_waits_for_pages_that_another_session_frees():
+    async with open_bench(num_pages=4) as bench, bench.session(max_tokens=8) as second:
+        async with bench.session(max_tokens=12) as first:
+            await bench.step(first, 12)
+            waiting = bench.step(second, 8)
+            async with asyncio.timeout(30):
+                while not bench.engine.statistics().counters.num_out_of_pages:
+                    await asyncio.sleep(0)
+            assert not waiting.done()
+        await waiting
+        assert bench.used_pages == 2
+
+
+async def test_pages_that_never_come_free_are_cache_full_and_the_holder_goes_on(monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_PAGES_WAIT_S", 0.0)
+    async with open_bench(4) as bench, bench.session(max_tokens=16) as first, bench.session(max_tokens=8) as second:
+        await bench.step(first, 11)
+        with pytest.raises(CacheFull, match="no cache came free"):
+            await bench.step(second, 8)
+        await bench.step(first, 1)
+
+
+async def test_what_a_forgotten_session_had_queued_never_runs():
+    async with open_bench() as bench, bench.session() as first, bench.session() as second:
+        busy = await bench.busy(first)
+        dropped = bench.step(second, 1)
+        bench.engine.forget(second)
+        bench.executor.let_go.set()
+        await busy
         with pytest.raises(asyncio.CancelledError):
-            await task
-        gate.released.set()
-        await first
-        await engine.run(Priority.TRAINING, lambda: ran.append("after"))
-    assert ran == ["after"]
+            await dropped
+        await bench.step(first, 1)
+        assert bench.executor.passes == [[(0, 1)], [(1, 1)]]
 
 
-async def test_work_cancelled_while_it_runs_is_finished_and_forgotten():
-    with ComputeThread() as engine:
-        gate, task = await blocked(engine)
-        task.cancel()
+def long_work(boundaries: int, at_each: Callable[[int], None]) -> Callable[[Turns], str]:
+    def work(turns: Turns) -> str:
+        for number in range(boundaries):
+            at_each(number)
+            turns.at_boundary()
+        return "trained"
+
+    return work
+
+
+async def test_training_lets_steps_go_first_at_its_boundaries():
+    order: list[str] = []
+    started, arrived = threading.Event(), threading.Event()
+
+    def at_each(number: int) -> None:
+        if number == 1:
+            started.set()
+            assert arrived.wait(30)
+        order.append(f"layer {number}")
+
+    async with open_bench(training_share=0.0) as bench, bench.session() as session:
+        training = asyncio.create_task(bench.engine.train(long_work(3, at_each), num_rows=1, length=8))
+        assert await asyncio.to_thread(started.wait, 30)
+        step = bench.step(session, 1)
+        step.add_done_callback(lambda _: order.append("step"))
+        arrived.set()
+        await step
+        assert await training == "trained"
+    assert bench.executor.passes == [[(0, 1)]] and order.index("layer 1") < order.index("step")
+
+
+async def test_training_whose_caller_is_gone_ends_at_its_next_boundary():
+    started, gone = threading.Event(), threading.Event()
+    ran: list[int] = []
+
+    def at_each(number: int) -> None:
+        ran.append(number)
+        if number == 0:
+            started.set()
+            assert gone.wait(30)
+
+    async with open_bench() as bench:
+        training = asyncio.create_task(bench.engine.train(long_work(5, at_each), num_rows=1, length=8))
+        assert await asyncio.to_thread(started.wait, 30)
+        training.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
-        gate.released.set()
-        assert await engine.run(Priority.DECODE, lambda: 5) == 5
+            await training
+        gone.set()
+        assert await bench.engine.train(lambda _: "next", num_rows=1, length=8) == "next"
+    assert ran == [0]
 
 
-async def test_errors_reach_whoever_waits_and_nobody_else():
-    def fail() -> None:
+async def test_an_error_of_training_reaches_its_caller_and_nobody_else():
+    def fail(_: Turns) -> None:
         raise KeyError("mine")
 
-    with ComputeThread() as engine:
+    async with open_bench() as bench:
         with pytest.raises(KeyError, match="mine"):
-            await engine.run(Priority.DECODE, fail)
-        assert await engine.run(Priority.DECODE, lambda: "fine") == "fine"
+            await bench.engine.train(fail, num_rows=1, length=1)
+        assert await bench.engine.train(lambda _: 5, num_rows=1, length=1) == 5
 
 
-async def test_closing_cancels_what_waits_and_finishes_what_runs():
-    with ComputeThread() as engine:
-        gate, running = await blocked(engine)
-        waiting = asyncio.create_task(engine.run(Priority.DECODE, lambda: None))
-        await queued(engine, 1)
-        leave = threading.Timer(0, gate.released.set)
-        leave.start()
-    assert engine.closed
-    await running
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    leave.join()
+async def test_closing_cancels_what_runs_and_what_waits():
+    bench = Bench(64)
+    with bench.thread:
+        async with bench.session() as first, bench.session() as second:
+            with bench.engine:
+                busy = await bench.busy(first)
+                waiting = bench.step(second, 1)
+            bench.executor.let_go.set()
+            for each in (busy, waiting):
+                with pytest.raises(asyncio.CancelledError):
+                    await each
+            with pytest.raises(RuntimeError, match="closed"):
+                bench.step(first, 1)
 
 
-async def test_a_closed_thread_takes_no_work():
-    with ComputeThread() as engine:
-        pass
-    with pytest.raises(RuntimeError, match="closed"):
-        await engine.run(Priority.DECODE, lambda: None)
+async def test_an_engine_that_fails_says_so():
+    bench = Bench(64)
+    bench.executor.groups = lambda slices: 1 / 0  # type: ignore[assignment,return-value]
+    with bench.thread, bench.engine:
+        async with bench.session() as session:
+            bench.step(session, 1)
+            with pytest.raises(ZeroDivisionError):
+                await bench.engine.wait_ended()
