@@ -57,6 +57,9 @@ VERIFIED = frozenset(
 )  # fmt: skip
 """Types whose logits, tokens and gradients equal those of the whole model."""
 
+PACKABLE = frozenset(("llama",))
+"""Types whose blocks can run tokens of many sequences in one row, with results equal to those of one at a time."""
+
 ENCODER = "it is an encoder; transformers can run it as a decoder, but nobody generates with it"
 ENCODER_DECODER = "it is an encoder-decoder, whose decoder blocks also need the encoder's output"
 MULTIMODAL = "it wraps a language model together with other modalities; give a checkpoint of the language model alone"

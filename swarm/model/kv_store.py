@@ -3,7 +3,7 @@
 Which slot holds which token of which sequence is the caller's business (it keeps pages); here is only the memory.
 """
 
-# S slots, T new tokens, N key/value heads, H head dim
+# S slots, T tokens, N key/value heads, H head dim
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def kv_layout(span: Span) -> KVLayout:
             raise UnsupportedModel(f"block {number} keeps something else than keys and values: {type(layer).__name__}")
         (_, num_kv_heads, _, key_dim), value_dim = layer.keys.shape, layer.values.shape[-1]
         shapes.append(KVShape(num_kv_heads, key_dim, value_dim))
-    return KVLayout(span.blocks, tuple(shapes), span.dtype, span.device)
+    return KVLayout(span.blocks, tuple(shapes), cache.layers[0].keys.dtype, span.device)
 
 
 class KVStore:
@@ -71,28 +71,47 @@ class KVStore:
     def __init__(self, layout: KVLayout, num_slots: int) -> None:
         self.layout = layout
         self.num_slots = num_slots
-        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode(False):
-            for number, shape in zip(layout.blocks, layout.shapes, strict=True):
-                keys_SNH, values_SNH = (
-                    torch.empty(num_slots, shape.num_kv_heads, dim, dtype=layout.dtype, device=layout.device)
-                    for dim in (shape.key_dim, shape.value_dim)
-                )
-                self._blocks[number] = keys_SNH, values_SNH
+            self._heads = {
+                number: (self._empty(shape, shape.key_dim), self._empty(shape, shape.value_dim))
+                for number, shape in zip(layout.blocks, layout.shapes, strict=True)
+            }
+
+    def _empty(self, shape: KVShape, head_dim: int) -> Tensor:
+        """Slots of keys or values, [1, N, S, H]."""
+        sizes, layout = (self.num_slots, shape.num_kv_heads, head_dim), self.layout
+        if layout.device.type == "cpu":  # measured: attention reads one head's tokens faster when they are adjacent
+            return torch.empty(1, sizes[1], sizes[0], sizes[2], dtype=layout.dtype)
+        return torch.empty(sizes, dtype=layout.dtype, device=layout.device).transpose(0, 1).unsqueeze(0)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all slots, used or not."""
         return self.num_slots * self.layout.bytes_per_slot
 
+    @property
+    def bytes_per_token_and_block(self) -> int:
+        """What attention in one block reads for one token, on average over the blocks."""
+        return self.layout.bytes_per_slot // len(self.layout.shapes)
+
+    def heads(self, number: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of one block, [1, N, S, H] each, as attention reads them."""
+        return self._heads[number]
+
     def block(self, number: int) -> tuple[Tensor, Tensor]:
         """The keys and values of one block, [S, N, H] each; writing into them writes into the store."""
-        return self._blocks[number]
+        keys, values = self._heads[number]
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def write(self, number: int, slots_T: Tensor, keys_1NTH: Tensor, values_1NTH: Tensor) -> None:
+        """Write tokens of one block into their slots (int64, all different)."""
+        for store, tokens in zip(self._heads[number], (keys_1NTH, values_1NTH), strict=True):
+            store.index_copy_(2, slots_T, tokens)
 
     def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
         """Copy slots in every block: each (source, target, count) the `count` slots from `source` on to `target`."""
         with torch.inference_mode():
             for source, target, count in copies:
-                for tensors in self._blocks.values():
-                    for each_SNH in tensors:
-                        each_SNH[target : target + count] = each_SNH[source : source + count]
+                for tensors in self._heads.values():
+                    for each in tensors:
+                        each[:, :, target : target + count] = each[:, :, source : source + count]

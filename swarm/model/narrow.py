@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -48,7 +49,7 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
     offset = blocks.start - span.blocks.start
     config = copy.copy(span.config)
     cut_config(config, len(span.blocks), BlockRange(offset, offset + len(blocks)))
-    model = _shared(span.model, span.config, config)
+    model = twin_of(span.model, lambda old: config if old is span.config else old)
     layers = list(model.get_submodule(span.anatomy.layers).children())[offset : offset + len(blocks)]
     for index, layer in enumerate(layers):
         set_number(layer, index + offset, index)
@@ -56,13 +57,14 @@ def narrow(span: Span, blocks: BlockRange) -> Span:
     return Span(model, span.anatomy, blocks)
 
 
-def _shared(module: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> nn.Module:
-    """A copy of the module tree whose modules are new and refer to the new config, and whose tensors are the same."""
+def twin_of(module: nn.Module, config_for: Callable[[PretrainedConfig], PretrainedConfig]) -> nn.Module:
+    """A copy of the module tree whose modules are new, refer to other configs and have no hooks; the tensors are the
+    same."""
     twin = copy.copy(module)
     children = module._modules.items()
-    twin._modules = {name: None if child is None else _shared(child, old, new) for name, child in children}
+    twin._modules = {name: None if child is None else twin_of(child, config_for) for name, child in children}
     for hooks in _HOOKS:
         setattr(twin, hooks, OrderedDict())
-    if getattr(twin, "config", None) is old:
-        twin.config = new
+    if isinstance(config := getattr(twin, "config", None), PretrainedConfig):
+        twin.config = config_for(config)
     return twin

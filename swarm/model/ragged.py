@@ -1,42 +1,52 @@
-"""Packed execution: tokens of many sequences in one row through the library's own model code.
+"""Packed execution: tokens of many sequences in one row, through the library's own model code.
 
-The interface of the server's engine. A first version; attention runs one sequence after the other.
+Everything in a block but attention treats tokens one by one. So a row [1, T, D] may hold tokens of many sequences, if
+each token has its own position and attention keeps the sequences apart. The library lets us register that attention,
+and what stands for its mask, under a name that a config can ask for.
 """
 
-# T all new tokens of a row, L new tokens of one piece, D hidden, P prompt tokens, N blocks
+# T all new tokens of a row, L new tokens of one piece, D hidden, P prompt tokens, N blocks or heads, H head dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import causal_mask_function
 
+from swarm.errors import BadRequest, UnsupportedModel
+from swarm.model import families
+from swarm.model.attention import MaskFunction, RowAttention, Scores
 from swarm.model.kv_store import KVStore
+from swarm.model.narrow import twin_of
+from swarm.model.paged import can_page, plan_paged
+from swarm.model.passage import AddPrompt, Passage
+from swarm.model.pieces import Piece
 from swarm.model.span import Span
+from swarm.model.span_cache import cache_layers
+
+__all__ = ["PackedSpan", "Piece", "is_packable"]
+
+IMPLEMENTATION = "swarm_packed"
+"""The name under which a config asks for the functions below."""
 
 
 def is_packable(span: Span) -> bool:
     """Whether this span can run packed; if not, run one session at a time with `span.new_cache`."""
-    raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """The next tokens of one sequence (a session of batch B has B sequences)."""
-
-    length: int
-    """New tokens, at least 1."""
-    position: int
-    """Tokens of the sequence that are in the store already."""
-    runs: Sequence[tuple[int, int]]
-    """Slots [start, end) that hold the tokens 0..position+length-1 in order; the last `length` are written now."""
-    position_ids_L: Tensor | None = None
-    """int64; None means position..position+length-1."""
-    key_mask_T: Tensor | None = None
-    """bool, one per token 0..position+length-1, False for padding, on any device; None means no padding."""
-    prompts_NPD: Tensor | None = None
-    """Deep prompts of the blocks of this PackedSpan, on its device, added at the positions below P."""
+    return (
+        span.anatomy.model_type in families.PACKABLE
+        and span.takes_position_ids
+        and all(type(layer) is DynamicLayer for layer in cache_layers(span.config))
+    )
 
 
 class PackedSpan:
@@ -47,8 +57,15 @@ class PackedSpan:
     """
 
     def __init__(self, span: Span, store: KVStore) -> None:
-        """Raises: UnsupportedModel: these blocks cannot run packed."""
-        raise NotImplementedError
+        """Raises: BadRequest: the store has no memory for some of the blocks."""
+        if not store.layout.blocks.covers(span.blocks):
+            raise BadRequest(f"the store is for the blocks {store.layout.blocks}, not {span.blocks}")
+        AttentionInterface.register(IMPLEMENTATION, _attend)
+        AttentionMaskInterface.register(IMPLEMENTATION, _make_mask)
+        model = twin_of(span.model, _Configs().twin_of)
+        self._span = span
+        self._store = store
+        self._passage = Passage(model, model.get_submodule(span.anatomy.layers))
 
     def __call__(self, x_TD: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Run the blocks on all pieces and write their keys and values into the store.
@@ -57,6 +74,222 @@ class PackedSpan:
             x_TD: hidden states entering the first block, those of the first piece first, on the span's device.
             pieces: at most one per sequence; no two may write the same slot.
         Returns: hidden states leaving the last block, [T, D], in the span's dtype, in the same order.
-        Raises: BadRequest: shapes do not fit. A call that fails may have written the new slots, and no others.
+        Raises:
+            BadRequest: shapes do not fit.
+            UnsupportedModel: the model's attention is not as it was taken to be.
+            A call that fails may have written the new slots, and no others.
         """
-        raise NotImplementedError
+        self._check(x_TD, pieces)
+        with torch.inference_mode():
+            row = _Row(pieces, self._store, self._span)
+            inputs = {"use_cache": True, "past_key_values": row}
+            if self._span.takes_position_ids:
+                inputs["position_ids"] = row.position_ids_1T
+            with row.running():
+                return self._passage(x_TD.to(self._span.dtype).unsqueeze(0), inputs, _prompt_adder(pieces))[0]
+
+    def _check(self, x_TD: Tensor, pieces: Sequence[Piece]) -> None:
+        hidden_size, num_blocks = self._span.hidden_size, len(self._span.blocks)
+        num_tokens = sum(piece.length for piece in pieces)
+        if not pieces or x_TD.shape != (num_tokens, hidden_size):
+            raise BadRequest(f"hidden states must be {[num_tokens, hidden_size]}, not {list(x_TD.shape)}")
+        for piece in pieces:
+            piece.check(self._store.num_slots, num_blocks, hidden_size)
+
+
+class _Configs:
+    """The configs of a twin: those of the model, but for the attention that they ask for."""
+
+    def __init__(self) -> None:
+        self._twins: dict[int, PretrainedConfig] = {}
+
+    def twin_of(self, config: PretrainedConfig) -> PretrainedConfig:
+        if id(config) not in self._twins:
+            twin = copy.deepcopy(config)  # deep, for configs within it are told the implementation as well
+            twin._attn_implementation = IMPLEMENTATION
+            self._twins[id(config)] = twin
+        return self._twins[id(config)]
+
+
+class _Row(Cache):
+    """What one call needs in every block. To the library it is the cache: the place where new keys and values go."""
+
+    def __init__(self, pieces: Sequence[Piece], store: KVStore, span: Span) -> None:
+        super().__init__(layers=[])
+        self.pieces = pieces
+        self.store = store
+        self._blocks = span.blocks
+        slots = itertools.chain.from_iterable(piece.slots_from(piece.position) for piece in pieces)
+        self._slots_T = torch.tensor(list(slots), device=span.device)
+        self.position_ids_1T = _position_ids(pieces, span.device).unsqueeze(0)
+        self._written: tuple[int, Tensor, Tensor] | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let this be the row that the functions below work for."""
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    @cached_property
+    def causal(self) -> _Mask:
+        """For attention that is given no mask."""
+        return _Mask(self, None, None)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        number = self._blocks.start + layer_idx
+        self.store.write(number, self._slots_T, key_states, value_states)
+        self._written = number, key_states, value_states
+        return key_states, value_states
+
+    def heads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of the block whose new ones these are."""
+        number, new_keys, new_values = self._written or (0, None, None)
+        if keys is not new_keys or values is not new_values:
+            raise UnsupportedModel("this model's attention changes keys and values after they went into the cache")
+        return self.store.heads(number)
+
+    # What the library's mask and position code asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self._blocks)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self._blocks)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self._blocks)
+
+
+_running: ContextVar[_Row] = ContextVar("running packed row")
+"""Set during a call: the library hands our functions the config and the module, but nothing of the call."""
+
+
+class _Mask:
+    """What the library passes from where it makes masks to attention: what is seen, and how that is computed."""
+
+    def __init__(self, row: _Row, mask_function: MaskFunction | None, local_size: int | None) -> None:
+        self._row = row
+        self._function = mask_function
+        self._local_size = local_size
+
+    @cached_property
+    def _paged(self) -> Any:
+        row = self._row
+        if not can_page(row.store):
+            return None
+        if self._function is None:
+            return plan_paged(row.pieces, None, row.store.layout.device)
+        if self._local_size is not None and _is_window(self._function, self._local_size, row.store.layout.device):
+            return plan_paged(row.pieces, self._local_size, row.store.layout.device)
+        return None
+
+    @cached_property
+    def _attention(self) -> RowAttention:
+        return RowAttention(self._row.pieces, self._function, self._row.store)
+
+    def attend(self, q_1NTH: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        if scores.plain and self._paged is not None:
+            return self._paged(q_1NTH, keys, values, scores.scaling)
+        return self._attention(q_1NTH, keys, values, scores)
+
+
+def _is_window(function: MaskFunction, size: int, device: torch.device) -> bool:
+    """Whether a mask function of that local size is a sliding window, rather than chunks."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    sees = [bool(function(zero, zero, zero + size, zero + key)) for key in (0, 1)]
+    return size == 1 or sees == [False, True]
+
+
+def _make_mask(
+    *,
+    mask_function: MaskFunction = causal_mask_function,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> _Mask:
+    """Our entry among the library's makers of masks."""
+    if use_vmap or attention_mask is not None:
+        raise UnsupportedModel("this model has masks of its own, which cannot be told apart by sequence")
+    return _Mask(_running.get(), None if mask_function is causal_mask_function else mask_function, local_size)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Our entry among the library's implementations of attention."""
+    row = _running.get()
+    mask = row.causal if attention_mask is None else attention_mask
+    if not isinstance(mask, _Mask) or position_bias is not None:
+        raise UnsupportedModel("this model changes its masks, or adds to its scores what depends on positions")
+    keys, values = row.heads(key, value)
+    return mask.attend(query, keys, values, Scores(scaling, softcap, s_aux)), None
+
+
+def _position_ids(pieces: Sequence[Piece], device: torch.device) -> Tensor:
+    """[T], int64."""
+    if all(piece.position_ids_L is None for piece in pieces):
+        positions = itertools.chain.from_iterable(range(piece.position, piece.num_keys) for piece in pieces)
+        return torch.tensor(list(positions), device=device)
+    return torch.cat(
+        [
+            torch.arange(piece.position, piece.num_keys, device=device)
+            if piece.position_ids_L is None
+            else piece.position_ids_L.to(device)
+            for piece in pieces
+        ]
+    )
+
+
+def _prompt_adder(pieces: Sequence[Piece]) -> AddPrompt | None:
+    """What adds the deep prompts of a block to the tokens that stand at their positions."""
+    parts: list[tuple[int, int, Piece]] = []
+    start = 0
+    for piece in pieces:
+        if piece.prompts_NPD is not None:
+            length = min(piece.length, piece.prompts_NPD.shape[1] - piece.position)
+            if length > 0:
+                parts.append((start, length, piece))
+        start += piece.length
+
+    def add_prompt(x_1TD: Tensor, index: int) -> Tensor:
+        x_1TD = x_1TD.clone()
+        for start, length, piece in parts:
+            assert piece.prompts_NPD is not None
+            x_1TD[0, start : start + length] += piece.prompts_NPD[index, piece.position : piece.position + length]
+        return x_1TD
+
+    return add_prompt if parts else None

@@ -1,8 +1,8 @@
 """The server half of a model: a contiguous range of its blocks.
 
 It is the library's own base model with the other blocks taken out. What its `forward` does to the hidden states before
-the first block (embedding norms, learned positions, scaling) and after the last (final norm) belongs to the client:
-the hidden states are put in at the first block and taken out at the last, so that none of it takes part.
+the first block (embedding norms, learned positions, scaling) and after the last (final norm) belongs to the client and
+takes no part (see passage.py).
 """
 
 # B batch, L new tokens, T cached and new tokens, D hidden, P prompt tokens, N blocks of the span
@@ -10,10 +10,6 @@ the hidden states are put in at the first block and taken out at the last, so th
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,26 +21,9 @@ from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
 from swarm.model.loading import Progress, load_part
+from swarm.model.passage import AddPrompt, Passage
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
-
-
-@dataclass(slots=True)
-class _Step:
-    """What the hooks of one forward call need: the hidden states to put in, and those that come out."""
-
-    x_BLD: Tensor
-    prompts_NBPD: Tensor | None
-    position: int
-    out_BLD: Tensor | None = None
-
-    def with_prompt(self, x_BLD: Tensor, index: int) -> Tensor:
-        """Add the deep prompt of one block to those of these tokens that stand at its positions."""
-        if self.prompts_NBPD is None or self.position >= self.prompts_NBPD.shape[2]:
-            return x_BLD
-        prompt_BPD = self.prompts_NBPD[index, :, self.position : self.position + x_BLD.shape[1]].to(x_BLD.dtype)
-        length = prompt_BPD.shape[1]
-        return torch.cat([x_BLD[:, :length] + prompt_BPD, x_BLD[:, length:]], dim=1)
 
 
 class Span(nn.Module):
@@ -60,11 +39,9 @@ class Span(nn.Module):
         self.num_model_blocks = anatomy.num_blocks
         self.hidden_size = anatomy.hidden_size
         self.layers: nn.ModuleList = model.get_submodule(anatomy.layers)
-        self._accepted = set(inspect.signature(model.forward).parameters)
-        self._steps = threading.local()
+        self.takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._passage = Passage(model, self.layers)
         self._bytes_per_token: int | None = None
-        self.layers[0].register_forward_pre_hook(self._put_in, with_kwargs=True)
-        self.layers[-1].register_forward_hook(self._take_out)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -129,66 +106,28 @@ class Span(nn.Module):
         """
         position = cache.length if cache is not None else 0
         self._check_shapes(x_BLD, cache, attention_mask_BT, position_ids_BL, prompts_NBPD)
-        step = _Step(x_BLD.to(self.dtype), prompts_NBPD, position)
-        inputs: dict[str, Any] = {"inputs_embeds": step.x_BLD, "use_cache": cache is not None}
+        x_BLD = x_BLD.to(self.dtype)
+        inputs: dict[str, Any] = {"use_cache": cache is not None}
         if attention_mask_BT is not None:
             inputs["attention_mask"] = attention_mask_BT
         if position_ids_BL is None and position:  # not every model counts the cached tokens when it makes its own
             position_ids_BL = torch.arange(position, position + x_BLD.shape[1], device=x_BLD.device).unsqueeze(0)
-        if position_ids_BL is not None and "position_ids" in self._accepted:
+        if position_ids_BL is not None and self.takes_position_ids:
             inputs["position_ids"] = position_ids_BL
+        add_prompt = _prompt_adder(prompts_NBPD, position)
         if cache is None:
-            self._run(step, inputs)
-        else:
-            inputs["past_key_values"] = cache
-            cache.begin_step()
-            finished = False
-            try:
-                self._run(step, inputs)
-                finished = True
-            finally:
-                if not finished:
-                    cache.undo_step()
-            cache.end_step(x_BLD.shape[1])
-        assert step.out_BLD is not None, "the base model never ran its last block"
-        return step.out_BLD
-
-    def _run(self, step: _Step, inputs: dict[str, Any]) -> None:
-        self._steps.now = step
+            return self._passage(x_BLD, inputs, add_prompt)
+        inputs["past_key_values"] = cache
+        cache.begin_step()
+        finished = False
         try:
-            if step.prompts_NBPD is None:
-                self.model(**inputs)
-            else:
-                with self._prompt_hooks():
-                    self.model(**inputs)
+            out_BLD = self._passage(x_BLD, inputs, add_prompt)
+            finished = True
         finally:
-            self._steps.now = None
-
-    def _put_in(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        step: _Step = self._steps.now
-        return _replace_hidden_states(args, kwargs, step.with_prompt(step.x_BLD, 0))
-
-    def _take_out(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._steps.now.out_BLD = output[0] if isinstance(output, tuple) else output
-
-    @contextmanager
-    def _prompt_hooks(self) -> Iterator[None]:
-        """Hooks for deep prompts, set only while needed: each costs time in every call of its block."""
-
-        def hook_for(index: int) -> Any:
-            def add_prompt(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                step: _Step = self._steps.now
-                x_BLD = args[0] if args else kwargs["hidden_states"]
-                return _replace_hidden_states(args, kwargs, step.with_prompt(x_BLD, index))
-
-            return add_prompt
-
-        with ExitStack() as hooks:
-            for index, layer in enumerate(self.layers):
-                if index:
-                    handle = layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
-                    hooks.callback(handle.remove)
-            yield
+            if not finished:
+                cache.undo_step()
+        cache.end_step(x_BLD.shape[1])
+        return out_BLD
 
     def _check_shapes(
         self,
@@ -218,10 +157,17 @@ class Span(nn.Module):
             raise BadRequest(f"the deep prompts must be {wanted}, not {list(prompts_NBPD.shape)}")
 
 
-def _replace_hidden_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any], x_BLD: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((x_BLD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x_BLD})
+def _prompt_adder(prompts_NBPD: Tensor | None, position: int) -> AddPrompt | None:
+    """What adds the deep prompt of a block to those of the tokens from `position` on that stand at its positions."""
+    if prompts_NBPD is None or position >= prompts_NBPD.shape[2]:
+        return None
+
+    def add_prompt(x_BLD: Tensor, index: int) -> Tensor:
+        prompt_BPD = prompts_NBPD[index, :, position : position + x_BLD.shape[1]].to(x_BLD.dtype)
+        length = prompt_BPD.shape[1]
+        return torch.cat([x_BLD[:, :length] + prompt_BPD, x_BLD[:, length:]], dim=1)
+
+    return add_prompt
 
 
 def load_span(
