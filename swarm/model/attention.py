@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarm.model.kv_store import KVStore
+from swarm.model.kv_store import KVStore, read_runs
 from swarm.model.pieces import Piece
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -113,7 +113,7 @@ class RowAttention:
             outputs.append(_attend_together(self._together, rows_TNGH, keys_1NSH, values_1NSH, scores))
         rows = rows_TNGH.split(1)
         for job in self._alone:
-            keys, values = _read(keys_1NSH, job.runs), _read(values_1NSH, job.runs)
+            keys, values = read_runs(keys_1NSH, job.runs), read_runs(values_1NSH, job.runs)
             if job.length == 1:
                 outputs.append(_attend_one(rows[job.start], keys, values, job.bias_11LK, scores))
             else:
@@ -213,14 +213,6 @@ def _attend_step_by_step(
         weights = scores_BNGLK.softmax(-1)
     out = torch.matmul(weights.flatten(2, 3), values_BNKH.float())
     return out.unflatten(2, (num_groups, length)).to(values_BNKH.dtype)
-
-
-def _read(heads_1NSH: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """The keys or values in some slots, without copying them if they are one run."""
-    if len(runs) == 1:
-        start, end = runs[0]
-        return heads_1NSH.narrow(2, start, end - start)
-    return torch.cat([heads_1NSH.narrow(2, start, end - start) for start, end in runs], dim=2)
 
 
 def _look(pieces: Sequence[Piece], mask_function: MaskFunction | None, device: torch.device) -> list[_Sight]:

@@ -57,8 +57,27 @@ VERIFIED = frozenset(
 )  # fmt: skip
 """Types whose logits, tokens and gradients equal those of the whole model."""
 
-PACKABLE = frozenset(("llama",))
-"""Types whose blocks can run tokens of many sequences in one row, with results equal to those of one at a time."""
+EXPANDED = frozenset(
+    ("axk1", "deepseek_v2", "deepseek_v3", "diffllama", "glm4_moe_lite", "jetmoe", "minicpm3", "youtu")
+)
+"""Types that keep less than keys and values (latent attention, fewer heads), and make these of it in each call."""
+
+PACKABLE = EXPANDED | frozenset(
+    (
+        "afmoe", "apertus", "arcee", "aria_text", "beam", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe",
+        "cohere_compass_text", "cwm", "dbrx", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
+        "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4",
+        "glm4_moe", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
+        "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+        "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama", "llama4_text", "mellum", "mimo_v2_flash",
+        "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder",
+        "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+        "vaultgemma",
+    )
+)  # fmt: skip
+"""Types whose blocks can run tokens of many sequences in one row, with the results of one sequence at a time. Others keep
+a state beyond keys and values, have ALiBi, or attend in code of their own."""
 
 ENCODER = "it is an encoder; transformers can run it as a decoder, but nobody generates with it"
 ENCODER_DECODER = "it is an encoder-decoder, whose decoder blocks also need the encoder's output"

@@ -7,7 +7,7 @@ Which slot holds which token of which sequence is the caller's business (it keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,3 +115,11 @@ class KVStore:
                 for tensors in self._heads.values():
                     for each in tensors:
                         each[:, :, target : target + count] = each[:, :, source : source + count]
+
+
+def read_runs(heads_1NSH: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """The keys or values in some slots, in order; not copied if they are one run."""
+    if len(runs) == 1:
+        start, end = runs[0]
+        return heads_1NSH.narrow(2, start, end - start)
+    return torch.cat([heads_1NSH.narrow(2, start, end - start) for start, end in runs], dim=2)

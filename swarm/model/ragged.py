@@ -10,7 +10,9 @@ and what stands for its mask, under a name that a config can ask for.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +28,7 @@ from transformers.masking_utils import causal_mask_function
 from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model import families
 from swarm.model.attention import MaskFunction, RowAttention, Scores
-from swarm.model.kv_store import KVStore
+from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
 from swarm.model.paged import can_page, plan_paged
 from swarm.model.passage import AddPrompt, Passage
@@ -36,17 +38,28 @@ from swarm.model.span_cache import cache_layers
 
 __all__ = ["PackedSpan", "Piece", "is_packable"]
 
+logger = logging.getLogger(__name__)
+
 IMPLEMENTATION = "swarm_packed"
 """The name under which a config asks for the functions below."""
 
 
 def is_packable(span: Span) -> bool:
-    """Whether this span can run packed; if not, run one session at a time with `span.new_cache`."""
-    return (
-        span.anatomy.model_type in families.PACKABLE
-        and span.takes_position_ids
-        and all(type(layer) is DynamicLayer for layer in cache_layers(span.config))
-    )
+    """Whether this span can run packed; if not, run one session at a time with `span.new_cache`.
+
+    A config can ask for more than its type usually does (masks of its own, say), so two tokens are run.
+    """
+    if span.anatomy.model_type not in families.PACKABLE or not span.takes_position_ids:
+        return False
+    if any(type(layer) is not DynamicLayer for layer in cache_layers(span.config)):
+        return False
+    x_TD = torch.zeros(2, span.hidden_size, dtype=span.dtype, device=span.device)
+    try:
+        PackedSpan(span, KVStore(kv_layout(span), 2))(x_TD, [Piece(1, 0, [(0, 1)]), Piece(1, 0, [(1, 2)])])
+    except UnsupportedModel as exc:
+        logger.warning("sessions run one at a time: %s", exc)
+        return False
+    return True
 
 
 class PackedSpan:
@@ -116,8 +129,10 @@ class _Row(Cache):
 
     def __init__(self, pieces: Sequence[Piece], store: KVStore, span: Span) -> None:
         super().__init__(layers=[])
-        self.pieces = pieces
         self.store = store
+        self.expands = span.anatomy.model_type in families.EXPANDED
+        self._runs = [run for piece in pieces for run in piece.runs]
+        self.pieces = _end_to_end(pieces) if self.expands else pieces
         self._blocks = span.blocks
         slots = itertools.chain.from_iterable(piece.slots_from(piece.position) for piece in pieces)
         self._slots_T = torch.tensor(list(slots), device=span.device)
@@ -143,11 +158,17 @@ class _Row(Cache):
     ) -> tuple[Tensor, Tensor]:
         number = self._blocks.start + layer_idx
         self.store.write(number, self._slots_T, key_states, value_states)
+        if self.expands:
+            keys, values = self.store.heads(number)
+            return read_runs(keys, self._runs), read_runs(values, self._runs)
         self._written = number, key_states, value_states
         return key_states, value_states
 
     def heads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of the block whose new ones these are."""
+        """What the runs of `pieces` are in: the keys and values of the block whose new ones these are, or, if the model
+        makes them from something smaller, what it has made from all that the store holds of these sequences."""
+        if self.expands:
+            return keys, values
         number, new_keys, new_values = self._written or (0, None, None)
         if keys is not new_keys or values is not new_values:
             raise UnsupportedModel("this model's attention changes keys and values after they went into the cache")
@@ -199,7 +220,7 @@ class _Mask:
     @cached_property
     def _paged(self) -> Any:
         row = self._row
-        if not can_page(row.store):
+        if row.expands or not can_page(row.store):
             return None
         if self._function is None:
             return plan_paged(row.pieces, None, row.store.layout.device)
@@ -233,7 +254,7 @@ def _make_mask(
     **_: Any,
 ) -> _Mask:
     """Our entry among the library's makers of masks."""
-    if use_vmap or attention_mask is not None:
+    if use_vmap or not (attention_mask is None or bool(attention_mask.all())):
         raise UnsupportedModel("this model has masks of its own, which cannot be told apart by sequence")
     return _Mask(_running.get(), None if mask_function is causal_mask_function else mask_function, local_size)
 
@@ -257,6 +278,14 @@ def _attend(
         raise UnsupportedModel("this model changes its masks, or adds to its scores what depends on positions")
     keys, values = row.heads(key, value)
     return mask.attend(query, keys, values, Scores(scaling, softcap, s_aux)), None
+
+
+def _end_to_end(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same pieces over a tensor that holds the tokens of their sequences one after the other."""
+    ends = itertools.accumulate(piece.num_keys for piece in pieces)
+    return [
+        dataclasses.replace(piece, runs=[(end - piece.num_keys, end)]) for piece, end in zip(pieces, ends, strict=True)
+    ]
 
 
 def _position_ids(pieces: Sequence[Piece], device: torch.device) -> Tensor:
