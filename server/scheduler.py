@@ -38,6 +38,12 @@ class SchedulerConfig:
     """Training runs when nothing else does; having waited so long, it gets `training_share` of the time."""
     training_share: float = 0.2
     """Share of the time that a running slice of training keeps while other work waits."""
+    training_tokens: int = 2048
+    training_tokens_while_decoding: int = 128
+    hold_passes: float = 1.5
+    hold_passes_later: float = 0.5
+    companion: float = 1.0
+    gather: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,10 @@ class Snapshot:
     now_s: float
     waiting: Sequence[Waiting]
     expected: Sequence[Expected] = ()
+    free_since_s: float = 0.0
+    """When the last iteration ended."""
+    training_runs: bool = False
+    """A slice of training is about to be interrupted: begin no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +100,102 @@ class Plan:
 
 def compose(snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> Plan:
     """Return what to run now."""
-    raise NotImplementedError
+    decodes = sorted((work for work in snapshot.waiting if work.kind is Kind.DECODE), key=lambda work: work.number)
+    prefills = _prefills_in_order(snapshot, config)
+    training = min((work for work in snapshot.waiting if work.kind is Kind.TRAINING), key=_number, default=None)
+    until_s = _hold_until_s(decodes, snapshot, costs, config)
+    if until_s is None and prefills and not decodes:
+        until_s = _gap_until_s(prefills[0], snapshot, costs, config)
+    slices = () if until_s is not None else _fill(decodes, prefills, snapshot, costs, config)
+    if training is not None and not snapshot.training_runs:
+        if not slices or snapshot.now_s - training.arrived_s >= config.max_training_wait_s:
+            return Plan(training=training.number)
+    return Plan(slices=slices, hold_until_s=until_s)
+
+
+def _number(work: Waiting) -> int:
+    return work.number
+
+
+def _prefills_in_order(snapshot: Snapshot, config: SchedulerConfig) -> list[Waiting]:
+    """Those that waited too long, oldest first; then the shortest first."""
+
+    def rank(work: Waiting) -> tuple[int, int, int]:
+        aged = snapshot.now_s - work.arrived_s >= config.max_prefill_wait_s
+        return (not aged, 0 if aged else work.num_rows * work.length, work.number)
+
+    return sorted((work for work in snapshot.waiting if work.kind is Kind.PREFILL), key=rank)
+
+
+def _hold_until_s(
+    decodes: list[Waiting], snapshot: Snapshot, costs: CostModel, config: SchedulerConfig
+) -> float | None:
+    if not decodes:
+        return None
+    now_s = snapshot.now_s
+    num_rows = sum(work.num_rows for work in decodes)
+    known = sorted(work.return_s for work in decodes if work.return_s is not None)
+    usual_s = known[len(known) // 2] if known else None
+    since_s = max(decodes[0].arrived_s, snapshot.free_since_s)
+    passes = config.hold_passes if any(work.starts_round for work in decodes) else config.hold_passes_later
+    until_s = None
+    others = sum(step.num_rows for step in snapshot.expected)
+    if others and config.gather:
+        saving_s = costs.saving_s(num_rows, others)
+        quiet_s = max(work.arrived_s for work in decodes) + config.gather * saving_s
+        if now_s < quiet_s - 1e-6 and quiet_s < since_s + saving_s * 0.5:
+            until_s = quiet_s
+    for step in sorted(snapshot.expected, key=lambda step: step.until_s):
+        if step.until_s <= now_s:
+            continue
+        saving_s = costs.saving_s(num_rows, step.num_rows)
+        if step.until_s > since_s + passes * saving_s:
+            break
+        if usual_s is not None and abs(step.return_s - usual_s) > saving_s * config.companion:
+            continue
+        num_rows += step.num_rows
+        until_s = max(step.until_s, until_s or 0)
+    return until_s
+
+
+def _gap_until_s(first: Waiting, snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> float | None:
+    coming = [step for step in snapshot.expected if step.until_s > snapshot.now_s]
+    if not coming or _gap_tokens(snapshot, costs, config) >= first.num_rows:
+        return None
+    return min(coming, key=lambda step: step.at_s).until_s
+
+
+def _gap_tokens(snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> int:
+    if not snapshot.expected:
+        return config.max_tokens
+    limit_s = config.prefill_slowdown * costs.iteration_s(sum(step.num_rows for step in snapshot.expected))
+    coming = [step.at_s - snapshot.now_s for step in snapshot.expected if step.until_s > snapshot.now_s]
+    return costs.tokens_within(max(0.0, min([limit_s, *coming])))
+
+
+def _fill(
+    decodes: list[Waiting], prefills: list[Waiting], snapshot: Snapshot, costs: CostModel, config: SchedulerConfig
+) -> tuple[Slice, ...]:
+    slices: list[Slice] = []
+    num_rows = 0
+    most = config.max_tokens - (prefills[0].num_rows if prefills else 0)
+    for work in decodes:
+        if not slices or num_rows + work.num_rows <= most:
+            slices.append(Slice(work.number, 1))
+            num_rows += work.num_rows
+    if not prefills:
+        return tuple(slices)
+    if num_rows:
+        budget = costs.tokens_within(config.prefill_slowdown * costs.iteration_s(num_rows)) - num_rows
+    else:
+        budget = _gap_tokens(snapshot, costs, config)
+    budget = min(budget, config.max_tokens - num_rows)
+    for at, work in enumerate(prefills):
+        length = min(work.length, max(budget // work.num_rows, at == 0))
+        if length > 0:
+            slices.append(Slice(work.number, length))
+            budget -= length * work.num_rows
+    return tuple(slices)
 
 
 def may_interrupt(training_s: float, other_s: float, config: SchedulerConfig) -> bool:
@@ -99,7 +204,7 @@ def may_interrupt(training_s: float, other_s: float, config: SchedulerConfig) ->
     Args:
         training_s, other_s: time spent on the slice, and on iterations that interrupted it, since it began.
     """
-    raise NotImplementedError
+    return training_s >= config.training_share * (training_s + other_s)
 
 
 def training_rows(num_rows: int, length: int, decoding: bool, config: SchedulerConfig) -> int:
@@ -108,4 +213,5 @@ def training_rows(num_rows: int, length: int, decoding: bool, config: SchedulerC
     Args:
         decoding: whether sessions decode here at present (some step waits or is expected).
     """
-    raise NotImplementedError
+    most = config.training_tokens_while_decoding if decoding else config.training_tokens
+    return min(num_rows, max(1, most // length))

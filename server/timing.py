@@ -5,23 +5,83 @@ Both learn from what they are told; neither reads a clock.
 
 from __future__ import annotations
 
+import bisect
+import collections
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+SAMPLES = 7
+"""An estimate is the median of so many of the latest iterations of about the same size."""
+
+TRUSTED_SAMPLES = 3
+"""A median of fewer yields to what other sizes say."""
+
 
 class CostModel:
-    """How long an iteration takes, by the number of its tokens (rows times length, over all its pieces)."""
+    """How long an iteration takes, by the number of its tokens (rows times length, over all its pieces).
+
+    Keeps the latest iterations by size, in half octaves, and interpolates between their medians. A curve, not a
+    line: a CPU's cost is flat up to about 8 tokens and then climbs faster than a line through both would tell.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, collections.deque[tuple[float, int]]] = {}
+        self._curve: list[tuple[int, float]] = []
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from an iteration that ran."""
+        if num_tokens < 1 or not 0 < seconds < math.inf:
+            return
+        size = int(2 * math.log2(num_tokens))
+        samples = self._sizes.pop(size, None) or collections.deque(maxlen=SAMPLES)
+        samples.append((seconds, num_tokens))
+        self._sizes[size] = samples  # the size seen last comes last
+        self._curve = _consistent([*self._sizes.values()])
 
     def iteration_s(self, num_tokens: int) -> float:
-        """Return how long an iteration of so many tokens takes; 0.0 as long as none was observed."""
-        raise NotImplementedError
+        """Return how long an iteration of so many tokens takes; 0.0 as long as none was observed.
+
+        Outside of what was observed, in proportion: a small iteration is never overrated, nor a large one underrated.
+        """
+        if not self._curve:
+            return 0.0
+        at = bisect.bisect_left(self._curve, (num_tokens, 0.0))
+        if at == 0 or at == len(self._curve):
+            tokens, seconds = self._curve[min(at, len(self._curve) - 1)]
+            return seconds * num_tokens / tokens
+        (left, left_s), (right, right_s) = self._curve[at - 1 : at + 1]
+        return left_s + (right_s - left_s) * (num_tokens - left) / (right - left)
 
     def tokens_within(self, seconds: float) -> int:
-        """Return the most tokens whose iteration takes at most `seconds`."""
-        raise NotImplementedError
+        """Return the most tokens whose iteration takes at most `seconds`; 0 as long as none was observed."""
+        if not self._curve:
+            return 0
+        at = bisect.bisect_right(self._curve, seconds, key=lambda point: point[1])
+        if at == 0 or at == len(self._curve):
+            tokens, point_s = self._curve[min(at, len(self._curve) - 1)]
+            return int(tokens * seconds / point_s)
+        (left, left_s), (right, right_s) = self._curve[at - 1 : at + 1]
+        return left + int((right - left) * (seconds - left_s) / (right_s - left_s))
+
+    def saving_s(self, num_tokens: int, more_tokens: int) -> float:
+        """Return what it saves to run two lots of tokens in one iteration instead of two; never negative."""
+        apart_s = self.iteration_s(num_tokens) + self.iteration_s(more_tokens)
+        return max(0.0, apart_s - self.iteration_s(num_tokens + more_tokens))
+
+
+def _consistent(sizes: list[collections.deque[tuple[float, int]]]) -> list[tuple[int, float]]:
+    """Return (tokens, seconds) by tokens: more tokens take no less time, and no more time per token.
+
+    Where medians contradict that, the size seen last is believed (noise, or the machine has become slower or faster).
+    """
+    curve: list[tuple[int, float]] = []
+    for samples in sorted(reversed(sizes), key=lambda samples: len(samples) < TRUSTED_SAMPLES):
+        seconds, tokens = sorted(samples)[len(samples) // 2]
+        low = max((s if t <= tokens else s * tokens / t for t, s in curve), default=0.0)
+        high = min((s * tokens / t if t <= tokens else s for t, s in curve), default=math.inf)
+        curve.append((tokens, min(max(seconds, low), high)))
+    return sorted(curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +97,75 @@ class Expected:
     """How long the session usually takes from output to next step."""
 
 
+MEAN_WEIGHT, DEVIATION_WEIGHT = 1 / 8, 1 / 4
+"""Weights of a new sample, those of TCP's round-trip estimate (RFC 6298, section 2)."""
+
+DEVIATIONS = 2.0
+"""A step is overdue so many mean deviations after its usual time."""
+
+LEAST_S = 0.001
+"""Return times are not told apart more finely."""
+
+OUTLIER = 4.0
+"""A longer time than so many usual ones counts as just that: somebody paused."""
+
+IDLE_S = 1.0
+"""A session silent for longer than this, and than OUTLIER usual times, is not decoding at present."""
+
+
+@dataclass(slots=True)
+class _Return:
+    mean_s: float | None = None
+    deviation_s: float = 0.0
+    left_s: float | None = None
+    num_rows: int = 1
+
+    @property
+    def usual_most_s(self) -> float:
+        return OUTLIER * max((self.mean_s or 0.0) + self.deviation_s, LEAST_S)
+
+    def learn(self, sample_s: float) -> None:
+        if self.mean_s is None:
+            self.mean_s, self.deviation_s = sample_s, sample_s / 2
+            return
+        sample_s = min(sample_s, self.usual_most_s)
+        self.deviation_s += DEVIATION_WEIGHT * (abs(sample_s - self.mean_s) - self.deviation_s)
+        self.mean_s += MEAN_WEIGHT * (sample_s - self.mean_s)
+
+
 class ReturnTimes:
     """When the sessions' next decode steps come: per session, mean and deviation of the time from output to step."""
 
+    def __init__(self) -> None:
+        self._sessions: dict[Hashable, _Return] = {}
+
     def left(self, session: Hashable, num_rows: int, now_s: float) -> None:
-        """An output of the session (of the last prefill chunk, or of a decode step) has left the engine."""
+        """An output of the session (of a decode step, or of the end of a prefill) has left the engine."""
+        state = self._sessions.setdefault(session, _Return())
+        state.left_s, state.num_rows = now_s, num_rows
 
     def returned(self, session: Hashable, now_s: float) -> float | None:
-        """The session's next step has come. Returns its usual return time, None if this was its first."""
-        raise NotImplementedError
+        """The session's next step has come. Returns its usual return time, None if nothing was known of it."""
+        state = self._sessions.get(session)
+        if state is None:
+            return None
+        if state.left_s is not None:
+            state.learn(max(0.0, now_s - state.left_s))
+            state.left_s = None
+        return state.mean_s
 
     def forget(self, session: Hashable) -> None:
         """The session was closed."""
+        self._sessions.pop(session, None)
 
     def expected(self, now_s: float) -> tuple[Expected, ...]:
         """Return the steps to come, overdue ones included until their session counts as idle."""
-        raise NotImplementedError
+        steps = []
+        for state in self._sessions.values():
+            if state.mean_s is None or state.left_s is None:
+                continue
+            if now_s - state.left_s < max(IDLE_S, state.usual_most_s):
+                at_s = state.left_s + state.mean_s
+                until_s = at_s + max(DEVIATIONS * state.deviation_s, LEAST_S)
+                steps.append(Expected(at_s, until_s, state.num_rows, state.mean_s))
+        return tuple(steps)
