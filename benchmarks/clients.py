@@ -301,7 +301,7 @@ class Clients:
                 self._pipes.append(ours)
             ready: set[Connection] = set()
             while len(ready) < len(self._pipes):
-                ready |= {pipe for pipe, kind, _, _ in self._messages(set(self._pipes) - ready) if kind == "ready"}
+                ready |= {pipe for pipe, *_ in self._messages(set(self._pipes) - ready, ANSWER_TIMEOUT_S)}
         except BaseException:
             self.__exit__()
             raise
@@ -334,10 +334,19 @@ class Clients:
             task.start_s = start_s
             self._pipes[number // self.per_process].send((number, task, num_threads))
 
-    def wait_first_tokens(self) -> None:
-        """Wait until each of the tasks under way has its first token."""
-        while self._waiting - self._first:
-            self._collect()
+    def wait_first_tokens(self, patience_s: float = ANSWER_TIMEOUT_S) -> int:
+        """Wait until each of the tasks under way has its first token; returns how many still have none."""
+        deadline_s = time.monotonic() + patience_s
+        while self._waiting - self._first and time.monotonic() < deadline_s:
+            self._collect(deadline_s - time.monotonic())
+        return len(self._waiting - self._first)
+
+    def wait_done(self, patience_s: float) -> bool:
+        """Wait until the tasks under way are done, but not for ever; returns whether they are."""
+        deadline_s = time.monotonic() + patience_s
+        while self._waiting and time.monotonic() < deadline_s:
+            self._collect(deadline_s - time.monotonic())
+        return not self._waiting
 
     def stop(self) -> None:
         """Let the generations under way end with their next token."""
@@ -347,30 +356,30 @@ class Clients:
     def results(self) -> list[list[Request]]:
         """Wait for the tasks under way."""
         while self._waiting:
-            self._collect()
+            if not self._collect(ANSWER_TIMEOUT_S):
+                raise RuntimeError(f"no client said anything for {ANSWER_TIMEOUT_S:.0f} s")
         return [self._results[number] for number in sorted(self._results)]
 
     def cpu_s(self) -> float:
         """Processor time of all clients so far, with their libp2p daemons."""
         return sum(tree_cpu_s(process.pid) for process in self._processes)
 
-    def _collect(self) -> None:
-        for _, kind, number, value in self._messages(set(self._pipes)):
+    def _collect(self, timeout_s: float) -> bool:
+        """Note what the clients say; returns whether one said anything."""
+        messages = list(self._messages(set(self._pipes), timeout_s))
+        for _, kind, number, value in messages:
             if kind == "first":
                 self._first.add(number)
             elif kind == "done":
-                self._first.add(number)
                 self._waiting.discard(number)
                 self._results[number] = value
             else:
                 raise RuntimeError(f"client {number} failed: {value}")
+        return bool(messages)
 
-    def _messages(self, pipes: set[Connection]) -> Iterator[tuple[Connection, str, int, Any]]:
-        """What the clients say, as soon as one says something."""
-        ready = wait(list(pipes), timeout=ANSWER_TIMEOUT_S)
-        if not ready:
-            raise RuntimeError(f"no client said anything for {ANSWER_TIMEOUT_S:.0f} s")
-        for pipe in ready:
+    def _messages(self, pipes: set[Connection], timeout_s: float) -> Iterator[tuple[Connection, str, int, Any]]:
+        """What the clients say, as soon as one says something; nothing if none does."""
+        for pipe in wait(list(pipes), timeout=max(0.0, timeout_s)):
             assert isinstance(pipe, Connection)
             try:
                 message = pipe.recv()

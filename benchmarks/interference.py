@@ -18,6 +18,8 @@ MAX_TOKENS = 6000
 """Nobody decodes longer; far more than any run needs."""
 TRAINING_S = 20.0
 """How long somebody trains each time, and at least one step."""
+PATIENCE_S = 90.0
+"""Who has not got what he wants after so long beside the others is told so, and counted as starved."""
 NUM_ALONE = 3
 """How often the disturbance is measured alone, the first time to warm up."""
 
@@ -65,50 +67,68 @@ def measure_intrusion(
     """Let clients decode, and one more client disturb them `num_samples` times."""
     alone = [intruder.run([intrusion.once])[0] for _ in range(NUM_ALONE)][1:]
     decoders.start([replace(task, new_tokens=MAX_TOKENS) for task in decoding])
-    decoders.wait_first_tokens()
     quiet: list[Window] = []
     disturbed: list[list[Request]] = []
-    for sample in range(num_samples):
+    starved = ""
+    if without := decoders.wait_first_tokens(PATIENCE_S):
+        starved = f"{without} of the clients had no first token after {PATIENCE_S:.0f} s, while the others decoded"
+    while not starved and len(disturbed) < num_samples:
         begun_s = time.monotonic()
         time.sleep(quiet_s)
         quiet.append((begun_s, time.monotonic()))
-        disturbed.append(intruder.run([replace(intrusion.task)])[0])
-        say(f"{len(decoding)} clients decode, {intrusion.name}, sample {sample + 1}: {_seconds(disturbed[-1]):.1f} s")
+        intruder.start([replace(intrusion.task)])
+        if not intruder.wait_done(PATIENCE_S):
+            starved = f"the disturbance was not done after {PATIENCE_S:.0f} s: it waited until the others had ended"
+            decoders.stop()
+        disturbed.append(intruder.results()[0])
+        say(f"{len(decoding)} clients decode, {intrusion.name}, {len(disturbed)}: {_seconds(disturbed[-1]):.1f} s")
     decoders.stop()
     decoded = [request for requests in decoders.results() for request in requests]
-    result = {"clients": len(decoding), "intrusion": intrusion.name} | _summary(decoded, quiet, disturbed)
-    rates = [
-        statistics.median(intrusion.num_tokens * len(requests) / _seconds(requests) for requests in runs)
-        for runs in (alone, disturbed)
-    ]
-    return result | {
-        "intruder_tokens_per_s": {"alone": rounded(rates[0]), "beside": rounded(rates[1])},
-        "intruder_ratio": rounded(rates[1] / rates[0]),
-    }
+    errors = [starved] if starved else _errors(decoded, disturbed)
+    result = {"clients": len(decoding), "intrusion": intrusion.name, "errors": errors}
+    return result | _summary(decoded, quiet, disturbed) | _speeds(intrusion, alone, disturbed)
+
+
+def _errors(decoded: list[Request], disturbed: list[list[Request]]) -> list[str]:
+    """What makes the numbers worthless."""
+    errors = sorted({request.error for requests in [decoded, *disturbed] for request in requests if request.error})
+    end_s = max((requests[-1].ended_s for requests in disturbed), default=0.0)
+    if early := sum(request.ended_s < end_s for request in decoded):
+        errors.append(f"{early} of the clients ended before the disturbance did")
+    return errors
 
 
 def _summary(decoded: list[Request], quiet: list[Window], disturbed: list[list[Request]]) -> dict[str, Any]:
-    errors = sorted({request.error for requests in [decoded, *disturbed] for request in requests if request.error})
-    end_s = max(requests[-1].ended_s for requests in disturbed)
-    if early := sum(request.ended_s < end_s for request in decoded):
-        errors.append(f"{early} of the clients ended before the disturbance did")
+    """Times between tokens without and with the disturbance."""
     pairs = [
         (_gaps(decoded, window, whole=True), _gaps(decoded, (requests[0].arrived_s, requests[-1].ended_s), whole=False))
         for window, requests in zip(quiet, disturbed, strict=True)
     ]
     without, beside = [gap for gaps, _ in pairs for gap in gaps], [gap for _, gaps in pairs for gap in gaps]
     tails = p50_p95(without), p50_p95(beside)
-    each = [_ratio(p50_p95(gaps)["p95"], p50_p95(others)["p95"]) for gaps, others in pairs]
     return {
         "between_tokens_s": {"without": tails[0], "with": tails[1]},
         "p95_ratio": _ratio(tails[0]["p95"], tails[1]["p95"]),
-        "p95_ratio_samples": each,
+        "p95_ratio_samples": [_ratio(p50_p95(gaps)["p95"], p50_p95(others)["p95"]) for gaps, others in pairs],
         "longest_between_tokens_s": {
             "without": rounded(max(without, default=None)),
             "with": rounded(max(beside, default=None)),
         },
         "num_between_tokens": {"without": len(without), "with": len(beside)},
-        "errors": errors,
+    }
+
+
+def _speeds(intrusion: Intrusion, alone: list[list[Request]], disturbed: list[list[Request]]) -> dict[str, Any]:
+    """How fast the intruder was alone, and beside the others."""
+    rates = [
+        statistics.median(intrusion.num_tokens * len(requests) / _seconds(requests) for requests in runs)
+        if runs
+        else None
+        for runs in (alone, disturbed)
+    ]
+    return {
+        "intruder_tokens_per_s": {"alone": rounded(rates[0]), "beside": rounded(rates[1])},
+        "intruder_ratio": _ratio(*rates),
     }
 
 

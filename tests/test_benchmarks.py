@@ -66,14 +66,15 @@ def test_without_a_gpu_its_benchmarks_say_that_they_did_not_run(
     assert json.loads(printed.out.splitlines()[-1])["ran"] is False
 
 
+@pytest.mark.parametrize("execution", ["packed", "single"])
 @pytest.mark.parametrize("script", ["decode.py", "prefill.py"])
 def test_gpu_benchmarks_work_up_to_the_device(
-    script: str, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    script: str, execution: str, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = (
         ("--batch-sizes", "1,2", "--context", "16", "--steps", "2") if script == "decode.py" else ("--lengths", "40")
     )
-    flags = ("--device", "cpu", "--shape", "tiny", "--execution", "single", "--samples", "1")
+    flags = ("--device", "cpu", "--shape", "tiny", "--execution", execution, "--samples", "1")
     run_here(FOLDER / "gpu" / script, *flags, *sizes)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ran"] and report["device_name"] == "cpu"

@@ -28,6 +28,7 @@ from common import SHAPES, environment, rounded, say
 from swarm.model.anatomy import anatomy_of, base_class_of
 from swarm.model.cutting import renumber, span_class
 from swarm.model.kv_store import KVStore, kv_layout
+from swarm.model.paged import PAGE_TOKENS
 from swarm.model.ragged import PackedSpan, Piece
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
@@ -117,6 +118,7 @@ class _Packed:
     """All of them in one row, each with its own run of slots."""
 
     def __init__(self, span: Span, num_sequences: int, capacity: int) -> None:
+        capacity = -(-capacity // PAGE_TOKENS) * PAGE_TOKENS  # each begins with a page, as the kernel wants it
         self._packed = PackedSpan(span, KVStore(kv_layout(span), num_sequences * capacity))
         self._device = span.device
         self._starts = [number * capacity for number in range(num_sequences)]
