@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]
+CLIENTS = [1, 2, 4, 8, 16, 32]
 
 
 def main() -> None:
@@ -53,6 +54,10 @@ def draw_serve_load(results: list[Result], into: Path) -> None:
     for axes, configuration in _panels(into / "serve_load.png", configurations, columns=2):
         mine = [(label, row) for each, label, row in rows if each == configuration]
         speed, gaps = axes
+        for each in axes:
+            each.set_xscale("log", base=2)
+            each.set_xlim(0.9, 36)
+            each.set_xticks(CLIENTS, CLIENTS)
         for label, points in _by_label(mine, "clients"):
             (line,) = speed.plot(*_curve(points, "clients", lambda row: row["swarm_tokens_per_s"]), "o-", label=label)
             color = line.get_color()
