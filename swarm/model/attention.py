@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,7 @@ GATHER_BYTES = 1 << 17
 """Sequences with less of keys and values than this, per block, are copied side by side: one kernel call for all."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scores:
+class Scores(NamedTuple):
     """How products of queries and keys become weights, beyond softmax."""
 
     scaling: float | None = None
@@ -79,8 +79,9 @@ class _Alone:
 class _Together:
     """Pieces of one token each, of short sequences whose keys and values are copied side by side."""
 
-    rows: list[int]
-    """Where they are in the row."""
+    num_sequences: int
+    rows_B: Tensor | None
+    """Where they are in the row; None: they are all of it."""
     slots_BK: Tensor
     """One after the other. Beyond its end, a sequence repeats a slot of its own: what others hold cannot reach it."""
     bias_B11K: Tensor
@@ -97,40 +98,53 @@ class RowAttention:
         max_keys = GATHER_BYTES // store.bytes_per_token_and_block
         short = [sight for sight in sights if sight.piece.length == 1 and sight.num_keys <= max_keys]
         gathered = {sight.start for sight in short} if len(short) > 1 else set()
-        self._together = self._read_together(short) if gathered else None
-        self._alone = [self._read_alone(sight) for sight in sights if sight.start not in gathered]
-        self._order_T = self._order()
+        alone = [self._read_alone(sight) for sight in sights if sight.start not in gathered]
+        self._together = self._read_together(short, everything=not alone) if gathered else None
+        self._ones = [job for job in alone if job.length == 1]
+        self._many = [job for job in alone if job.length > 1]
+        rows = [sight.start for sight in short] if gathered else []
+        for job in (*self._ones, *self._many):
+            rows += range(job.start, job.start + job.length)
+        self._order_T = None if rows == list(range(len(rows))) else torch.tensor(rows, device=self._device).argsort()
 
     def __call__(self, q_1MTH: Tensor, keys_1NSH: Tensor, values_1NSH: Tensor, scores: Scores) -> Tensor:
         """Return [1, T, M, H] of the values' head size."""
+        outputs = []
+        if self._together is not None or self._ones:
+            outputs.append(self._attend_ones(q_1MTH, keys_1NSH, values_1NSH, scores))
+        for job in self._many:
+            keys_1NKH, values_1NKH = read_runs(keys_1NSH, job.runs), read_runs(values_1NSH, job.runs)
+            outputs.append(_attend_many(job, q_1MTH, keys_1NKH, values_1NKH, scores))
+        out_1TMH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return out_1TMH if self._order_T is None else out_1TMH.index_select(1, self._order_T)
+
+    def _attend_ones(self, q_1MTH: Tensor, keys_1NSH: Tensor, values_1NSH: Tensor, scores: Scores) -> Tensor:
+        """Attention of the pieces of one token; the query heads of a key/value head are rows of one product."""
+        _, num_heads, num_tokens, head_dim = q_1MTH.shape
         num_kv_heads = keys_1NSH.shape[1]
-        rows_TNGH = q_1MTH[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))
-        num_groups = rows_TNGH.shape[2]
-        if num_groups == 1 and self._doubles:
-            rows_TNGH = rows_TNGH.repeat(1, 1, 2, 1)
+        q_TNGH = q_1MTH.transpose(1, 2).reshape(num_tokens, num_kv_heads, -1, head_dim)
+        doubled = self._doubles and num_heads == num_kv_heads
+        if doubled:
+            q_TNGH = q_TNGH.repeat(1, 1, 2, 1)
         outputs = []
         if self._together is not None:
-            outputs.append(_attend_together(self._together, rows_TNGH, keys_1NSH, values_1NSH, scores))
-        rows = rows_TNGH.split(1)
-        for job in self._alone:
-            keys, values = read_runs(keys_1NSH, job.runs), read_runs(values_1NSH, job.runs)
-            if job.length == 1:
-                outputs.append(_attend_one(rows[job.start], keys, values, job.bias_11LK, scores))
-            else:
-                outputs.append(_attend_many(job, q_1MTH, keys, values, scores))
-        if rows_TNGH.shape[2] != num_groups:
-            outputs = [out.narrow(2, 0, 1) if out.dim() == 4 else out for out in outputs]
-        out_TMH = torch.cat([out.flatten(1, 2) if out.dim() == 4 else out for out in outputs])
-        if self._order_T is not None:
-            out_TMH = out_TMH.index_select(0, self._order_T)
-        return out_TMH.unsqueeze(0)
+            outputs.append(_attend_together(self._together, q_TNGH, keys_1NSH, values_1NSH, scores))
+        if self._ones:
+            rows = q_TNGH.chunk(num_tokens)
+            for job in self._ones:
+                keys_1NKH, values_1NKH = read_runs(keys_1NSH, job.runs), read_runs(values_1NSH, job.runs)
+                outputs.append(_attend_one(rows[job.start], keys_1NKH, values_1NKH, job.bias_11LK, scores))
+        out_BNGH = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if doubled:
+            out_BNGH = out_BNGH.narrow(2, 0, 1)
+        return out_BNGH.reshape(1, -1, num_heads, out_BNGH.shape[-1])
 
     def _read_alone(self, sight: _Sight) -> _Alone:
         visible = sight.visible_LK
         bias = None if visible is None else _bias(visible[None, None], self._dtype)
         return _Alone(sight.start, sight.piece.length, sight.piece.runs_from(sight.first), bias)
 
-    def _read_together(self, sights: Sequence[_Sight]) -> _Together:
+    def _read_together(self, sights: Sequence[_Sight], *, everything: bool) -> _Together:
         num_keys = max(sight.num_keys for sight in sights)
         slots: list[int] = []
         for sight in sights:
@@ -141,40 +155,34 @@ class RowAttention:
         for row_K, sight in zip(visible_BK, sights, strict=True):
             if sight.visible_LK is not None:
                 row_K[: sight.num_keys] = sight.visible_LK[0]
-        slots_BK = torch.tensor(slots, device=self._device)
-        return _Together([sight.start for sight in sights], slots_BK, _bias(visible_BK[:, None, None], self._dtype))
-
-    def _order(self) -> Tensor | None:
-        """Where each token of the row is among the outputs of the jobs; None: in its place."""
-        rows = list(self._together.rows) if self._together is not None else []
-        for job in self._alone:
-            rows += range(job.start, job.start + job.length)
-        if all(a < b for a, b in itertools.pairwise(rows)):
-            return None
-        return torch.tensor(rows, device=self._device).argsort()
+        return _Together(
+            num_sequences=len(sights),
+            rows_B=None if everything else torch.tensor([sight.start for sight in sights], device=self._device),
+            slots_BK=torch.tensor(slots, device=self._device),
+            bias_B11K=_bias(visible_BK[:, None, None], self._dtype),
+        )
 
 
-def _attend_one(q_1NGH: Tensor, keys_1NKH: Tensor, values_1NKH: Tensor, bias: Tensor | None, scores: Scores) -> Tensor:
-    """Attention of one token of each sequence; the query heads of a key/value head are rows of one product."""
-    if scores.plain:
-        return F.scaled_dot_product_attention(q_1NGH, keys_1NKH, values_1NKH, bias, scale=scores.scaling)
-    return _attend_step_by_step(q_1NGH.unsqueeze(3), keys_1NKH, values_1NKH, bias, scores).squeeze(3)
-
-
-def _attend_together(
-    job: _Together, rows_TNGH: Tensor, keys_1NSH: Tensor, values_1NSH: Tensor, scores: Scores
+def _attend_one(
+    q_BNGH: Tensor, keys_BNKH: Tensor, values_BNKH: Tensor, bias_B11K: Tensor | None, scores: Scores
 ) -> Tensor:
-    num_sequences = len(job.rows)
-    q_BNGH = rows_TNGH if num_sequences == len(rows_TNGH) else rows_TNGH[job.rows]
+    """Attention of one token of each sequence."""
+    if scores.plain:
+        return F.scaled_dot_product_attention(q_BNGH, keys_BNKH, values_BNKH, bias_B11K, scale=scores.scaling)
+    return _attend_step_by_step(q_BNGH.unsqueeze(3), keys_BNKH, values_BNKH, bias_B11K, scores).squeeze(3)
+
+
+def _attend_together(job: _Together, q_TNGH: Tensor, keys_1NSH: Tensor, values_1NSH: Tensor, scores: Scores) -> Tensor:
+    q_BNGH = q_TNGH if job.rows_B is None else q_TNGH.index_select(0, job.rows_B)
     keys_BNKH, values_BNKH = (
-        heads.index_select(2, job.slots_BK)[0].unflatten(1, (num_sequences, -1)).transpose(0, 1)
+        heads.index_select(2, job.slots_BK).view(heads.shape[1], job.num_sequences, -1, heads.shape[3]).transpose(0, 1)
         for heads in (keys_1NSH, values_1NSH)
     )
     return _attend_one(q_BNGH, keys_BNKH, values_BNKH, job.bias_B11K, scores)
 
 
 def _attend_many(job: _Alone, q_1MTH: Tensor, keys_1NKH: Tensor, values_1NKH: Tensor, scores: Scores) -> Tensor:
-    """Attention of several tokens of one sequence, [L, M, H]."""
+    """Attention of several tokens of one sequence, [1, L, M, H]."""
     q_1MLH = q_1MTH.narrow(2, job.start, job.length)
     num_heads, num_kv_heads = q_1MLH.shape[1], keys_1NKH.shape[1]
     if scores.plain:
@@ -190,7 +198,7 @@ def _attend_many(job: _Alone, q_1MTH: Tensor, keys_1NKH: Tensor, values_1NKH: Te
     else:
         q_1NGLH, bias = q_1MLH.unflatten(1, (num_kv_heads, -1)), job.causal_bias(values_1NKH)
         out_1MLH = _attend_step_by_step(q_1NGLH, keys_1NKH, values_1NKH, bias, scores).flatten(1, 2)
-    return out_1MLH[0].transpose(0, 1)
+    return out_1MLH.transpose(1, 2)
 
 
 def _attend_step_by_step(

@@ -76,8 +76,8 @@ PACKABLE = EXPANDED | frozenset(
         "vaultgemma",
     )
 )  # fmt: skip
-"""Types whose blocks can run tokens of many sequences in one row, with the results of one sequence at a time. Others keep
-a state beyond keys and values, have ALiBi, or attend in code of their own."""
+"""Types whose blocks can run tokens of many sequences in one row, with the results of one sequence at a time. Others
+keep a state beyond keys and values, have ALiBi, or attend in code of their own."""
 
 ENCODER = "it is an encoder; transformers can run it as a decoder, but nobody generates with it"
 ENCODER_DECODER = "it is an encoder-decoder, whose decoder blocks also need the encoder's output"

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,21 +47,28 @@ class PagedAttention:
         """Return [1, T, M, H]."""
         from torch.nn.attention.varlen import varlen_attn
 
-        out_TMH = varlen_attn(
-            q_1MTH[0].transpose(0, 1).contiguous(),
-            as_pages(keys_1NSH),
-            as_pages(values_1NSH),
-            self.cu_seq_q,
-            self.cu_seq_k,
-            self.max_q,
-            self.max_k,
-            scale=scaling,
-            window_size=self.window_size,
-            enable_gqa=q_1MTH.shape[1] != keys_1NSH.shape[1],
-            seqused_k=self.seqused_k,
-            block_table=self.block_table,
-        )
+        out_TMH = varlen_attn(**self.arguments(q_1MTH, keys_1NSH, values_1NSH, scaling))
+        assert isinstance(out_TMH, Tensor)
         return out_TMH.unsqueeze(0)
+
+    def arguments(
+        self, q_1MTH: Tensor, keys_1NSH: Tensor, values_1NSH: Tensor, scaling: float | None
+    ) -> dict[str, Any]:
+        """What the kernel is called with."""
+        return {
+            "query": q_1MTH[0].transpose(0, 1).contiguous(),
+            "key": as_pages(keys_1NSH),
+            "value": as_pages(values_1NSH),
+            "cu_seq_q": self.cu_seq_q,
+            "cu_seq_k": self.cu_seq_k,
+            "max_q": self.max_q,
+            "max_k": self.max_k,
+            "scale": scaling,
+            "window_size": self.window_size,
+            "enable_gqa": q_1MTH.shape[1] != keys_1NSH.shape[1],
+            "seqused_k": self.seqused_k,
+            "block_table": self.block_table,
+        }
 
 
 def plan_paged(pieces: Sequence[Piece], window: int | None, device: torch.device) -> PagedAttention | None:

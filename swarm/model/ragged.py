@@ -77,8 +77,13 @@ class PackedSpan:
         AttentionMaskInterface.register(IMPLEMENTATION, _make_mask)
         model = twin_of(span.model, _Configs().twin_of)
         self._span = span
+        self._dtype = span.dtype  # which the library looks for among all parameters, each time
         self._store = store
-        self._passage = Passage(model, model.get_submodule(span.anatomy.layers))
+        layers = model.get_submodule(span.anatomy.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers
+        """The twins of the span's blocks: modules of their own, without its hooks."""
+        self._passage = Passage(model, layers)
 
     def __call__(self, x_TD: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Run the blocks on all pieces and write their keys and values into the store.
@@ -99,7 +104,7 @@ class PackedSpan:
             if self._span.takes_position_ids:
                 inputs["position_ids"] = row.position_ids_1T
             with row.running():
-                return self._passage(x_TD.to(self._span.dtype).unsqueeze(0), inputs, _prompt_adder(pieces))[0]
+                return self._passage(x_TD.to(self._dtype).unsqueeze(0), inputs, _prompt_adder(pieces))[0]
 
     def _check(self, x_TD: Tensor, pieces: Sequence[Piece]) -> None:
         hidden_size, num_blocks = self._span.hidden_size, len(self._span.blocks)
@@ -114,14 +119,16 @@ class _Configs:
     """The configs of a twin: those of the model, but for the attention that they ask for."""
 
     def __init__(self) -> None:
-        self._twins: dict[int, PretrainedConfig] = {}
+        self._pairs: list[tuple[PretrainedConfig, PretrainedConfig]] = []
 
     def twin_of(self, config: PretrainedConfig) -> PretrainedConfig:
-        if id(config) not in self._twins:
-            twin = copy.deepcopy(config)  # deep, for configs within it are told the implementation as well
-            twin._attn_implementation = IMPLEMENTATION
-            self._twins[id(config)] = twin
-        return self._twins[id(config)]
+        for original, twin in self._pairs:
+            if original is config:
+                return twin
+        twin = copy.deepcopy(config)  # deep, for configs within it are told the implementation as well
+        twin._attn_implementation = IMPLEMENTATION
+        self._pairs.append((config, twin))
+        return twin
 
 
 class _Row(Cache):
@@ -135,8 +142,8 @@ class _Row(Cache):
         self.pieces = _end_to_end(pieces) if self.expands else pieces
         self._blocks = span.blocks
         slots = itertools.chain.from_iterable(piece.slots_from(piece.position) for piece in pieces)
-        self._slots_T = torch.tensor(list(slots), device=span.device)
-        self.position_ids_1T = _position_ids(pieces, span.device).unsqueeze(0)
+        self._slots_T = torch.tensor(list(slots), device=store.layout.device)
+        self.position_ids_1T = _position_ids(pieces, store.layout.device).unsqueeze(0)
         self._written: tuple[int, Tensor, Tensor] | None = None
 
     @contextmanager

@@ -37,7 +37,7 @@ def make_span(config: PretrainedConfig, blocks: BlockRange | None = None) -> Spa
 
 
 @dataclass
-class Sequence_:
+class History:
     """One sequence twice: in a cache of its own, and in slots of a store."""
 
     span: Span
@@ -93,21 +93,21 @@ STEPS: list[list[tuple[int, int]]] = [
 """Rows: which sequence takes how many tokens."""
 
 
-def packing_error(model_type: str, blocks: BlockRange = BlockRange(1, 4)) -> float:
+def packing_error(model_type: str, blocks: BlockRange) -> float:
     """How far packed results are from those of one sequence at a time, over a mixed history of four sequences."""
     whole = make_span(tiny_config(model_type))
     span = narrow(whole, blocks)
     store = KVStore(kv_layout(whole), NUM_SLOTS)
     for number in whole.blocks:
         for heads in store.block(number):
-            heads.fill_(torch.nan)
+            heads.fill_(torch.nan)  # what is read without having been written shows
     packed = PackedSpan(span, store)
     size = span.hidden_size
     sequences = [
-        Sequence_(span, [*range(40, 46), *range(10, 30)], prompts_NPD=torch.randn(len(blocks), 11, size)),
-        Sequence_(span, list(range(60, 80))),
-        Sequence_(span, list(range(80, 96)), padding=3),
-        Sequence_(span, [*range(0, 10), *range(30, 40)], prompts_NPD=torch.randn(len(blocks), 2, size)),
+        History(span, [*range(40, 46), *range(10, 30)], prompts_NPD=torch.randn(len(blocks), 11, size)),
+        History(span, list(range(60, 80))),
+        History(span, list(range(80, 96)), padding=3),
+        History(span, [*range(0, 10), *range(30, 40)], prompts_NPD=torch.randn(len(blocks), 2, size)),
     ]
     error = 0.0
     for step in STEPS:
@@ -121,5 +121,5 @@ def packing_error(model_type: str, blocks: BlockRange = BlockRange(1, 4)) -> flo
             expected.append(y_LD)
         ours, theirs = packed(torch.cat(inputs), pieces), torch.cat(expected)
         seen = ~theirs.isnan().any(-1)
-        error = max(error, float((ours - theirs)[seen].abs().max())) if ours[seen].isfinite().all() else torch.inf
+        error = max(error, float((ours - theirs)[seen].abs().max())) if ours.isfinite().all() else torch.inf
     return error
