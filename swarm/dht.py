@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
+from swarm.dht_contacts import Contacts, KnownPeers
 from swarm.errors import PeerUnavailable, ResourceError
 from swarm.identity import Identity
 from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STREAM_BUFFER_BYTES = 1024 * 1024
-_CONNECT_TIMEOUT_S = 5.0
-_STRAGGLER_TIMEOUT_S = 0.5
 _RPC_TIMEOUT_S = 3.0
-_REJOIN_INTERVAL_S = 10.0
 _CLOCK_NOTICE_S = 2.0
 _CLOCK_WARNING_S = 60.0
 
@@ -49,10 +47,9 @@ class Dht:
         self.identity = identity
         self.peer_id = identity.peer_id
         self._daemon = daemon
-        self._initial = parse_initial_peers(config.initial_peers, identity.peer_id)
+        self._known = KnownPeers(parse_initial_peers(config.initial_peers, identity.peer_id), identity.peer_id)
         self._node: DHTNode
         self._clock: SwarmClock
-        self._next_rejoin_s = 0.0
 
     async def multiaddrs(self) -> list[str]:
         """Where others can dial this node, /p2p/<peer id> included, loopback last; empty if it does not listen."""
@@ -90,6 +87,21 @@ class Dht:
         )
         _, writer = await self._ask_daemon(request, peer_id, timeout_s)
         writer.close()
+
+    async def connected_addresses(self) -> dict[str, list[str]]:
+        """The peers that libp2p has connections to, and where these end: for a peer that listens, where it listens."""
+        from hivemind.p2p import P2PDaemonError
+
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT_S):
+                peers = await self.p2p.list_peers()
+        except (P2PDaemonError, OSError, asyncio.IncompleteReadError, ValueError, LookupError) as exc:
+            logger.debug("libp2p does not say whom it is connected to: %r", exc)
+            return {}
+        addresses: dict[str, list[str]] = {}
+        for peer in peers:
+            addresses.setdefault(peer.peer_id.to_base58(), []).extend(map(str, peer.addrs))
+        return addresses
 
     async def open_stream(
         self, peer_id: str, protocol: str, *, timeout_s: float
@@ -136,66 +148,6 @@ class Dht:
             if writer is not None:
                 writer.close()
 
-    async def _connect_initial(self, *, timeout_s: float) -> list[str]:
-        """Connect to the initial peers; return those that answered within a moment of the first one."""
-        tasks = {
-            asyncio.create_task(self.connect(peer_id, addresses, timeout_s=timeout_s)): peer_id
-            for peer_id, addresses in self._initial.items()
-        }
-        connected: list[str] = []
-        pending = set(tasks)
-        try:
-            while pending:
-                done, pending = await asyncio.wait(
-                    pending,
-                    timeout=_STRAGGLER_TIMEOUT_S if connected else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not done:
-                    break
-                for task in done:
-                    if (error := task.exception()) is None:
-                        connected.append(tasks[task])
-                    elif not isinstance(error, PeerUnavailable):
-                        raise error
-                    else:
-                        logger.debug("initial peer: %s", error)
-        finally:
-            for task in pending:
-                task.cancel()
-            if pending:
-                await asyncio.wait(pending)
-        return connected
-
-    async def _ensure_joined(self) -> None:
-        """Keep contact with the initial peers.
-
-        hivemind forgets a node that once did not answer. Without this, a restarted bootstrap node would never learn
-        of the others again, and a node that was offline for a moment would stay alone for ever.
-
-        Raises: PeerUnavailable: this node knows nobody in its swarm and none of the initial peers answers.
-        """
-        known = self._node.protocol.routing_table.peer_id_to_uid
-        missing = [peer_id for peer_id in self._initial if peer_id not in known]
-        now_s = asyncio.get_running_loop().time()
-        if not missing or (known and now_s < self._next_rejoin_s):
-            return
-        self._next_rejoin_s = now_s + _REJOIN_INTERVAL_S
-        if await self._connect_initial(timeout_s=_CONNECT_TIMEOUT_S):
-            await self._ping_initial(missing)
-        if not known:
-            raise PeerUnavailable(_unreachable(self.config.initial_peers))
-
-    async def _ping_initial(self, peer_ids: Sequence[str]) -> None:
-        from hivemind.p2p import PeerID
-
-        protocol = self._node.protocol
-        for peer_id in peer_ids:
-            peer = PeerID.from_base58(peer_id)
-            node_id = await protocol.call_ping(peer)
-            if node_id is not None:
-                await protocol.update_routing_table(node_id, peer)  # hivemind does it too, a moment later
-
     async def _measure_clock(self, peer_ids: Sequence[str]) -> None:
         """Compare this machine's clock with the initial peers'."""
         from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
@@ -229,11 +181,6 @@ class Dht:
         self._clock = SwarmClock()
         validator = AnnouncementValidator(signing_key(self.identity), self._clock)
         self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
-        connected: list[str] = []
-        if self._initial:
-            connected = await self._connect_initial(timeout_s=deadline_s - asyncio.get_running_loop().time() - 0.1)
-            if not connected:
-                raise PeerUnavailable(_unreachable(self.config.initial_peers))
         self._node = await DHTNode.create(
             p2p=self.p2p,
             node_id=DHTID.generate(source=self.peer_id),
@@ -245,18 +192,22 @@ class Dht:
             cache_on_store=False,
             reuse_get_requests=False,
         )
-        await self._ping_initial(connected)
-        if self._initial and not self._node.protocol.routing_table.peer_id_to_uid:
-            raise PeerUnavailable(_unreachable(self.config.initial_peers))
-        if connected:
-            await self._measure_clock(connected)
+        self._contacts = Contacts(self._node, self, self._known)
+        if self._known.initial:
+            timeout_s = deadline_s - asyncio.get_running_loop().time() - 0.1
+            joined = await self._contacts.join(self._known.initial, timeout_s=timeout_s)
+            if not joined:
+                raise self._known.unreachable()
+            await self._measure_clock(joined)
             await self._node.find_nearest_nodes([self._node.node_id])  # makes this node known to its neighbours
-        self.directory = HivemindDirectory(self._node, validator, self.identity, self._clock, self._ensure_joined)
+        self.directory = HivemindDirectory(self._node, validator, self.identity, self._clock, self._contacts)
 
     async def _aclose(self) -> None:
         """Stop hivemind's tasks, which it cancels but does not wait for."""
         if not hasattr(self, "p2p"):
             return
+        if hasattr(self, "_contacts"):
+            await self._contacts.aclose()
         control = self.p2p._client.control
         node = getattr(self, "_node", None)
         tasks = [self.p2p._listen_task, control._read_task, control._write_task, *control._handler_tasks.values()]
@@ -295,7 +246,7 @@ async def open_dht(config: DhtConfig) -> AsyncIterator[Dht]:
             async with asyncio.timeout(config.startup_timeout_s):
                 await dht._join(asyncio.get_running_loop().time() + config.startup_timeout_s)
         except TimeoutError as exc:
-            raise PeerUnavailable(_unreachable(config.initial_peers)) from exc
+            raise dht._known.unreachable() from exc
         yield dht
 
 
@@ -323,10 +274,3 @@ def _import_hivemind() -> None:
     use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")
     logging.getLogger("hivemind").setLevel(logging.ERROR)
-
-
-def _unreachable(initial_peers: Sequence[str]) -> str:
-    return (
-        f"none of the initial peers answers ({', '.join(initial_peers)}): "
-        "check that one of them is running and that this machine can reach its address"
-    )

@@ -26,6 +26,8 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import partial
+from typing import TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -37,9 +39,12 @@ from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from swarm.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement, ModelListing
+from swarm.dht_contacts import Contacts
 from swarm.directory import MAX_LIFETIME_S, DirectoryStatistics, check_lifetime, distinct_models
 from swarm.errors import BadRequest, PeerUnavailable, ProtocolError
 from swarm.identity import Identity, peer_id_of
+
+T = TypeVar("T")
 
 MODELS_KEY = "swarm/1/models"
 RECORD_LIFETIME_S = MAX_LIFETIME_S + 300.0
@@ -128,13 +133,13 @@ class HivemindDirectory:
         validator: AnnouncementValidator,
         identity: Identity,
         clock: SwarmClock,
-        ensure_joined: Callable[[], Awaitable[None]],
+        contacts: Contacts,
     ) -> None:
         self._node = node
         self._validator = validator
         self._peer_id = identity.peer_id
         self._clock = clock
-        self._ensure_joined = ensure_joined
+        self._contacts = contacts
         self._last_write_s = 0.0
         self._announced_fingerprint: str | None = None
         self._num_announced = self._num_withdrawn = self._num_reads = self._num_dropped = 0
@@ -148,7 +153,6 @@ class HivemindDirectory:
         """
         self._check_own(announcement)
         check_lifetime(announcement, self._clock.local_now_s())
-        await self._ensure_joined()
         expires_at_s = announcement.expires_at_s + self._clock.offset_s
         entries = {
             model_key(announcement.model_fingerprint): _encode(
@@ -159,7 +163,11 @@ class HivemindDirectory:
         previous, self._announced_fingerprint = self._announced_fingerprint, announcement.model_fingerprint
         if previous not in (None, announcement.model_fingerprint):
             entries[model_key(str(previous))] = _TOMBSTONE
-        await self._store(entries)
+        try:
+            await self._reaching_somebody(lambda: self._store(entries))
+        except PeerUnavailable:
+            await self._store(entries)  # here at least: who knows this node can ask it, be it the last of its swarm
+            raise
         self._num_announced += 1
 
     async def withdraw(self, announcement: Announcement) -> None:
@@ -187,6 +195,7 @@ class HivemindDirectory:
             if announcement.peer_id != peer_id or announcement.model_fingerprint != model_fingerprint:
                 self._num_dropped += 1
             elif self._is_live(written_at_s, announcement.expires_at_s):
+                self._contacts.known.meet(peer_id, announcement.multiaddrs)
                 local_expiry_s = announcement.expires_at_s - self._clock.offset_s
                 found[peer_id] = announcement.model_copy(update={"expires_at_s": local_expiry_s})
         return [found[peer_id] for peer_id in sorted(found)]
@@ -226,6 +235,20 @@ class HivemindDirectory:
     def _is_live(self, written_at_s: float, expires_at_s: float) -> bool:
         return self._clock.now_s() < expires_at_s <= written_at_s + MAX_LIFETIME_S + 1.0
 
+    async def _reaching_somebody(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it over newly made contacts if nobody answered: hivemind takes such silence for an empty swarm.
+
+        Raises: PeerUnavailable: there is still nobody.
+        """
+        await self._contacts.ensure()
+        result = await work()
+        if self._contacts.lost:
+            await self._contacts.ensure()
+            result = await work()
+        if self._contacts.lost:
+            raise self._contacts.known.unreachable()
+        return result
+
     async def _store(self, entries: dict[str, bytes]) -> None:
         self._last_write_s = max(self._clock.now_s(), self._last_write_s + 1e-3)
         stored = await self._node.store_many(
@@ -242,10 +265,10 @@ class HivemindDirectory:
 
     async def _read(self, key: str) -> list[tuple[str, float, bytes]]:
         """(owner's peer id, time of writing, value) of each entry that is not a tombstone."""
-        await self._ensure_joined()
         self._num_reads += 1
         # Search for an expiration that no entry reaches: NaN. With infinity, one lying node could end the search.
-        found = (await self._node.get_many([key], sufficient_expiration_time=math.nan))[key]
+        search = partial(self._node.get_many, [key], sufficient_expiration_time=math.nan)
+        found = (await self._reaching_somebody(search))[key]
         entries = []
         for subkey, (value, expiration_s) in found.value.items() if found and isinstance(found.value, dict) else ():
             peer_id = self._validator.owner(subkey)

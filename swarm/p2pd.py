@@ -108,15 +108,25 @@ async def open_p2pd(directory: Path, options: Sequence[str], *, deadline_s: floa
     control_socket = directory / "p2pd.sock"
     command = (_find_p2pd(), f"-listen=/unix{control_socket}", *options)
     environment = {"GOLOG_LOG_LEVEL": "error"} | os.environ
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
             "/bin/sh", "-c", _SHELL, "swarm-p2pd", str(directory), *command,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             env=environment, start_new_session=True, limit=_MAX_LINE_BYTES,
-        )  # fmt: skip
+        )
+    )  # fmt: skip
+    try:
+        await asyncio.wait({starting})
+    except asyncio.CancelledError:
+        # Never cancel that: Python 3.11 may then wait for ever for the end of pipes that it has not opened yet.
+        await asyncio.wait({starting})
+        if starting.exception() is None:
+            await finish(P2pd(starting.result(), control_socket).aclose())
+        raise
+    try:
+        daemon = P2pd(starting.result(), control_socket)
     except OSError as exc:
         raise ResourceError(f"cannot start the libp2p daemon: {exc.strerror or exc}") from exc
-    daemon = P2pd(process, control_socket)
     try:
         try:
             async with asyncio.timeout_at(deadline_s):

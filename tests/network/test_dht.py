@@ -94,19 +94,34 @@ async def test_closing_leaves_nothing_behind(identity_paths: list[Path], caplog:
 
 
 async def test_cancelled_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cancelled at once, when it has its directory, when p2pd runs, and when it waits for the initial peer."""
     temporary = tempfile.mkdtemp(dir="/tmp")
     monkeypatch.setattr(tempfile, "tempdir", temporary)
-    tasks = asyncio.all_tasks()
-    for delay_s in (0.0, 0.05, 0.15, 0.3):
-        opening = asyncio.create_task(open_dht(DhtConfig()).__aenter__())
-        await asyncio.sleep(delay_s)
-        opening.cancel()
-        await asyncio.wait({opening})
-        if not opening.cancelled():
-            opening.result()
-            pytest.fail("it started faster than the test expects")
+    tasks, children = asyncio.all_tasks(), psutil.Process().children()
+    dialled: list[object] = []
+
+    def says_nothing(*stream: object) -> None:
+        dialled.append(stream)
+
+    moments: list[Callable[[], bool]] = [
+        lambda: True,
+        lambda: os.listdir(temporary) != [],
+        lambda: psutil.Process().children() != children,
+        lambda: dialled != [],
+    ]
+    async with await asyncio.start_server(says_nothing, "127.0.0.1", 0) as peer:
+        address = f"/ip4/127.0.0.1/tcp/{peer.sockets[0].getsockname()[1]}/p2p/{NOBODY}"
+        for moment in moments:
+            opening = asyncio.create_task(open_dht(DhtConfig(initial_peers=(address,))).__aenter__())
+            async with asyncio.timeout(10):
+                while not moment():
+                    await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait({opening})
+            assert opening.cancelled()  # it cannot have finished: the peer never answers
+    await asyncio.sleep(0)
     assert asyncio.all_tasks() == tasks
-    _wait_until(lambda: psutil.Process().children() == [])
+    _wait_until(lambda: psutil.Process().children() == children)
     os.rmdir(temporary)  # it is empty
 
 
