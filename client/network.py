@@ -146,7 +146,9 @@ class Network:
         async with self._refreshing:
             if self._age_s > max_age_s:
                 try:
-                    self._servers = await self._directory.servers(fingerprint)
+                    found = await self._directory.servers(fingerprint)
+                    self._forgive_moved(found)
+                    self._servers = found
                 except PeerUnavailable as exc:
                     if not self._servers:
                         raise NoRoute(f"the directory of the swarm cannot be reached: {exc}") from exc
@@ -281,8 +283,18 @@ class Network:
                 task = self._missing[error.peer_id] = asyncio.create_task(self._look_for(error.peer_id))
                 task.add_done_callback(partial(self._found, error.peer_id))
 
-    def _found(self, peer_id: str, _: asyncio.Task[None]) -> None:
-        del self._missing[peer_id]
+    def _found(self, peer_id: str, task: asyncio.Task[None]) -> None:
+        if self._missing.get(peer_id) is task:
+            del self._missing[peer_id]
+
+    def _forgive_moved(self, found: Sequence[Announcement]) -> None:
+        """Let a peer that could not be reached be tried at once where, by its newest announcement, it is now."""
+        before = {server.peer_id: Hop(server, server.blocks).address for server in self._servers}
+        for server in found:
+            moved = before.get(server.peer_id) != Hop(server, server.blocks).address
+            if moved and (task := self._missing.pop(server.peer_id, None)) is not None:
+                task.cancel()
+                self._failures.succeeded(server.peer_id)
 
     async def _look_for(self, peer_id: str) -> None:
         """Ask a peer that cannot be reached whether it is back, while it is announced, so that no request has to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
@@ -109,6 +110,27 @@ def test_a_failed_peer_is_avoided_and_its_channel_forgotten():
         await network.aclose()
         network.succeeded(first)
         assert (await network.route(NEEDS, Attempt()))[0].peer_id == first
+
+    run(test)
+
+
+def test_a_peer_that_could_not_be_reached_is_tried_at_once_where_it_is_announced_anew():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory)
+
+        async def reach(attempt: Attempt) -> str:
+            target = (await network.route(NEEDS, replace(attempt, max_age_s=0.0)))[0].server.direct[0]
+            if target == "127.0.0.1:31337":
+                await directory.announce(announcement("A", 0, 12, direct=["127.0.0.1:31338"]))
+                raise at_peer(PeerUnavailable("gone"), "A")
+            return target
+
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        assert await network.retrying(reach) == "127.0.0.1:31338"
+        assert loop.time() == started_s and network._missing == {}
 
     run(test)
 
