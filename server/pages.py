@@ -156,7 +156,6 @@ class PagePool:
         num_kept = -(-length // self.page_tokens)
         while len(table.pages) > num_kept:
             self._release(table.pages.pop())
-            table._page_runs = None
         table.length = length
 
     def publish(self, table: PageTable, index: int, key: bytes) -> bool:
@@ -230,30 +229,30 @@ class PagePool:
         """Add `count` free pages, each next to the one before where that is free."""
         if not count:
             return
-        pages = table.pages
+        pages, starts = table.pages, list[int]()
         for missing in range(count, 0, -1):
             page = pages[-1] + 1 if pages else self.num_pages
             if page >= self.num_pages or self._is_held[page]:
-                page = self._place_run(table, missing)
+                starts = starts or self._place_runs(table, missing)
+                page = starts.pop()
             self._unpublish(page)
             self._hold(page)
             pages.append(page)
         table._page_runs = None
 
-    def _place_run(self, table: PageTable, count: int) -> int:
-        """Return the free page where the next `count` pages of a table, and those expected later, begin.
+    def _place_runs(self, table: PageTable, count: int) -> list[int]:
+        """Return where the next `count` pages of a table, and those expected later, may begin, the best place last.
 
-        They fit into a gap behind what its left neighbour is expected to need. Runs are laid round the pool, so that
-        what was given back last keeps its content longest. If they fit nowhere, they get the largest part of a gap
-        that leaves the neighbour half of it.
+        If they fit into a gap, behind what its left neighbour is expected to need, that is the only place. Runs are
+        laid round the pool, so that what was given back last keeps its content longest. If they fit nowhere, parts of
+        gaps are taken, the largest first, that leave the neighbour half of its gap.
         """
         wanted = max(count, self._expected_growth(table))
-        # The first page behind each sequence -> the first page behind what it may become.
-        claims = {other.pages[-1] + 1: other for other in self._tables if other.pages}
-        fitting, largest = -1, (0, 0)
+        neighbours = {other.pages[-1] + 1: other for other in self._tables if other.pages}
+        fitting, parts = -1, []
         for gap in GAP.finditer(self._is_held):
             first, end = gap.span()
-            neighbour = claims.get(first)
+            neighbour = neighbours.get(first)
             start = first if neighbour is None else first + self._expected_growth(neighbour)
             ahead = max(start, self._cursor)
             if end - ahead >= wanted:
@@ -262,11 +261,11 @@ class PagePool:
             if fitting < 0 and end - start >= wanted:
                 fitting = start
             start = max(first, min(start, (first + end + 1) // 2, end - count))
-            largest = max(largest, (end - start, start))
+            parts.append((end - start, start))
         if fitting < 0:
-            return largest[1]
+            return [start for _, start in sorted(parts)[-count:]]
         self._cursor = fitting + wanted
-        return fitting
+        return [fitting]
 
     def _expected_growth(self, table: PageTable) -> int:
         """How many more pages a table may need."""

@@ -119,6 +119,7 @@ class Store:
     def check(self) -> None:
         """See that pages are counted exactly and that every sequence reads what it should."""
         pool = self.pool
+        assert list(pool._tables) == self.tables
         holders = Counter(page for table in self.tables for page in table.pages)
         assert pool._num_holders == [holders[page] for page in range(pool.num_pages)]
         assert pool.num_used == len(holders) <= pool.num_pages and pool.num_used + pool.num_free == pool.num_pages
@@ -334,6 +335,30 @@ def test_what_was_given_back_outlives_sessions_that_fit_elsewhere():
     assert len(again.runs()) == 1
 
 
+def test_a_name_that_nobody_holds_goes_to_the_page_that_lies_better():
+    store = Store(num_pages=8, page_tokens=2)
+    gone = store.open(expected_tokens=2)
+    store.append(gone, [1, 1])
+    store.publish(gone, 0)
+    table = store.open(expected_tokens=4)
+    store.append(table, [1, 1, 2, 2])
+    pages = list(table.pages)
+    store.close(gone)
+    assert not store.publish(table, 0) and table.pages == pages
+    other = store.open()
+    assert store.adopt(other, [1, 1]) and other.pages == pages[:1]
+    store.check()
+
+
+def test_a_page_has_one_name():
+    pool = PagePool(num_pages=2, page_tokens=1)
+    table, other = pool.open(), pool.open()
+    pool.append(table, 1)
+    pool.publish(table, 0, b"old")
+    pool.publish(table, 0, b"new")
+    assert not pool.adopt(other, b"old") and pool.adopt(other, b"new")
+
+
 def test_a_published_page_that_changes_is_found_no_more():
     store = Store(num_pages=8, page_tokens=4)
     table = store.open()
@@ -386,6 +411,17 @@ def test_sessions_that_become_as_long_as_expected_are_one_run_each_even_if_they_
         table = data.draw(st.sampled_from(growing))
         pool.append(table, data.draw(st.integers(1, table.expected_tokens - table.length)))
     assert pool.num_free == 0 and all(len(table.runs()) == 1 for table in tables)
+
+
+def test_a_session_that_takes_the_place_of_another_leaves_its_neighbour_room_to_grow():
+    pool = PagePool(num_pages=12, page_tokens=1)
+    neighbour, gone, table = pool.open(expected_tokens=8), pool.open(expected_tokens=4), pool.open(expected_tokens=4)
+    pool.append(neighbour, 1)
+    pool.append(gone, 4)
+    pool.close(gone)
+    pool.append(table, 4)
+    pool.append(neighbour, 7)
+    assert (neighbour.runs(), table.runs()) == ([(0, 8)], [(8, 12)])
 
 
 def test_a_pool_without_pages_is_refused():
