@@ -262,7 +262,7 @@ class Chain:
             result.set_result(y_BLD)
 
     async def finish(self) -> None:
-        """End the streams in order, so that the servers free their caches at once instead of keeping them for a while."""
+        """End the streams in order, so that the servers free their caches at once and keep none for a while."""
         try:
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 for index, call in enumerate(self._calls):

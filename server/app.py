@@ -47,6 +47,7 @@ from .config import PERIODS_ALIVE, ServerConfig
 from .engine import Engine
 from .execution import Executor, PackedExecutor, SessionExecutor
 from .hardware import SPEED_TOKENS, Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
+from .metrics import ServerCollector, serve_metrics
 from .pages import PagePool
 from .placement import MemoryPlan, choose_blocks, plan_memory
 from .service import BlocksService, ServedModel
@@ -132,6 +133,9 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         )
         kept = KeptActivations(config.kept_activation_bytes)
         service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept)
+        if config.metrics_port is not None:
+            collector = ServerCollector(engine, sessions, kept)
+            owned.enter_context(serve_metrics((config.metrics_host, config.metrics_port), collector))
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(_open_grpc(config, service, certificate))
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))

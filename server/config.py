@@ -58,6 +58,10 @@ class ServerConfig:
     """How long the cache of a session whose connection broke is kept, so that it can go on; 0: not at all."""
     kept_activation_bytes: int = 1 << 30
     """Budget for activations of Forward calls that wait for their Backward; 0: always computed again."""
+    metrics_port: int | None = None
+    """TCP port where Prometheus finds this server's metrics; None: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """IP address of that port."""
     drain_timeout_s: float = 20.0
     """How long a stopping server lets running sessions finish."""
     announce_period_s: float = 15.0
@@ -74,6 +78,8 @@ class ServerConfig:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
         if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
             raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
+        if self.metrics_port is not None and not 0 < self.metrics_port < 65536:
+            raise BadRequest(f"metrics_port {self.metrics_port} is not between 1 and 65535")
         if not 0 <= self.port < 65536:
             raise BadRequest(f"port {self.port} is not between 0 and 65535")
         if self.cache_bytes is not None and self.cache_bytes < 1 << 16:

@@ -24,6 +24,7 @@ from swarm.v1 import blocks_pb2 as pb
 from . import checks
 from .checks import ServiceLimits
 from .engine import Engine
+from .hardware import own_addresses
 from .kv_cache import StepInput
 from .pushing import PushLink, open_push_link
 from .sessions import Deliver, ServerSession, SessionKey, SessionTable
@@ -48,6 +49,7 @@ class Decoding:
         self._sessions = sessions
         self._connector = connector
         self._limits = limits
+        self._own_addresses = own_addresses()
 
     @asynccontextmanager
     async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
@@ -63,10 +65,9 @@ class Decoding:
             prompts_digest=b"" if prompts is None else _digest(prompts),
         )
         timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
-        async with self._sessions.open(
-            key, epoch=opening.epoch, prompts_NBPD=prompts, timeout_s=timeout_s
-        ) as session:
+        async with self._sessions.open(key, epoch=opening.epoch, prompts_NBPD=prompts, timeout_s=timeout_s) as session:
             try:
+                session.shares_machine = any(self._is_here(target) for target in opening.next.direct)
                 async with (
                     self._open_delivery(context, opening, session) as session.deliver,
                     self._passing_on(session),
@@ -75,12 +76,22 @@ class Decoding:
             finally:
                 self._engine.forget(session)
 
-    def attach(self, attach: pb.SessionAttach) -> ServerSession:
-        """Return the session that a Push stream feeds. Raises: SessionLost: there is none, or not any more."""
+    def attach(self, attach: pb.SessionAttach, peer: str) -> ServerSession:
+        """Return the session that a Push stream feeds.
+
+        Args:
+            peer: the caller's address, as gRPC writes it.
+        Raises: SessionLost: there is no such session, or not any more.
+        """
         session = self._sessions.get(attach.session_id, attach.epoch)
         if session.deliver is None:
             raise SessionLost("this session is not open yet")
+        session.shares_machine |= self._is_here(peer.partition(":")[2])
         return session
+
+    def _is_here(self, target: str) -> bool:
+        """Whether a "host:port" is on this machine."""
+        return target.rpartition(":")[0].strip("[]") in self._own_addresses
 
     async def run(self, read: Read, session: ServerSession, *, from_client: bool) -> None:
         """Run the steps of a stream until it ends, or until the session fails on whatever stream.
@@ -172,7 +183,7 @@ class Decoding:
                     logger.debug("dropped a repeated step")
                     continue
                 session.last_step_id = step.step_id
-                output = self._engine.step(session, step, starts_round=from_client)
+                output = self._engine.step(session, step, begins_round=from_client)
                 await session.under_way.put((step, output))
         await session.under_way.join()
 

@@ -1,8 +1,8 @@
 """The engine: one compute thread that runs everything that touches the model or a cache, iteration by iteration.
 
-What runs next is decided by `scheduler.compose`, a pure function of what waits. The engine takes that snapshot, takes the
-pages that the plan needs, runs one pass (`execution.py`) and hands the outputs to the event loop. Training work is long:
-it calls `at_boundary` between submodules, where waiting steps are run in its place, as iterations of their own.
+What runs next is decided by `scheduler.compose`, a pure function of what waits. The engine takes that snapshot, takes
+the pages that the plan needs, runs one pass (`execution.py`) and hands the outputs to the event loop. Training work is
+long: it calls `at_boundary` between submodules, where waiting steps run in its place, as iterations of their own.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _StepJob:
     number: int
     arrived_s: float
     future: asyncio.Future[Tensor]
-    starts_round: bool
+    begins_round: bool
     return_s: float | None
     done: int = 0
     """Tokens per sequence that have run."""
@@ -129,7 +129,12 @@ class Engine:
     """Runs the steps of all sessions, and training work, in a compute thread. A context manager of the event loop."""
 
     def __init__(
-        self, thread: ComputeThread, sessions: SessionTable, executor: Executor, costs: CostModel, config: SchedulerConfig
+        self,
+        thread: ComputeThread,
+        sessions: SessionTable,
+        executor: Executor,
+        costs: CostModel,
+        config: SchedulerConfig,
     ) -> None:
         self._thread = thread
         self._sessions = sessions
@@ -141,6 +146,7 @@ class Engine:
         self._queues: dict[ServerSession, collections.deque[_StepJob]] = {}
         self._training: dict[int, _TrainingJob] = {}
         self._running: _Running | None = None
+        self._free_since_s = 0.0
         self._last_number = 0
         self._closed = False
         self._counters = EngineCounters()
@@ -170,11 +176,11 @@ class Engine:
 
     # What the event loop calls.
 
-    def step(self, session: ServerSession, step: StepInput, *, starts_round: bool) -> asyncio.Future[Tensor]:
+    def step(self, session: ServerSession, step: StepInput, *, begins_round: bool) -> asyncio.Future[Tensor]:
         """Queue a step behind the earlier ones of its session; the future gives [B, L, D], on the CPU.
 
         Args:
-            starts_round: whether it came from the client, not from another server.
+            begins_round: whether it came from the client, not from another server.
         Raises (the future): SessionLost: it does not follow what is cached. CacheFull: no pages came free in time.
         """
         future: asyncio.Future[Tensor] = self._loop.create_future()
@@ -185,7 +191,7 @@ class Engine:
             self._check_open()
             return_s = self._returns.returned(session, now_s)
             number = self._next_number()
-            job = _StepJob(session, step, names, number, now_s, future, starts_round, return_s)
+            job = _StepJob(session, step, names, number, now_s, future, begins_round, return_s)
             self._queues.setdefault(session, collections.deque()).append(job)
             self._guard.notify_all()
         return future
@@ -255,9 +261,7 @@ class Engine:
                 continue
             rest = job.step.length - job.done
             waiting.append(
-                Waiting(
-                    job.number, job.kind, session.batch_size, rest, job.arrived_s, job.return_s, job.starts_round
-                )
+                Waiting(job.number, job.kind, session.batch_size, rest, job.arrived_s, job.return_s, job.begins_round)
             )
         if training:
             for number in [number for number, each in self._training.items() if each.future.cancelled()]:
@@ -266,7 +270,8 @@ class Engine:
                 Waiting(each.number, Kind.TRAINING, each.num_rows, each.length, each.arrived_s)
                 for each in self._training.values()
             ]
-        return Snapshot(now_s, waiting, self._returns.expected(now_s))
+        shares_machine = any(session.shares_machine for session in self._queues)
+        return Snapshot(now_s, waiting, self._returns.expected(now_s), self._free_since_s, shares_machine)
 
     def _head(self, session: ServerSession, now_s: float) -> _StepJob | None:
         """The next step of a session; cancelled ones, and those that waited too long for pages, are dropped."""
@@ -346,7 +351,8 @@ class Engine:
         counters = self._counters
         counters.num_iterations += 1
         counters.num_shared_passes += len(turn) > 1
-        counters.iteration_s += time.monotonic() - began_s
+        self._free_since_s = time.monotonic()
+        counters.iteration_s += self._free_since_s - began_s
         decoding = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
         counters.num_decode_tokens += sum(decoding)
         counters.num_prefill_tokens += num_tokens - sum(decoding)

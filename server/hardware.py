@@ -55,6 +55,11 @@ def choose_dtype(wanted: str, config: PretrainedConfig) -> torch.dtype:
     return own if own in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
 
 
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this machine."""
+    return frozenset(each.address for entries in psutil.net_if_addrs().values() for each in entries)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can be used on a device now."""
     if device.type == "cuda":

@@ -178,7 +178,7 @@ class SessionCache:
         return self.mask_BT[row, :length]
 
     def publish(self, names: Sequence[Sequence[tuple[int, bytes]]], start: int, end: int) -> None:
-        """Let other sequences share the named pages whose last token is among those from `start` to `end`, just written.
+        """Let other sequences share the named pages whose last token is among those just written, `start` to `end`.
 
         Args:
             names: for each sequence, (page number, name).

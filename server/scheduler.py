@@ -2,15 +2,24 @@
 
 An iteration is one packed pass through the blocks. It carries every waiting decode step and as many prefill tokens
 as the decoding sessions can bear; training runs in what is left of the time, and yields between submodules.
+
+A pass costs about the same whether it carries one decode step or eight. So steps are *held* for others that are
+expected soon, where the time is less than what a shared pass saves; otherwise sessions that a chance has set apart
+would follow one another for ever, each in a pass of its own.
 """
 
 from __future__ import annotations
 
 import enum
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .timing import CostModel, Expected
+
+RING_PASSES = 4
+"""Steps that come back within so many passes are taken to be with other servers on this machine meanwhile."""
 
 
 class Kind(enum.IntEnum):
@@ -29,21 +38,35 @@ class SchedulerConfig:
     """How decode, prefill and training share the time."""
 
     max_tokens: int = 512
-    """Most tokens in one iteration, unless a single step has more rows."""
+    """Most tokens in an iteration. The oldest decode step, and a token per row of the first prefill, go in any case."""
     prefill_slowdown: float = 1.8
     """How many times as long an iteration with prefill may take as its decode steps alone."""
     max_prefill_wait_s: float = 2.0
-    """Prefills run shortest first; one that has waited so long goes before the others."""
+    """Prefills run shortest first; those that have waited so long go before the others, oldest first."""
     max_training_wait_s: float = 1.0
     """Training runs when nothing else does; having waited so long, it gets `training_share` of the time."""
     training_share: float = 0.2
-    """Share of the time that a running slice of training keeps while other work waits."""
+    """Share of the time that running training keeps while other work waits."""
     training_tokens: int = 2048
+    """Tokens in one slice of training while nobody decodes."""
     training_tokens_while_decoding: int = 128
-    hold_passes: float = 1.5
-    hold_passes_later: float = 0.5
-    companion: float = 1.0
-    gather: float = 0.05
+    """Tokens in one slice of training while sessions decode: they wait for one submodule's pass over them."""
+    hold_share: float = 0.5
+    """Decode steps are held for others for at most this share of what it saves to run them together."""
+    ring_share: float = 0.75
+    """The same for steps that begin a round through servers on one machine, as a share of the round: more than half, so
+    that of two groups that go round, one will wait for the other."""
+    gather_share: float = 0.05
+    """While steps arrive, the next one is waited for at least so long, as a share of what running together saves:
+    the outputs of one pass reach the next server one message after the other."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.training_tokens < 1 or self.training_tokens_while_decoding < 1:
+            raise ValueError("an iteration and a slice of training have at least one token")
+        if self.prefill_slowdown < 1:
+            raise ValueError(f"prefill_slowdown must be at least 1, got {self.prefill_slowdown}")
+        if not 0 < self.training_share < 1:
+            raise ValueError(f"training_share must lie between 0 and 1, got {self.training_share}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +82,7 @@ class Waiting:
     arrived_s: float
     return_s: float | None = None
     """Of a decode step: the session's usual return time, if known (ReturnTimes.returned)."""
-    starts_round: bool = True
+    begins_round: bool = False
     """Of a decode step: it came from the client, not from another server."""
 
 
@@ -69,11 +92,14 @@ class Snapshot:
 
     now_s: float
     waiting: Sequence[Waiting]
+    """At most one step per session; no training while a slice of training is being interrupted."""
     expected: Sequence[Expected] = ()
+    """Steps of sessions that have none waiting or running (ReturnTimes.expected)."""
     free_since_s: float = 0.0
-    """When the last iteration ended."""
-    training_runs: bool = False
-    """A slice of training is about to be interrupted: begin no other."""
+    """When the last iteration ended: holding begins then."""
+    shares_machine: bool = False
+    """Other servers of these sessions compute on the same machine. There, sessions in different passes slow one another
+    down wherever they are: it pays to wait longer for one another, and a gap between two steps is not free time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,114 +121,30 @@ class Plan:
     training: int | None = None
     """Number of the training work to begin or continue with; it yields where `may_interrupt` allows it."""
     hold_until_s: float | None = None
-    """Compose again when work arrives, at this time at the latest."""
+    """Later than now: compose again when work arrives, at this time at the latest."""
 
 
 def compose(snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> Plan:
     """Return what to run now."""
-    decodes = sorted((work for work in snapshot.waiting if work.kind is Kind.DECODE), key=lambda work: work.number)
-    prefills = _prefills_in_order(snapshot, config)
-    training = min((work for work in snapshot.waiting if work.kind is Kind.TRAINING), key=_number, default=None)
-    until_s = _hold_until_s(decodes, snapshot, costs, config)
-    if until_s is None and prefills and not decodes:
+    decodes = sorted(_of_kind(Kind.DECODE, snapshot), key=lambda work: work.number)
+    prefills = sorted(_of_kind(Kind.PREFILL, snapshot), key=lambda work: _prefill_rank(work, snapshot.now_s, config))
+    training = sorted(_of_kind(Kind.TRAINING, snapshot), key=lambda work: work.number)
+    until_s = None
+    if decodes:
+        until_s = _hold_until_s(decodes, snapshot, costs, config)
+    elif prefills:
         until_s = _gap_until_s(prefills[0], snapshot, costs, config)
-    slices = () if until_s is not None else _fill(decodes, prefills, snapshot, costs, config)
-    if training is not None and not snapshot.training_runs:
-        if not slices or snapshot.now_s - training.arrived_s >= config.max_training_wait_s:
-            return Plan(training=training.number)
+    slices = _fill(decodes, prefills, snapshot, costs, config) if until_s is None else ()
+    if training and (not slices or snapshot.now_s - training[0].arrived_s >= config.max_training_wait_s):
+        return Plan(training=training[0].number)
     return Plan(slices=slices, hold_until_s=until_s)
 
 
-def _number(work: Waiting) -> int:
-    return work.number
-
-
-def _prefills_in_order(snapshot: Snapshot, config: SchedulerConfig) -> list[Waiting]:
-    """Those that waited too long, oldest first; then the shortest first."""
-
-    def rank(work: Waiting) -> tuple[int, int, int]:
-        aged = snapshot.now_s - work.arrived_s >= config.max_prefill_wait_s
-        return (not aged, 0 if aged else work.num_rows * work.length, work.number)
-
-    return sorted((work for work in snapshot.waiting if work.kind is Kind.PREFILL), key=rank)
-
-
-def _hold_until_s(
-    decodes: list[Waiting], snapshot: Snapshot, costs: CostModel, config: SchedulerConfig
-) -> float | None:
-    if not decodes:
-        return None
-    now_s = snapshot.now_s
-    num_rows = sum(work.num_rows for work in decodes)
-    known = sorted(work.return_s for work in decodes if work.return_s is not None)
-    usual_s = known[len(known) // 2] if known else None
-    since_s = max(decodes[0].arrived_s, snapshot.free_since_s)
-    passes = config.hold_passes if any(work.starts_round for work in decodes) else config.hold_passes_later
-    until_s = None
-    others = sum(step.num_rows for step in snapshot.expected)
-    if others and config.gather:
-        saving_s = costs.saving_s(num_rows, others)
-        quiet_s = max(work.arrived_s for work in decodes) + config.gather * saving_s
-        if now_s < quiet_s - 1e-6 and quiet_s < since_s + saving_s * 0.5:
-            until_s = quiet_s
-    for step in sorted(snapshot.expected, key=lambda step: step.until_s):
-        if step.until_s <= now_s:
-            continue
-        saving_s = costs.saving_s(num_rows, step.num_rows)
-        if step.until_s > since_s + passes * saving_s:
-            break
-        if usual_s is not None and abs(step.return_s - usual_s) > saving_s * config.companion:
-            continue
-        num_rows += step.num_rows
-        until_s = max(step.until_s, until_s or 0)
-    return until_s
-
-
-def _gap_until_s(first: Waiting, snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> float | None:
-    coming = [step for step in snapshot.expected if step.until_s > snapshot.now_s]
-    if not coming or _gap_tokens(snapshot, costs, config) >= first.num_rows:
-        return None
-    return min(coming, key=lambda step: step.at_s).until_s
-
-
-def _gap_tokens(snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> int:
-    if not snapshot.expected:
-        return config.max_tokens
-    limit_s = config.prefill_slowdown * costs.iteration_s(sum(step.num_rows for step in snapshot.expected))
-    coming = [step.at_s - snapshot.now_s for step in snapshot.expected if step.until_s > snapshot.now_s]
-    return costs.tokens_within(max(0.0, min([limit_s, *coming])))
-
-
-def _fill(
-    decodes: list[Waiting], prefills: list[Waiting], snapshot: Snapshot, costs: CostModel, config: SchedulerConfig
-) -> tuple[Slice, ...]:
-    slices: list[Slice] = []
-    num_rows = 0
-    most = config.max_tokens - (prefills[0].num_rows if prefills else 0)
-    for work in decodes:
-        if not slices or num_rows + work.num_rows <= most:
-            slices.append(Slice(work.number, 1))
-            num_rows += work.num_rows
-    if not prefills:
-        return tuple(slices)
-    if num_rows:
-        budget = costs.tokens_within(config.prefill_slowdown * costs.iteration_s(num_rows)) - num_rows
-    else:
-        budget = _gap_tokens(snapshot, costs, config)
-    budget = min(budget, config.max_tokens - num_rows)
-    for at, work in enumerate(prefills):
-        length = min(work.length, max(budget // work.num_rows, at == 0))
-        if length > 0:
-            slices.append(Slice(work.number, length))
-            budget -= length * work.num_rows
-    return tuple(slices)
-
-
 def may_interrupt(training_s: float, other_s: float, config: SchedulerConfig) -> bool:
-    """Return whether a running slice of training may stand back for other work, asked between two submodules.
+    """Return whether running training may stand back for other work; asked before each of its submodules.
 
     Args:
-        training_s, other_s: time spent on the slice, and on iterations that interrupted it, since it began.
+        training_s, other_s: time spent on it, and on iterations that interrupted it, since it began.
     """
     return training_s >= config.training_share * (training_s + other_s)
 
@@ -213,5 +155,103 @@ def training_rows(num_rows: int, length: int, decoding: bool, config: SchedulerC
     Args:
         decoding: whether sessions decode here at present (some step waits or is expected).
     """
-    most = config.training_tokens_while_decoding if decoding else config.training_tokens
-    return min(num_rows, max(1, most // length))
+    num_tokens = config.training_tokens_while_decoding if decoding else config.training_tokens
+    return min(num_rows, max(1, num_tokens // length))
+
+
+def _of_kind(kind: Kind, snapshot: Snapshot) -> list[Waiting]:
+    return [work for work in snapshot.waiting if work.kind is kind]
+
+
+def _prefill_rank(work: Waiting, now_s: float, config: SchedulerConfig) -> tuple[bool, int, int]:
+    late = now_s - work.arrived_s >= config.max_prefill_wait_s
+    return (not late, 0 if late else work.num_rows * work.length, work.number)
+
+
+def _num_rows(work: Sequence[Waiting | Expected]) -> int:
+    return sum(each.num_rows for each in work)
+
+
+def _coming(snapshot: Snapshot) -> list[Expected]:
+    """The expected steps that are not overdue, by the time when they will be."""
+    coming = [step for step in snapshot.expected if step.until_s > snapshot.now_s]
+    return sorted(coming, key=lambda step: step.until_s)
+
+
+def _hold_until_s(
+    decodes: Sequence[Waiting], snapshot: Snapshot, costs: CostModel, config: SchedulerConfig
+) -> float | None:
+    """Return until when to hold the waiting decode steps for others; None: run them.
+
+    Two groups of steps that run together from now on save one pass in each round. They pay for it once with the time
+    that the one waits for the other; and in each round, if their return times differ. Both must be less than the
+    saving. Where the time of a pass grows with every token there is no saving, and nothing is held.
+    """
+    num_rows = _num_rows(decodes)
+    begun_s = max(decodes[0].arrived_s, snapshot.free_since_s)
+    known_s = [work.return_s for work in decodes if work.return_s is not None]
+    usual_s = statistics.median_low(known_s) if known_s else None
+    share = config.hold_share
+    if snapshot.shares_machine and usual_s is not None and any(work.begins_round for work in decodes):
+        pass_s = costs.iteration_s(num_rows)
+        share = max(share, config.ring_share * (usual_s + pass_s) / pass_s) if pass_s else share
+    saving_s = costs.saving_s(num_rows, _num_rows(snapshot.expected))
+    latest_s = max(work.arrived_s for work in decodes)
+    until_s = min(latest_s + config.gather_share * saving_s, begun_s + config.hold_share * saving_s)
+    others = 0
+    for step in _coming(snapshot):
+        saving_s = costs.saving_s(num_rows, step.num_rows)
+        if usual_s is not None and abs(step.return_s - usual_s) > saving_s:
+            continue
+        others += step.num_rows
+        saving_s = costs.saving_s(num_rows, others)
+        if step.until_s <= begun_s + share * saving_s and num_rows + others <= config.max_tokens:
+            until_s = max(until_s, step.until_s)
+    return until_s if until_s > snapshot.now_s else None
+
+
+def _gap_until_s(prefill: Waiting, snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> float | None:
+    """Return until when to hold prefills for a decode step that would come while they run; None: run them."""
+    coming = _coming(snapshot)
+    if not coming or _gap_tokens(snapshot, costs, config) >= prefill.num_rows:
+        return None
+    return min(coming, key=lambda step: step.at_s).until_s
+
+
+def _gap_tokens(snapshot: Snapshot, costs: CostModel, config: SchedulerConfig) -> int:
+    """Return how many prefill tokens an iteration without decode steps may have, so that it ends before any come."""
+    if not snapshot.expected:
+        return config.max_tokens
+    pass_s = costs.iteration_s(_num_rows(snapshot.expected))
+    gap_s = min((step.at_s - snapshot.now_s for step in _coming(snapshot)), default=math.inf)
+    if snapshot.shares_machine and gap_s < RING_PASSES * pass_s:
+        return 0
+    return costs.tokens_within(max(0.0, min(config.prefill_slowdown * pass_s, gap_s)))
+
+
+def _fill(
+    decodes: Sequence[Waiting],
+    prefills: Sequence[Waiting],
+    snapshot: Snapshot,
+    costs: CostModel,
+    config: SchedulerConfig,
+) -> tuple[Slice, ...]:
+    """Return the slices of one iteration: decode steps, oldest first, then prefill tokens."""
+    slices: list[Slice] = []
+    num_rows = 0
+    most = config.max_tokens - (prefills[0].num_rows if prefills else 0)
+    for work in decodes:
+        if not slices or num_rows + work.num_rows <= most:
+            slices.append(Slice(work.number, 1))
+            num_rows += work.num_rows
+    if num_rows:
+        tokens = costs.tokens_within(config.prefill_slowdown * costs.iteration_s(num_rows)) - num_rows
+    else:
+        tokens = _gap_tokens(snapshot, costs, config)
+    tokens = min(tokens, config.max_tokens - num_rows)
+    for work in prefills:
+        length = min(work.length, max(tokens // work.num_rows, int(work is prefills[0])))
+        if length > 0:
+            slices.append(Slice(work.number, length))
+            tokens -= length * work.num_rows
+    return tuple(slices)

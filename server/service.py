@@ -80,7 +80,6 @@ class BlocksService(pb_grpc.BlocksServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
         """See the wire contract; a caller of another version gets an answer too, so that it can say so."""
-        stats = self._sessions.statistics()
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             software_version=swarm.__version__,
@@ -93,9 +92,9 @@ class BlocksService(pb_grpc.BlocksServicer):
             hidden_size=self._span.hidden_size,
             limits=self._limits.to_wire(),
             load=pb.Load(
-                num_sessions=stats.num_sessions,
-                cache_used_bytes=stats.cache_used_bytes,
-                cache_total_bytes=stats.cache_total_bytes,
+                num_sessions=self._sessions.num_sessions,
+                cache_used_bytes=self._sessions.cache_used_bytes,
+                cache_total_bytes=self._sessions.cache_total_bytes,
                 queue_length=self._engine.statistics().queue_length,
             ),
             can_rewind=self._can_rewind,
@@ -120,7 +119,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         async with errors_to_wire(context, "Push"), self._counted(admit=True):
             attach = (await _first_message(context, "attach")).attach
             checks.check_version(attach.protocol_version)
-            await self._decoding.run(context.read, self._decoding.attach(attach), from_client=False)
+            await self._decoding.run(context.read, self._decoding.attach(attach, context.peer()), from_client=False)
         return pb.PushResponse()
 
     async def Forward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:

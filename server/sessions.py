@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import hashlib
 import logging
 import threading
 import time
@@ -17,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest, CacheFull, PeerError, PromptTooLong, SessionLost
@@ -74,6 +72,8 @@ class ServerSession:
     opened_at_s: float = field(default_factory=time.monotonic)
     used_at_s: float = field(default_factory=time.monotonic)
     """When the last step came, or the session was opened."""
+    shares_machine: bool = False
+    """Whether the server before or after this one in its route is on the same machine."""
     replaced: bool = False
     """Whether the caller has opened it again: the cache belongs to the newer one."""
 
@@ -133,9 +133,7 @@ class SessionTable:
         grace_s: how long the cache of a broken stream is kept.
     """
 
-    def __init__(
-        self, views: SpanViews, pool: PagePool, bytes_per_page: int, *, packed: bool, grace_s: float
-    ) -> None:
+    def __init__(self, views: SpanViews, pool: PagePool, bytes_per_page: int, *, packed: bool, grace_s: float) -> None:
         self.views = views
         self.pool = pool
         self.guard = threading.Condition()
@@ -193,15 +191,28 @@ class SessionTable:
         logger.info("a kept session gave way")
         return True
 
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def cache_used_bytes(self) -> int:
+        return self.pool.num_used * self._bytes_per_page
+
+    @property
+    def cache_total_bytes(self) -> int:
+        return self.pool.num_pages * self._bytes_per_page
+
     def statistics(self) -> SessionTableStatistics:
+        """Count everything; walks all pages, so not for every request."""
         now_s = time.monotonic()
         with self.guard:
             return SessionTableStatistics(
                 num_sessions=len(self._sessions),
                 num_kept=len(self._kept),
-                cache_used_bytes=self.pool.num_used * self._bytes_per_page,
+                cache_used_bytes=self.cache_used_bytes,
                 cache_shared_bytes=self.pool.num_shared * self._bytes_per_page,
-                cache_total_bytes=self.pool.num_pages * self._bytes_per_page,
+                cache_total_bytes=self.cache_total_bytes,
                 oldest_session_s=max((now_s - each.opened_at_s for each in self._sessions.values()), default=0.0),
             )
 

@@ -157,5 +157,3 @@ def test_clients_that_decode_at_once_share_passes(llama, swarms):
         thread.join()
     assert all(torch.equal(results[number], tokens) for number, tokens in enumerate(wanted))
     assert llama.swarm.servers[0].running.engine.statistics().counters.num_shared_passes > before
-
-

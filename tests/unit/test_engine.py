@@ -90,7 +90,7 @@ class Bench:
         x_BLD = torch.full((session.batch_size, length, 2), float(length))
         at = session.cache.length if position is None else position
         step = StepInput(self._step_ids[session], at, length, [], x_BLD, None, None)
-        return self.engine.step(session, step, starts_round=True)
+        return self.engine.step(session, step, begins_round=True)
 
     async def busy(self, session: ServerSession) -> asyncio.Future[Tensor]:
         """Let a session's step enter the executor and stay there until `let_go` is set."""
@@ -229,7 +229,7 @@ async def test_training_lets_steps_go_first_at_its_boundaries():
             assert arrived.wait(30)
         order.append(f"layer {number}")
 
-    async with open_bench(training_share=0.0) as bench, bench.session() as session:
+    async with open_bench(training_share=1e-9) as bench, bench.session() as session:
         training = asyncio.create_task(bench.engine.train(long_work(3, at_each), num_rows=1, length=8))
         assert await asyncio.to_thread(started.wait, 30)
         step = bench.step(session, 1)

@@ -278,7 +278,9 @@ def test_going_back_to_a_page_boundary_keeps_naming_and_into_a_page_ends_it():
     assert names.of_step(step(8, x_BLD[:, 8:])) == []
 
 
-@pytest.mark.parametrize("changes", [{"beam_idx": [0]}, {"mask_BL": torch.ones(1, 4)}, {"position_ids_BL": torch.ones(1, 4)}])
+@pytest.mark.parametrize(
+    "changes", [{"beam_idx": [0]}, {"mask_BL": torch.ones(1, 4)}, {"position_ids_BL": torch.ones(1, 4)}]
+)
 def test_steps_with_more_to_them_than_their_tokens_end_naming(changes):
     names, x_BLD = PageNames(1, PAGE, b""), torch.randn(1, 8, 3)
     assert names.of_step(step(0, x_BLD[:, :4], **changes)) == []

@@ -1,0 +1,105 @@
+"""What a server does, for Prometheus. Counts and sizes only: nothing of what people compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from swarm.errors import ResourceError
+
+from .batches import KeptActivations
+from .engine import Engine
+from .sessions import SessionTable
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Upper bounds of the histogram's buckets."""
+
+
+class ServerCollector(Collector):
+    """Reads the statistics of a server's parts each time that Prometheus asks."""
+
+    def __init__(self, engine: Engine, sessions: SessionTable, kept: KeptActivations) -> None:
+        self._engine = engine
+        self._sessions = sessions
+        self._kept = kept
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._of_engine()
+        yield from self._of_sessions()
+        yield _gauge("kept_activation_bytes", "Activations that wait for their Backward.", self._kept.used_bytes)
+        yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", self._kept.num_hits)
+
+    def _of_engine(self) -> Iterator[Metric]:
+        statistics = self._engine.statistics()
+        counters = statistics.counters
+        tokens = CounterMetricFamily("swarm_tokens", "Tokens that ran through the blocks.", labels=["kind"])
+        for kind, value in (
+            ("decode", counters.num_decode_tokens),
+            ("prefill", counters.num_prefill_tokens),
+            ("training", counters.num_training_tokens),
+        ):
+            tokens.add_metric([kind], value)
+        yield tokens
+        busy = CounterMetricFamily("swarm_busy_seconds", "Time of the compute thread.", labels=["kind"])
+        busy.add_metric(["steps"], counters.iteration_s)
+        busy.add_metric(["training"], counters.training_s)
+        yield busy
+        yield _counter("iterations", "Passes through the blocks.", counters.num_iterations)
+        yield _counter("shared_iterations", "Passes that carried several sessions.", counters.num_shared_passes)
+        yield _counter("held_iterations", "Passes that waited for further steps.", counters.num_held)
+        yield _counter("steps", "Steps of sessions.", counters.num_steps)
+        yield _counter("step_queue_seconds", "Time that steps waited for their first pass.", counters.queued_s)
+        yield _counter("out_of_pages", "Steps that found the KV cache full.", counters.num_out_of_pages)
+        yield _gauge("queue_length", "Steps and batches that wait.", statistics.queue_length)
+        yield _batch_sizes(statistics.batch_sizes)
+
+    def _of_sessions(self) -> Iterator[Metric]:
+        statistics = self._sessions.statistics()
+        yield _gauge("sessions", "Open sessions.", statistics.num_sessions)
+        yield _gauge("kept_sessions", "Caches kept for clients whose connection broke.", statistics.num_kept)
+        yield _gauge("oldest_session_seconds", "Age of the oldest open session.", statistics.oldest_session_s)
+        cache = GaugeMetricFamily("swarm_cache_bytes", "The KV cache.", labels=["state"])
+        cache.add_metric(["used"], statistics.cache_used_bytes)
+        cache.add_metric(["shared"], statistics.cache_shared_bytes)
+        cache.add_metric(["total"], statistics.cache_total_bytes)
+        yield cache
+
+
+def _counter(name: str, what: str, value: float) -> Metric:
+    return CounterMetricFamily(f"swarm_{name}", what, value=value)
+
+
+def _gauge(name: str, what: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"swarm_{name}", what, value=value)
+
+
+def _batch_sizes(counts: dict[int, int]) -> Metric:
+    buckets = [(str(most), float(sum(n for size, n in counts.items() if size <= most))) for most in BATCH_SIZES]
+    buckets.append(("+Inf", float(sum(counts.values()))))
+    total = sum(size * count for size, count in counts.items())
+    return HistogramMetricFamily("swarm_decode_batch_size", "Decode steps in a pass.", buckets=buckets, sum_value=total)
+
+
+@contextmanager
+def serve_metrics(address: tuple[str, int], collector: Collector) -> Iterator[int]:
+    """Answer Prometheus over HTTP, under /metrics, while the body runs; yield the port.
+
+    Raises: ResourceError: the port is taken.
+    """
+    host, port = address
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as exc:
+        raise ResourceError(f"port {port} on {host} cannot be used for metrics: choose another --metrics-port") from exc
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

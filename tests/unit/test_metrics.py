@@ -1,0 +1,62 @@
+"""What Prometheus reads of a server."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from test_engine import open_bench
+
+from swarm.errors import ResourceError
+from swarm.server.batches import KeptActivations
+from swarm.server.metrics import ServerCollector, serve_metrics
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def read_metrics(port: int) -> dict[tuple[str, str], float]:
+    """(name, first label's value) -> value."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_metrics_follow_what_the_engine_does():
+    async with open_bench() as bench:
+        collector = ServerCollector(bench.engine, bench.table, KeptActivations(1 << 20))
+        with serve_metrics(("127.0.0.1", free_port()), collector) as port:
+            async with bench.session() as session, bench.session(batch_size=2) as other:
+                await bench.step(session, 6)
+                await bench.step(session, 1)
+                await bench.step(other, 1)
+                await bench.engine.train(lambda turns: None, num_rows=3, length=5)
+                metrics = read_metrics(port)
+            assert metrics["swarm_tokens_total", "prefill"] == 6 and metrics["swarm_tokens_total", "decode"] == 3
+            assert metrics["swarm_tokens_total", "training"] == 15
+            assert metrics["swarm_iterations_total", ""] == metrics["swarm_steps_total", ""] == 3
+            assert metrics["swarm_decode_batch_size_bucket", "1"] == metrics["swarm_decode_batch_size_count", ""] == 2
+            assert metrics["swarm_sessions", ""] == 2 and metrics["swarm_queue_length", ""] == 0
+            assert metrics["swarm_cache_bytes", "used"] == 4 * 1024
+            assert metrics["swarm_cache_bytes", "total"] == 64 * 1024
+            assert read_metrics(port)["swarm_cache_bytes", "used"] == 0
+
+
+async def test_a_port_in_use_is_a_clear_error():
+    async with open_bench() as bench:
+        collector = ServerCollector(bench.engine, bench.table, KeptActivations(0))
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            serving = serve_metrics(taken.getsockname(), collector)
+            with pytest.raises(ResourceError, match="choose another --metrics-port"), serving:
+                pass
