@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clients import Clients, Generate, Request, Train
+from clients import Clients
 from common import p50_p95, rounded, say
+from tasks import Generate, Request, Train
 
 MAX_TOKENS = 6000
 """Nobody decodes longer; far more than any run needs."""

@@ -9,8 +9,8 @@ import statistics
 import time
 from collections.abc import Callable
 
-from clients import generate_here, random_prompts
 from common import local_and_swarm, new_parser, print_result, rounded, say, setting_of
+from tasks import generate_here, random_prompts
 
 
 def main() -> None:

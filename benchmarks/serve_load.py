@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from clients import Clients, Generate, Request, generate_here, random_prompts
+from clients import Clients
 from common import (
     Setting,
     model_and_servers,
@@ -33,6 +33,7 @@ from common import (
     setting_of,
 )
 from interference import Intrusion, measure_intrusion
+from tasks import Generate, Request, generate_here, random_prompts
 from watch import Watch
 
 WARM_UP_TOKENS = 4

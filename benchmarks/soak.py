@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from clients import Clients, Request, Wander
+from clients import Clients
 from common import model_and_servers, new_parser, p50_p95, print_result, rounded, say, setting_of
+from tasks import Request, Wander
 from watch import Watch
 
 PERIOD_S = 2.0
