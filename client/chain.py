@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc.aio
 from torch import Tensor
@@ -21,7 +21,7 @@ from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
-from swarm.streams import read_tensors, write_message
+from swarm.streams import Step, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -68,18 +68,6 @@ class Tickets:
         return self.session_ids[hop.peer_id, hop.blocks]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step sends; see Step in the wire contract."""
-
-    position: int
-    num_outputs: int
-    x_BLD: Tensor
-    mask_BL: Tensor | None = None
-    position_ids_BL: Tensor | None = None
-    beam_idx: Sequence[int] = ()
-
-
 class Chain:
     """The streams of a session over one route; made by `open_chain`."""
 
@@ -105,27 +93,17 @@ class Chain:
         self._last_step_id += 1
         # The server casts to its own dtype first thing; casting here makes the message smaller, not different.
         x_BLD = step.x_BLD.to(torch_dtype(self.hops[0].server.dtype))
-        packed = pack(x_BLD, step.mask_BL, step.position_ids_BL, codec=self._network.config.codec)
-        wire = pb.Step(
-            step_id=self._last_step_id,
-            position=step.position,
-            num_outputs=step.num_outputs,
-            beam_idx=step.beam_idx,
-            hidden_states=packed.specs[0],
-            attention_mask=packed.specs[1],
-            position_ids=packed.specs[2],
-            data=packed.data,
-        )
+        request, more = replace(step, x_BLD=x_BLD).to_wire(self._last_step_id, self._network.config.codec)
         result: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
         self._results[self._last_step_id] = result
-        first = write_message(self._calls[0].write, pb.SessionRequest(step=wire), packed.more)
+        sending = write_message(self._calls[0].write, request, more)
         try:
             async with self._errors_of(0):
-                if packed.more:
+                if more:
                     # The hop reads on only as fast as it computes: ask whether it is alive rather than set a limit.
-                    await self._network.while_alive(first, self.hops, self._network.config.step_timeout_s)
+                    await self._network.while_alive(sending, self.hops, self._network.config.step_timeout_s)
                 else:
-                    await first
+                    await sending
         except PeerError:
             # The stream's reader learns why it ended; give it a moment, for its reason is the better one.
             await self._wait_failure()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest, PromptTooLong
+from swarm.streams import Step
 
-from .chain import Chain, ChainConfig, Step, Tickets, open_chain
+from .chain import Chain, ChainConfig, Tickets, open_chain
 from .loop import LoopThread
 from .network import Attempt, Network
 from .prompts import Prompts

@@ -1,20 +1,50 @@
 """Reading and writing messages whose tensors may need several parts; used at both ends of every stream."""
 
+# B batch, L length, D hidden
+
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 from torch import Tensor
 
-from swarm.codec import Unpacker
+from swarm.codec import Unpacker, pack
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.v1 import blocks_pb2 as pb
 
 PART_TIMEOUT_S = 60.0
 """How long the next part of a message that has begun may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of a session sends to a hop; see Step in the wire contract."""
+
+    position: int
+    num_outputs: int
+    x_BLD: Tensor
+    mask_BL: Tensor | None = None
+    position_ids_BL: Tensor | None = None
+    beam_idx: Sequence[int] = ()
+
+    def to_wire(self, step_id: int, codec: pb.Codec) -> tuple[pb.SessionRequest, list[bytes]]:
+        """Return the message, and the parts of its tensors that did not fit into it: see `write_message`."""
+        packed = pack(self.x_BLD, self.mask_BL, self.position_ids_BL, codec=codec)
+        step = pb.Step(
+            step_id=step_id,
+            position=self.position,
+            num_outputs=self.num_outputs,
+            beam_idx=self.beam_idx,
+            hidden_states=packed.specs[0],
+            attention_mask=packed.specs[1],
+            position_ids=packed.specs[2],
+            data=packed.data,
+        )
+        return pb.SessionRequest(step=step), packed.more
 
 
 async def write_message(write: Callable[[Any], Awaitable[None]], first: Any, more: Sequence[bytes]) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swarm.client.chain import Step
 from swarm.client.session import Record
+from swarm.streams import Step
 
 BATCH, HIDDEN = 3, 2
 
