@@ -27,6 +27,9 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 GATHER_BYTES = 1 << 17
 """Sequences with less of keys and values than this, per block, are copied side by side: one kernel call for all."""
 
+DOUBLE_TOKENS = 32
+"""With so many keys or more, two equal query rows are computed where one would be slow (see below)."""
+
 
 class Scores(NamedTuple):
     """How products of queries and keys become weights, beyond softmax."""
@@ -93,8 +96,9 @@ class RowAttention:
     def __init__(self, pieces: Sequence[Piece], mask_function: MaskFunction | None, store: KVStore) -> None:
         """Plan it; a `mask_function` of None stands for plain causal attention."""
         self._dtype, self._device = store.layout.dtype, store.layout.device
-        self._doubles = _single_rows_are_slow(self._dtype, self._device)
         sights = _look(pieces, mask_function, self._device)
+        most_keys = max((sight.num_keys for sight in sights if sight.piece.length == 1), default=0)
+        self._doubles = most_keys >= DOUBLE_TOKENS and _single_rows_are_slow(self._dtype, self._device)
         max_keys = GATHER_BYTES // store.bytes_per_token_and_block
         short = [sight for sight in sights if sight.piece.length == 1 and sight.num_keys <= max_keys]
         gathered = {sight.start for sight in short} if len(short) > 1 else set()
@@ -122,15 +126,16 @@ class RowAttention:
         """Attention of the pieces of one token; the query heads of a key/value head are rows of one product."""
         _, num_heads, num_tokens, head_dim = q_1MTH.shape
         num_kv_heads = keys_1NSH.shape[1]
-        q_TNGH = q_1MTH.transpose(1, 2).reshape(num_tokens, num_kv_heads, -1, head_dim)
+        q_1TMH = q_1MTH.transpose(1, 2) if num_tokens > 1 else q_1MTH
+        q_TNGH = q_1TMH.reshape(num_tokens, num_kv_heads, -1, head_dim)
         doubled = self._doubles and num_heads == num_kv_heads
         if doubled:
-            q_TNGH = q_TNGH.repeat(1, 1, 2, 1)
+            q_TNGH = torch.cat((q_TNGH, q_TNGH), 2)
         outputs = []
         if self._together is not None:
             outputs.append(_attend_together(self._together, q_TNGH, keys_1NSH, values_1NSH, scores))
         if self._ones:
-            rows = q_TNGH.chunk(num_tokens)
+            rows = q_TNGH.chunk(num_tokens) if num_tokens > 1 else (q_TNGH,)
             for job in self._ones:
                 keys_1NKH, values_1NKH = read_runs(keys_1NSH, job.runs), read_runs(values_1NSH, job.runs)
                 outputs.append(_attend_one(rows[job.start], keys_1NKH, values_1NKH, job.bias_11LK, scores))
@@ -283,7 +288,7 @@ def _single_rows_are_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether one query row takes longer than two.
 
     Without instructions for the type, torch multiplies one row in half precision by a loop of its own: measured on
-    AVX2, 2 to 3 times slower than two rows.
+    AVX2, up to 3 times slower than two rows.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False

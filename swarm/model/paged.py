@@ -71,8 +71,8 @@ class PagedAttention:
         }
 
 
-def plan_paged(pieces: Sequence[Piece], window: int | None, device: torch.device) -> PagedAttention | None:
-    """Make the arguments; None if a sequence has padding, or does not lie on whole pages.
+def plan_paged(pieces: Sequence[Piece], window: int | None, store: KVStore) -> PagedAttention | None:
+    """Make the arguments; None if a sequence has padding, or does not lie on whole pages of the store.
 
     Args:
         window: how many tokens each one sees, itself included; None: all before it.
@@ -80,13 +80,13 @@ def plan_paged(pieces: Sequence[Piece], window: int | None, device: torch.device
     tables = []
     for piece in pieces:
         pages = _pages(piece)
-        if pages is None or piece.key_mask_T is not None:
+        if pages is None or max(pages) >= store.num_slots // PAGE_TOKENS or piece.key_mask_T is not None:
             return None
         tables.append(pages)
     num_pages = max(map(len, tables))
 
     def to_tensor(numbers: Sequence[object]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+        return torch.tensor(numbers, dtype=torch.int32, device=store.layout.device)
 
     return PagedAttention(
         cu_seq_q=to_tensor([0, *itertools.accumulate(piece.length for piece in pieces)]),

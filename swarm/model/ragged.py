@@ -30,7 +30,7 @@ from swarm.model import families
 from swarm.model.attention import MaskFunction, RowAttention, Scores
 from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
-from swarm.model.paged import can_page, plan_paged
+from swarm.model.paged import PagedAttention, can_page, plan_paged
 from swarm.model.passage import AddPrompt, Passage
 from swarm.model.pieces import Piece
 from swarm.model.span import Span
@@ -225,14 +225,14 @@ class _Mask:
         self._local_size = local_size
 
     @cached_property
-    def _paged(self) -> Any:
+    def _paged(self) -> PagedAttention | None:
         row = self._row
         if row.expands or not can_page(row.store):
             return None
         if self._function is None:
-            return plan_paged(row.pieces, None, row.store.layout.device)
+            return plan_paged(row.pieces, None, row.store)
         if self._local_size is not None and _is_window(self._function, self._local_size, row.store.layout.device):
-            return plan_paged(row.pieces, self._local_size, row.store.layout.device)
+            return plan_paged(row.pieces, self._local_size, row.store)
         return None
 
     @cached_property

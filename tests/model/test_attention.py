@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import pytest
 import torch
@@ -22,12 +21,12 @@ NUM_KV_HEADS, HEAD_DIM = 2, 16
 WINDOW = 40
 
 
-def open_store(num_slots: int, dtype: torch.dtype = torch.float32) -> KVStore:
+def open_store(num_slots: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> KVStore:
     """A store of one block, full of random numbers."""
     shape = KVShape(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM)
-    store = KVStore(KVLayout(BlockRange(0, 1), (shape,), dtype, torch.device("cpu")), num_slots)
+    store = KVStore(KVLayout(BlockRange(0, 1), (shape,), dtype, torch.device(device)), num_slots)
     for heads in store.heads(0):
-        heads.normal_(generator=torch.Generator().manual_seed(1))
+        heads.normal_()
     return store
 
 
@@ -161,7 +160,7 @@ def test_paged_arguments_say_what_attention_in_place_does(num_heads: int, window
     store = open_store(2048)
     q_1MTH = torch.randn(1, num_heads, sum(piece.length for piece in PAGED), HEAD_DIM)
     keys, values = store.heads(0)
-    plan = plan_paged(PAGED, window, torch.device("cpu"))
+    plan = plan_paged(PAGED, window, store)
     assert plan is not None and plan.block_table.tolist() == [[2, 3, 0], [4, 0, 0], [6, 7, 0]]
     assert plan.window_size == ((-1, 0) if window is None else (window - 1, 0))
     paged = page_by_page(**plan.arguments(q_1MTH, keys, values, 0.25))
@@ -171,14 +170,13 @@ def test_paged_arguments_say_what_attention_in_place_does(num_heads: int, window
 
 
 def test_the_kernel_takes_the_paged_arguments() -> None:
-    meta = partial(torch.empty, device="meta", dtype=torch.bfloat16)
-    plan = plan_paged(PAGED, WINDOW, torch.device("meta"))
+    store = open_store(2048, torch.bfloat16, "meta")  # its memory has the order that it has on a GPU
+    plan, (keys, values) = plan_paged(PAGED, WINDOW, store), store.heads(0)
     assert isinstance(plan, PagedAttention)
-    heads = meta(2048, NUM_KV_HEADS, HEAD_DIM).transpose(0, 1).unsqueeze(0)  # as a store on a GPU has them
-    assert as_pages(heads).is_contiguous() and as_pages(heads).shape == (8, PAGE_TOKENS, NUM_KV_HEADS, HEAD_DIM)
+    assert as_pages(keys).is_contiguous() and as_pages(keys).shape == (8, PAGE_TOKENS, NUM_KV_HEADS, HEAD_DIM)
     num_tokens = sum(piece.length for piece in PAGED)
-    out = plan(meta(1, 6, num_tokens, HEAD_DIM), heads, heads, 0.25)
-    assert out.shape == (1, num_tokens, 6, HEAD_DIM)
+    q_1MTH = torch.empty(1, 6, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta")
+    assert plan(q_1MTH, keys, values, 0.25).shape == (1, num_tokens, 6, HEAD_DIM)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +184,12 @@ def test_the_kernel_takes_the_paged_arguments() -> None:
     [
         Piece(1, 9, [(100, 110)]),
         Piece(1, 9, [(0, 5), (256, 261)]),
+        Piece(1, 9, [(2048, 2058)]),
         Piece(1, 9, [(0, 10)], key_mask_T=torch.ones(10, dtype=torch.bool)),
     ],
 )
 def test_sequences_off_whole_pages_or_padded_are_not_read_by_pages(piece: Piece) -> None:
-    assert plan_paged([PAGED[1], piece], None, torch.device("cpu")) is None
+    assert plan_paged([PAGED[1], piece], None, open_store(2100)) is None
 
 
 def test_pages_are_for_gpus_only() -> None:
