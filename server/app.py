@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.codec import dtype_name
 from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.dialling import rule_for
 from swarm.errors import ResourceError, SwarmError
 from swarm.identity import TlsCertificate
 from swarm.link import JoinLink
@@ -34,7 +35,7 @@ from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import SpanViews
 from swarm.model.ragged import is_packable
 from swarm.model.span import Span, load_span
-from swarm.peers import Connector, is_outside
+from swarm.peers import Connector
 from swarm.ranges import BlockRange
 from swarm.rpc import SERVER_OPTIONS
 from swarm.tunnel import open_tunnel, serve_tunnel
@@ -44,6 +45,7 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 from .batches import KeptActivations
 from .compute import ComputeThread
 from .config import PERIODS_ALIVE, ServerConfig
+from .cores import Cores, cores_path
 from .engine import Engine
 from .execution import Executor, PackedExecutor, SessionExecutor
 from .hardware import SPEED_TOKENS, Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
@@ -114,15 +116,17 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     async with AsyncExitStack() as owned:
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
         plan = await _plan(config, checkpoint, dht)
+        num_threads = config.num_threads or torch.get_num_threads()
+        cores = owned.enter_context(closing(Cores(cores_path(plan.device, num_threads))))
         thread = owned.enter_context(ComputeThread(num_threads=config.num_threads))
         logger.info("loading blocks %s of %s", plan.blocks, checkpoint.name)
         span = await thread.run(lambda: _load(config, checkpoint, plan, thread))
         speed = await thread.run(lambda: measure_speed(span))
         sessions, executor = await thread.run(lambda: _open_cache(config, span, plan.memory.cache_bytes))
-        engine = owned.enter_context(Engine(thread, sessions, executor, _costs(speed), config.scheduler))
+        engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
         connector = Connector(
             lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses),
-            may_dial=_dialling_rule(await dht.multiaddrs()),
+            rule=await rule_for(await dht.multiaddrs()),
         )
         owned.push_async_callback(connector.aclose)
         model = ServedModel(
@@ -140,7 +144,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         port = await owned.enter_async_context(_open_grpc(config, service, certificate))
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
         announcement = await _announcement(config, checkpoint, plan, speed, dht, certificate, port)
-        async with _announced(dht, announcement, config, sessions) as announcer:
+        async with _announced(dht, announcement, config, engine) as announcer:
             link = JoinLink(
                 initial_peers=tuple(await _link_peers(config, dht)), model_name=public_name(checkpoint)
             ).encode()
@@ -217,13 +221,6 @@ async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task
             task.result()
     if not stop.is_set():
         raise ResourceError("the libp2p daemon of this server ended by itself: start the server again")
-
-
-def _dialling_rule(own_multiaddrs: list[str]) -> Callable[[str], bool]:
-    """What may be dialled for a client: where we are visible on the internet, no address of our own network."""
-    hosts = [address.split("/")[2] for address in own_multiaddrs if address.count("/") > 1]
-    public = any(is_outside(f"{host}:1") for host in hosts)
-    return is_outside if public else lambda target: True
 
 
 async def _wait_idle(service: BlocksService, timeout_s: float) -> None:
@@ -350,17 +347,19 @@ async def _link_peers(config: ServerConfig, dht: Dht) -> list[str]:
 class _Announcer:
     """Keeps the directory up to date."""
 
-    def __init__(self, dht: Dht, announcement: Announcement, config: ServerConfig, sessions: SessionTable) -> None:
+    def __init__(self, dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine) -> None:
         self._dht = dht
         self._config = config
-        self._sessions = sessions
+        self._engine = engine
         self.current = announcement
 
     async def say(self, state: str | None = None) -> None:
         """Announce the present state; a directory that cannot be reached is tried again with the next period."""
         update: dict[str, Any] = {
             "expires_at_s": time.time() + PERIODS_ALIVE * self._config.announce_period_s,
-            "cache_free_tokens": self._sessions.cache_free_tokens,
+            "cache_free_tokens": self._engine.sessions.cache_free_tokens,
+            "decode_tokens_per_s": 1 / self._engine.costs.iteration_s(1),
+            "forward_tokens_per_s": SPEED_TOKENS / self._engine.costs.iteration_s(SPEED_TOKENS),
         }
         if state is not None:
             update["state"] = state
@@ -383,10 +382,10 @@ class _Announcer:
 
 @asynccontextmanager
 async def _announced(
-    dht: Dht, announcement: Announcement, config: ServerConfig, sessions: SessionTable
+    dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine
 ) -> AsyncIterator[_Announcer]:
     """Be in the directory while the body runs."""
-    announcer = _Announcer(dht, announcement, config, sessions)
+    announcer = _Announcer(dht, announcement, config, engine)
     await announcer.say()
     announcer.start()
     try:

@@ -22,6 +22,7 @@ from swarm.errors import CacheFull, SwarmError
 
 from . import scheduler
 from .compute import ComputeThread
+from .cores import POLL_S, Cores
 from .execution import Executor, Slice
 from .kv_cache import StepInput
 from .pages import OutOfPages
@@ -131,15 +132,18 @@ class Engine:
     def __init__(
         self,
         thread: ComputeThread,
+        cores: Cores,
         sessions: SessionTable,
         executor: Executor,
         costs: CostModel,
         config: SchedulerConfig,
     ) -> None:
         self._thread = thread
-        self._sessions = sessions
+        self._cores = cores
+        self.sessions = sessions
         self._executor = executor
-        self._costs = costs
+        self.costs = costs
+        """What passes cost, as measured at start and since."""
         self._config = config
         self._guard = sessions.guard
         self._returns = ReturnTimes()
@@ -230,10 +234,13 @@ class Engine:
 
     def _serve(self) -> None:
         while (turn := self._next_turn()) is not None:
-            if isinstance(turn, _TrainingJob):
-                self._run_training(turn)
-            else:
-                self._run_iteration(turn)
+            try:
+                if isinstance(turn, _TrainingJob):
+                    self._run_training(turn)
+                else:
+                    self._run_iteration(turn)
+            finally:
+                self._cores.give_back()
 
     def _next_turn(self) -> list[tuple[_StepJob, Slice]] | _TrainingJob | None:
         """Wait for something to do; None when the engine is closed."""
@@ -241,7 +248,10 @@ class Engine:
         with self._guard:
             while not self._closed:
                 now_s = time.monotonic()
-                plan = scheduler.compose(self._snapshot(now_s), self._costs, self._config)
+                plan = scheduler.compose(self._snapshot(now_s), self.costs, self._config)
+                if (plan.slices or plan.training is not None) and not self._cores.take_nowait():
+                    self._guard.wait(POLL_S)
+                    continue  # more may have come meanwhile
                 if plan.training is not None:
                     return self._training.pop(plan.training)
                 if plan.slices:
@@ -249,6 +259,7 @@ class Engine:
                         self._counters.num_held += held
                         return slices
                     continue  # they are marked as blocked now
+                self._cores.give_back()
                 held = held or plan.hold_until_s is not None
                 self._guard.wait(self._wait_s(plan.hold_until_s, now_s))
             return None
@@ -257,7 +268,7 @@ class Engine:
         waiting = []
         for session in list(self._queues):
             job = self._head(session, now_s)
-            if job is None or job.blocked_at == self._sessions.num_releases:
+            if job is None or job.blocked_at == self.sessions.num_releases:
                 continue
             rest = job.step.length - job.done
             waiting.append(
@@ -310,7 +321,7 @@ class Engine:
                     self._counters.num_out_of_pages += 1
                     logger.warning("the KV cache is full: a step waits for pages")
                 job.blocked_since_s = job.blocked_since_s or now_s
-                job.blocked_at = self._sessions.num_releases
+                job.blocked_at = self.sessions.num_releases
             except SwarmError as exc:
                 self._queues[job.session].popleft()
                 self._settle([(job.future, exc)])
@@ -322,15 +333,15 @@ class Engine:
             before = cache.length
             cache.begin(job.step)
             if cache.length < before:
-                self._sessions.num_releases += 1
+                self.sessions.num_releases += 1
         while True:
             try:
                 copies = cache.append(length)
                 break
             except OutOfPages:
-                if not self._sessions.give_way():
+                if not self.sessions.give_way():
                     raise
-        self._sessions.begun(session)
+        self.sessions.begun(session)
         job.blocked_since_s = None
         if job.done == 0:
             self._counters.num_steps += 1
@@ -340,22 +351,24 @@ class Engine:
     def _run_iteration(self, turn: Sequence[tuple[_StepJob, Slice]]) -> None:
         began_s = time.monotonic()
         jobs = {each: job for job, each in turn}
-        num_tokens = 0
+        results: list[tuple[_StepJob, Slice, Tensor | BaseException]] = []
         for group in self._executor.groups(list(jobs)):
             started_s = time.perf_counter()
             outputs = self._run_group(group)
-            tokens = sum(each.num_tokens for each in group)
-            self._costs.observe(tokens, time.perf_counter() - started_s)
-            num_tokens += tokens
-            self._finish([(jobs[each], each, output) for each, output in zip(group, outputs, strict=True)])
+            self.costs.observe(sum(each.num_tokens for each in group), time.perf_counter() - started_s)
+            results += [(jobs[each], each, output) for each, output in zip(group, outputs, strict=True)]
+        self._free_since_s = time.monotonic()
+        self._count(turn, self._free_since_s - began_s)
+        self._finish(results)
+
+    def _count(self, turn: Sequence[tuple[_StepJob, Slice]], seconds: float) -> None:
         counters = self._counters
+        decoding = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
         counters.num_iterations += 1
         counters.num_shared_passes += len(turn) > 1
-        self._free_since_s = time.monotonic()
-        counters.iteration_s += self._free_since_s - began_s
-        decoding = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
+        counters.iteration_s += seconds
         counters.num_decode_tokens += sum(decoding)
-        counters.num_prefill_tokens += num_tokens - sum(decoding)
+        counters.num_prefill_tokens += sum(each.num_tokens for _, each in turn) - sum(decoding)
         if decoding:
             self._batch_sizes[len(decoding)] += 1
 
@@ -411,7 +424,7 @@ class Engine:
                 future.set_exception(result)
             else:
                 future.set_result(result)
-        self._sessions.admit_waiting()
+        self.sessions.admit_waiting()
 
     # Training: long work in the compute thread, which lets others go first.
 
@@ -437,6 +450,7 @@ class Engine:
             return
         if self._closed or running.job.future.cancelled():
             raise Abandoned
+        self._cores.pause()
         running.interrupting = True
         try:
             while self._queues and (turn := self._interruption(running)):
@@ -452,7 +466,7 @@ class Engine:
             training_s = now_s - running.began_s - running.other_s
             if not scheduler.may_interrupt(training_s, running.other_s, self._config):
                 return []
-            plan = scheduler.compose(self._snapshot(now_s, training=False), self._costs, self._config)
+            plan = scheduler.compose(self._snapshot(now_s, training=False), self.costs, self._config)
             return self._take_pages(plan.slices, now_s)
 
     def rows(self, num_rows: int, length: int) -> int:

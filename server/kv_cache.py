@@ -127,10 +127,7 @@ class SessionCache:
         """Bring pages and padding to where the step begins: its beams' order, its position."""
         self.check(step)
         if step.beam_idx and list(step.beam_idx) != list(range(self.batch_size)):
-            reordered = [self._pool.fork(self._tables[row]) for row in step.beam_idx]
-            for table in self._tables:
-                self._pool.close(table)
-            self._tables = reordered
+            self._reorder(step.beam_idx)
             if self.mask_BT is not None:
                 self.mask_BT = self.mask_BT[list(step.beam_idx)]
         self.cut(step.position)
@@ -197,6 +194,17 @@ class SessionCache:
             self._pool.close(table)
         self._tables.clear()
         self.own = None
+
+    def _reorder(self, beam_idx: Sequence[int]) -> None:
+        """Let sequence b be what sequence beam_idx[b] was: those that go on keep their tables, further copies fork."""
+        first_use = [beam_idx.index(row) == at for at, row in enumerate(beam_idx)]
+        reordered = [
+            self._tables[row] if first else self._pool.fork(self._tables[row])
+            for row, first in zip(beam_idx, first_use, strict=True)
+        ]
+        for row in set(range(self.batch_size)) - set(beam_idx):
+            self._pool.close(self._tables[row])
+        self._tables = reordered
 
     def _extend_mask(self, step: StepInput) -> None:
         new = step.mask_BL

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from .timing import CostModel, Expected
 
+RING_SAVING = 0.1
+"""Where servers share a machine, the first one gathers its sessions if a shared pass saves this share of a pass."""
+
 RING_PASSES = 4
 """Steps that come back within so many passes are taken to be with other servers on this machine meanwhile."""
 
@@ -191,21 +194,25 @@ def _hold_until_s(
     begun_s = max(decodes[0].arrived_s, snapshot.free_since_s)
     known_s = [work.return_s for work in decodes if work.return_s is not None]
     usual_s = statistics.median_low(known_s) if known_s else None
-    share = config.hold_share
-    if snapshot.shares_machine and usual_s is not None and any(work.begins_round for work in decodes):
-        pass_s = costs.iteration_s(num_rows)
-        share = max(share, config.ring_share * (usual_s + pass_s) / pass_s) if pass_s else share
+    pass_s = costs.iteration_s(num_rows)
+    begins_ring = snapshot.shares_machine and any(work.begins_round for work in decodes)
     saving_s = costs.saving_s(num_rows, _num_rows(snapshot.expected))
     latest_s = max(work.arrived_s for work in decodes)
     until_s = min(latest_s + config.gather_share * saving_s, begun_s + config.hold_share * saving_s)
     others = 0
     for step in _coming(snapshot):
-        saving_s = costs.saving_s(num_rows, step.num_rows)
-        if usual_s is not None and abs(step.return_s - usual_s) > saving_s:
+        alone_s = costs.saving_s(num_rows, step.num_rows)
+        if usual_s is not None and abs(step.return_s - usual_s) > alone_s and not begins_ring:
             continue
         others += step.num_rows
         saving_s = costs.saving_s(num_rows, others)
-        if step.until_s <= begun_s + share * saving_s and num_rows + others <= config.max_tokens:
+        if num_rows + others > config.max_tokens:
+            break
+        if begins_ring and usual_s is not None and saving_s > RING_SAVING * pass_s:
+            latest_s = begun_s + config.ring_share * (usual_s + pass_s)
+            if step.at_s <= latest_s:
+                until_s = max(until_s, min(step.until_s, latest_s))
+        elif step.until_s <= begun_s + config.hold_share * saving_s:
             until_s = max(until_s, step.until_s)
     return until_s if until_s > snapshot.now_s else None
 

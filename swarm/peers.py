@@ -10,12 +10,12 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import grpc
 import grpc.aio
 
 from swarm.announcement import AddressFields
+from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.identity import TLS_NAME, certificate_pem
 from swarm.rpc import open_channel
@@ -57,15 +57,6 @@ class PeerAddress:
         return cls(fields.peer_id, tuple(fields.direct), fields.tls_certificate, tuple(fields.multiaddrs))
 
 
-def is_outside(target: str) -> bool:
-    """Whether a "host:port" may be dialled because a stranger says so: not loopback, link-local or private."""
-    host = target.rpartition(":")[0].strip("[]")
-    try:
-        return ip_address(host).is_global
-    except ValueError:
-        return "." in host and not host.endswith((".local", ".localhost", ".internal"))
-
-
 @dataclass(slots=True, eq=False)
 class _Link:
     """An open channel, and how many use it."""
@@ -82,7 +73,7 @@ class Connector:
 
     Args:
         open_tunnel: how to reach a peer that cannot be dialled; None: such peers are unavailable.
-        may_dial: which of a peer's "host:port" targets may be dialled at all.
+        rule: which of a peer's addresses may be dialled at all.
         connect_timeout_s: for each of the two ways.
     """
 
@@ -90,11 +81,11 @@ class Connector:
         self,
         open_tunnel: TunnelOpener | None,
         *,
-        may_dial: Callable[[str], bool] = lambda target: True,
+        rule: DiallingRule | None = None,
         connect_timeout_s: float = 3.0,
     ) -> None:
         self._open_tunnel = open_tunnel
-        self._may_dial = may_dial
+        self._rule = rule or Anywhere()
         self._connect_timeout_s = connect_timeout_s
         self._links: dict[PeerAddress, asyncio.Task[_Link]] = {}
 
@@ -157,12 +148,13 @@ class Connector:
             pem = certificate_pem(address.tls_certificate)
         except ValueError as exc:
             raise _blamed(ProtocolError(f"the certificate of peer {address.peer_id} cannot be read"), address) from exc
-        targets = [target for target in address.direct if self._may_dial(target)]
+        targets = await self._rule.targets(address.direct)
         if targets and (link := await self._dial(targets, pem)) is not None:
             return link
         if self._open_tunnel is not None and address.multiaddrs:
             try:
-                return await self._tunnel(self._open_tunnel(address.peer_id, address.multiaddrs), pem)
+                multiaddrs = tuple(await self._rule.multiaddrs(address.multiaddrs))
+                return await self._tunnel(self._open_tunnel(address.peer_id, multiaddrs), pem)
             except PeerUnavailable as exc:
                 raise _blamed(exc, address) from exc
         raise _blamed(PeerUnavailable(f"peer {address.peer_id} cannot be reached"), address)

@@ -17,6 +17,7 @@ from swarm.errors import CacheFull, SessionLost
 from swarm.ranges import BlockRange
 from swarm.server import engine as engine_module
 from swarm.server.compute import ComputeThread
+from swarm.server.cores import Cores
 from swarm.server.engine import Engine, Turns
 from swarm.server.execution import Slice
 from swarm.server.kv_cache import StepInput
@@ -71,7 +72,7 @@ class Bench:
         pool = PagePool(num_pages, PAGE)
         self.table = SessionTable(FakeViews(), pool, 1024, packed=True, grace_s=5.0)  # type: ignore[arg-type]
         self.thread = ComputeThread()
-        self.engine = Engine(self.thread, self.table, self.executor, CostModel(), SchedulerConfig(**config))
+        self.engine = Engine(self.thread, Cores(None), self.table, self.executor, CostModel(), SchedulerConfig(**config))
         self._step_ids: dict[ServerSession, int] = {}
 
     @asynccontextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from fakes import peer_id
 
+from swarm.dialling import OutsideOnly
 from swarm.errors import CacheFull, PeerUnavailable, ProtocolError
 from swarm.identity import Identity
-from swarm.peers import Connector, PeerAddress, is_outside
+from swarm.peers import Connector, PeerAddress
 from swarm.rpc import errors_from_wire, from_wire
 from swarm.v1 import blocks_pb2 as pb
 
@@ -37,25 +38,6 @@ def test_a_next_hop_that_is_no_plain_address_is_refused(changes):
         PeerAddress.from_wire(wire(**changes))
 
 
-@pytest.mark.parametrize(
-    ("target", "outside"),
-    [
-        ("8.8.8.8:1", True),
-        ("[2606:4700::1]:1", True),
-        ("peer.example.org:1", True),
-        ("127.0.0.1:1", False),
-        ("10.1.2.3:1", False),
-        ("192.168.0.9:1", False),
-        ("169.254.169.254:80", False),
-        ("[::1]:1", False),
-        ("localhost:1", False),
-        ("router.local:1", False),
-    ],
-)
-def test_addresses_of_the_own_network_are_not_outside(target, outside):
-    assert is_outside(target) is outside
-
-
 @pytest.fixture(scope="module")
 def certificate() -> bytes:
     with Identity.ephemeral() as identity:
@@ -63,7 +45,7 @@ def certificate() -> bytes:
 
 
 async def test_what_may_not_be_dialled_is_not_and_the_peer_is_named(certificate):
-    connector = Connector(None, may_dial=is_outside)
+    connector = Connector(None, rule=OutsideOnly())
     address = PeerAddress(peer_id("A"), ("127.0.0.1:1",), certificate, ())
     with pytest.raises(PeerUnavailable) as caught:
         async with connector.lease(address):
