@@ -18,7 +18,7 @@ from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolErr
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange
-from swarm.streams import PART_TIMEOUT_S, read_tensors, write_message
+from swarm.streams import PART_TIMEOUT_S, Step, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
@@ -239,15 +239,5 @@ async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInp
 
 
 async def _push(link: PushLink, y_BLD: Tensor, step: StepInput) -> None:
-    packed = pack(y_BLD, step.mask_BL, step.position_ids_BL, codec=step.codec)
-    wire = pb.Step(
-        step_id=step.step_id,
-        position=step.position,
-        num_outputs=step.num_outputs,
-        beam_idx=step.beam_idx,
-        hidden_states=packed.specs[0],
-        attention_mask=packed.specs[1],
-        position_ids=packed.specs[2],
-        data=packed.data,
-    )
-    await link.send(pb.SessionRequest(step=wire), packed.more)
+    further = Step(step.position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx)
+    await link.send(*further.to_wire(step.step_id, step.codec))
