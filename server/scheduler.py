@@ -54,8 +54,9 @@ class SchedulerConfig:
     """Tokens in one slice of training while nobody decodes."""
     training_tokens_while_decoding: int = 128
     """Tokens in one slice of training while sessions decode: they wait for one submodule's pass over them."""
-    hold_share: float = 0.5
-    """Decode steps are held for others for at most this share of what it saves to run them together."""
+    hold_share: float = 1.0
+    """Decode steps are held for others for at most this share of what it saves to run them together: waiting costs once
+    what is saved in every round from then on."""
     ring_share: float = 0.75
     """The same for steps that begin a round through servers on one machine, as a share of the round: more than half, so
     that of two groups that go round, one will wait for the other."""
