@@ -121,8 +121,9 @@ class Server:
     """Carries out the scheduler's plans, one at a time."""
 
     def __init__(
-        self, clock: Clock, machine: Machine, cost: Cost, *, config: SchedulerConfig, seed: int = 0, noise: float = 0.02,
-        message_s: float = 0.0003, training_share_of_cost: float = 3.0, boundaries: int = 66, seeded: bool = True,
+        self, clock: Clock, machine: Machine, cost: Cost, *, config: SchedulerConfig, seed: int = 0,
+        noise: float = 0.02, message_s: float = 0.0003, training_share_of_cost: float = 3.0, boundaries: int = 66,
+        seeded: bool = True,
     ) -> None:  # fmt: skip
         self.clock, self.machine, self.cost, self.config = clock, machine, cost, config
         self.costs, self.returns = CostModel(), ReturnTimes()

@@ -72,7 +72,8 @@ class Bench:
         pool = PagePool(num_pages, PAGE)
         self.table = SessionTable(FakeViews(), pool, 1024, packed=True, grace_s=5.0)  # type: ignore[arg-type]
         self.thread = ComputeThread()
-        self.engine = Engine(self.thread, Cores(None), self.table, self.executor, CostModel(), SchedulerConfig(**config))
+        scheduling = SchedulerConfig(**config)
+        self.engine = Engine(self.thread, Cores(None), self.table, self.executor, CostModel(), scheduling)
         self._step_ids: dict[ServerSession, int] = {}
 
     @asynccontextmanager

@@ -173,9 +173,9 @@ def test_whatever_waits_a_plan_is_sound(works, coming, shares, cost):
 # Simulated time.
 
 
-def run(servers: int, clients: int, *, cost=memory_bound, seconds: float = 20.0, think_s: float = 0.004, **more):
+def run(servers: int, clients: int, *, cost=memory_bound, think_s: float = 0.004, **more):
     """Clients that decode over a chain of servers on one machine; returns (clock, servers, clients)."""
-    clock, machine = Clock(), Machine(Clock())
+    clock = Clock()
     machine = Machine(clock)
     machine.shared = servers > 1
     chain = [Server(clock, machine, cost, config=CONFIG, seed=seed, **more) for seed in range(servers)]
@@ -234,14 +234,14 @@ def test_training_slows_decoding_by_half_or_less_and_progresses(cost, most):
 
 
 def test_sessions_over_servers_of_one_machine_come_to_share_their_passes():
-    clock, chain, people = run(3, 8, seconds=40.0)
+    clock, chain, _ = run(3, 8)
     clock.run_until(40.0)
     batches = [each.num_decodes for server in chain for each in server.iterations if each.ended_s > 30.0]
     assert sum(batches) / len(batches) > 5
 
 
 def test_sessions_of_different_rhythm_do_not_wait_for_each_other():
-    clock, machine = Clock(), None
+    clock = Clock()
     machine = Machine(clock)
     server = Server(clock, machine, memory_bound, config=CONFIG)
     fast, slow = Client(clock, [server], lambda: 0.002), Client(clock, [server], lambda: 0.4)
