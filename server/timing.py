@@ -28,6 +28,7 @@ class CostModel:
     def __init__(self) -> None:
         self._sizes: dict[int, collections.deque[tuple[float, int]]] = {}
         self._curve: list[tuple[int, float]] = []
+        self._looked_up: dict[int, float] = {}
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from an iteration that ran."""
@@ -38,15 +39,22 @@ class CostModel:
         samples.append((seconds, num_tokens))
         self._sizes[size] = samples  # the size seen last comes last
         self._curve = _consistent([*self._sizes.values()])
+        self._looked_up.clear()
 
     def iteration_s(self, num_tokens: int) -> float:
         """Return how long an iteration of so many tokens takes; 0.0 as long as none was observed.
 
         Outside of what was observed, in proportion: a small iteration is never overrated, nor a large one underrated.
         """
+        seconds = self._looked_up.get(num_tokens)
+        if seconds is None:
+            seconds = self._looked_up[num_tokens] = self._look_up(num_tokens)
+        return seconds
+
+    def _look_up(self, num_tokens: int) -> float:
         if not self._curve:
             return 0.0
-        at = bisect.bisect_left(self._curve, (num_tokens, 0.0))
+        at = bisect.bisect_left(self._curve, num_tokens, key=lambda point: point[0])
         if at == 0 or at == len(self._curve):
             tokens, seconds = self._curve[min(at, len(self._curve) - 1)]
             return seconds * num_tokens / tokens
@@ -118,19 +126,31 @@ class _Return:
     mean_s: float | None = None
     deviation_s: float = 0.0
     left_s: float | None = None
-    num_rows: int = 1
+    next: Expected | None = None
+    idle_from_s: float = math.inf
 
-    @property
-    def usual_most_s(self) -> float:
-        return OUTLIER * max((self.mean_s or 0.0) + self.deviation_s, LEAST_S)
+    def leave(self, num_rows: int, now_s: float) -> None:
+        self.left_s = now_s
+        if self.mean_s is not None:
+            until_s = now_s + self.mean_s + max(DEVIATIONS * self.deviation_s, LEAST_S)
+            self.next = Expected(now_s + self.mean_s, until_s, num_rows, self.mean_s)
+            self.idle_from_s = now_s + max(IDLE_S, self._usual_most_s(self.mean_s))
 
-    def learn(self, sample_s: float) -> None:
+    def come_back(self, now_s: float) -> None:
+        if self.left_s is not None:
+            self._learn(max(0.0, now_s - self.left_s))
+        self.left_s = self.next = None
+
+    def _learn(self, sample_s: float) -> None:
         if self.mean_s is None:
             self.mean_s, self.deviation_s = sample_s, sample_s / 2
             return
-        sample_s = min(sample_s, self.usual_most_s)
-        self.deviation_s += DEVIATION_WEIGHT * (abs(sample_s - self.mean_s) - self.deviation_s)
-        self.mean_s += MEAN_WEIGHT * (sample_s - self.mean_s)
+        error_s = min(sample_s, self._usual_most_s(self.mean_s)) - self.mean_s
+        self.deviation_s += DEVIATION_WEIGHT * (abs(error_s) - self.deviation_s)
+        self.mean_s += MEAN_WEIGHT * error_s
+
+    def _usual_most_s(self, mean_s: float) -> float:
+        return OUTLIER * max(mean_s + self.deviation_s, LEAST_S)
 
 
 class ReturnTimes:
@@ -141,17 +161,14 @@ class ReturnTimes:
 
     def left(self, session: Hashable, num_rows: int, now_s: float) -> None:
         """An output of the session (of a decode step, or of the end of a prefill) has left the engine."""
-        state = self._sessions.setdefault(session, _Return())
-        state.left_s, state.num_rows = now_s, num_rows
+        self._sessions.setdefault(session, _Return()).leave(num_rows, now_s)
 
     def returned(self, session: Hashable, now_s: float) -> float | None:
-        """The session's next step has come. Returns its usual return time, None if nothing was known of it."""
+        """The session's next step has come. Returns its usual return time, None if nothing is known of it yet."""
         state = self._sessions.get(session)
         if state is None:
             return None
-        if state.left_s is not None:
-            state.learn(max(0.0, now_s - state.left_s))
-            state.left_s = None
+        state.come_back(now_s)
         return state.mean_s
 
     def forget(self, session: Hashable) -> None:
@@ -160,12 +177,5 @@ class ReturnTimes:
 
     def expected(self, now_s: float) -> tuple[Expected, ...]:
         """Return the steps to come, overdue ones included until their session counts as idle."""
-        steps = []
-        for state in self._sessions.values():
-            if state.mean_s is None or state.left_s is None:
-                continue
-            if now_s - state.left_s < max(IDLE_S, state.usual_most_s):
-                at_s = state.left_s + state.mean_s
-                until_s = at_s + max(DEVIATIONS * state.deviation_s, LEAST_S)
-                steps.append(Expected(at_s, until_s, state.num_rows, state.mean_s))
-        return tuple(steps)
+        sessions = self._sessions.values()
+        return tuple([each.next for each in sessions if each.next is not None and now_s < each.idle_from_s])
