@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PeerError, PromptTooLong, SessionLost
+from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
@@ -335,11 +335,13 @@ class SessionTable:
     def _end(self, session: ServerSession, *, keep: bool) -> None:
         if self._sessions.get(session.key.session_id) is session:
             del self._sessions[session.key.session_id]
-        session.fail(SessionLost("the session was closed"))
+        keep = keep and not session.cache.broken and session.cache.length > 0 and self._grace_s > 0
+        # The server before this one hears of it through its Push; it keeps its cache if we do.
+        session.fail(PeerUnavailable("its connection broke") if keep else SessionLost("the session was closed"))
         if session.replaced:
             return
         with self.guard:
-            if keep and not session.cache.broken and session.cache.length and self._grace_s > 0:
+            if keep:
                 timer = asyncio.get_running_loop().call_later(self._grace_s, self._grace_over, session)
                 self._kept[session.key.session_id] = _Kept(session, timer)
             else:

@@ -48,7 +48,7 @@ def small(swarms, tiny_model):
     """Two servers of the whole model with room for 128 tokens each."""
     path = tiny_model("llama")
     bytes_per_token = NUM_BLOCKS * 2 * 2 * 16 * 4
-    settings = {"cache_bytes": 128 * bytes_per_token, "session_grace_s": 0.5}
+    settings = {"cache_bytes": 128 * bytes_per_token, "session_grace_s": 3.0}
     with LocalSwarm(str(path), [WHOLE, WHOLE], dtype="float32", in_process=True, settings=settings) as swarm:
         yield swarm, path
         wait_idle(swarm)
