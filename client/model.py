@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,14 +37,19 @@ OPEN_TIMEOUT_S = 2.0
 class SessionCache(RemoteCache):
     """The session behind a generation, in the shape of `past_key_values`."""
 
-    def __init__(self, session: InferenceSession) -> None:
+    def __init__(self, session: InferenceSession | None) -> None:
         super().__init__()
-        self.session = session
+        self._session = session
         self.used_beams = False
         """Whether its rows were reordered, so that they may no longer be those of the caller's batch."""
         self.mask_BT: Tensor | None = None
         """The attention mask of all tokens so far, if any of them is padding."""
         self._beam_idx: Tensor | None = None
+
+    @property
+    def session(self) -> InferenceSession:
+        assert self._session is not None
+        return self._session
 
     @property
     def position(self) -> int:
@@ -77,6 +82,45 @@ class SessionCache(RemoteCache):
         if beam_idx is None or bool((beam_idx == torch.arange(len(beam_idx))).all()):
             return ()
         return tuple(beam_idx.tolist())
+
+
+class DeferredCache(SessionCache):
+    """The cache that a call returns where nobody asked for one: it opens no session before it is used.
+
+    As Hugging Face's models do, ours return a cache by default, and most callers drop it. So the first call runs
+    without one on any server, and its hidden states are kept here, to be fed to a session by the second call.
+    """
+
+    def __init__(self, open_session: Callable[[int], InferenceSession]) -> None:
+        super().__init__(None)
+        self._open_session = open_session
+        self._first: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call that made it has not been answered yet."""
+        return self._first is None
+
+    def hold(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> None:
+        """Keep what the first call fed to the blocks."""
+        self._first = x_BLD.detach(), mask_BL, position_ids_BL
+
+    @property
+    def session(self) -> InferenceSession:
+        if self._session is None:
+            assert self._first is not None
+            x_BLD, mask_BL, position_ids_BL = self._first
+            session = self._open_session(max(DEFAULT_SESSION_TOKENS, 2 * x_BLD.shape[1]))
+            weakref.finalize(self, session.close_soon)
+            session.preload(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL)
+            self._session = session
+        return self._session
+
+    @property
+    def position(self) -> int:
+        if self._session is None:
+            return 0 if self._first is None else self._first[0].shape[1]
+        return self._session.position
 
 
 class _ActiveSession(InferenceSession):
@@ -129,7 +173,14 @@ class SwarmCall:
         if cache is not None:
             assert isinstance(cache, SessionCache)
             cache.mask_BT = attention_mask_BT if attention_mask_BT is not None else cache.mask_BT
-            return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
+            if not (isinstance(cache, DeferredCache) and cache.is_empty):
+                return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
+        y_BLD = self._stateless(x_BLD, mask_BL, position_ids_BL)
+        if isinstance(cache, DeferredCache):
+            cache.hold(x_BLD, mask_BL, position_ids_BL)
+        return y_BLD
+
+    def _stateless(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> Tensor:
         prompts = self.prompts
         if prompts is None:
             return self.blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL)
@@ -211,6 +262,10 @@ class DistributedMixin:
         cache = SessionCache(session)
         weakref.finalize(cache, session.close_soon)
         return cache
+
+    def new_default_cache(self) -> DeferredCache:
+        """Return the cache of a call that neither brings nor asks for one."""
+        return DeferredCache(self.inference_session)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any) -> Any:

@@ -212,6 +212,10 @@ class RemoteSession:
         owned, self._owned = self._owned, AsyncExitStack()
         await owned.aclose()
 
+    def preload(self, step: Step) -> None:
+        """Take a first step into the record alone; the next one replays it."""
+        self._record = self._record.followed_by(step)
+
     async def select(self, rows: Sequence[int]) -> None:
         """Let the sequences be those of these rows from now on; the next step replays them."""
         self._record = self._record.rows(torch.tensor(rows))
@@ -345,6 +349,15 @@ class InferenceSession:
         finally:
             self._stepping.release()
         return y_BLD.to(x_BLD.device, x_BLD.dtype)
+
+    def preload(self, x_BLD: Tensor, *, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Count tokens as fed that no server has seen yet: they travel with the first step. Arguments as for `step`."""
+        batch_size, length, _ = x_BLD.shape
+        mask, ids = _as_int64(attention_mask, batch_size), _as_int64(position_ids, batch_size)
+        step = Step(0, 0, x_BLD.detach().to("cpu"), mask, ids)
+        _check_step(step)
+        self._session_for(batch_size).preload(self._behind_prompts(step))
+        self._position = length
 
     def _behind_prompts(self, step: Step) -> Step:
         """The step as the servers see it: virtual tokens in front of the first one, positions moved behind them."""

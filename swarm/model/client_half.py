@@ -141,6 +141,10 @@ class _ClientHalf:
     new_remote_cache: Callable[[], RemoteCache] = RemoteCache
     """Makes the cache of a call with use_cache=True; client code sets its own."""
 
+    def new_default_cache(self) -> RemoteCache | None:
+        """Make the cache of a call that leaves use_cache to the config, which wants one; client code overrides it."""
+        return None
+
     def new_generation_cache(self, max_length: int) -> RemoteCache:
         """Make the cache of a generation that can reach `max_length` tokens; client code overrides it."""
         return self.new_remote_cache()
@@ -253,8 +257,11 @@ def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> Non
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**kwargs, **dict(zip(parameters, args, strict=False))}
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache"):
+        use_cache = kwargs.get("use_cache")
+        if cache is None and use_cache:
             cache = kwargs["past_key_values"] = model.new_remote_cache()
+        elif cache is None and use_cache is None and getattr(base_config, "use_cache", False):
+            cache = kwargs["past_key_values"] = model.new_default_cache()
         kwargs["use_cache"] = cache is not None
         if cache is not None and not isinstance(cache, RemoteCache):
             raise BadRequest(
