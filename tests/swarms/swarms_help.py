@@ -12,7 +12,7 @@ RELEASE_TIMEOUT_S = 20.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
-    """Poll a condition that another thread brings about."""
+    """Assert that another thread brings a condition about in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
@@ -26,5 +26,5 @@ def held(swarm: LocalSwarm) -> list[tuple[int, int]]:
 
 
 def wait_idle(swarm: LocalSwarm) -> None:
-    """Wait until no server holds a session or cache."""
+    """Assert that soon no server holds a session or cache."""
     wait_until(lambda: all(each == (0, 0) for each in held(swarm)), f"servers hold nothing, but {held(swarm)}")

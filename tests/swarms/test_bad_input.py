@@ -126,7 +126,8 @@ async def talk(call: Any, *messages: Any, num_answers: int = 0) -> list[Any]:
     return answers
 
 
-async def expect(error: type[SwarmError], sentence: str, call: Any, *messages: Any) -> None:
+async def assert_refused(error: type[SwarmError], sentence: str, call: Any, *messages: Any) -> None:
+    """Assert that a call with these messages ends with this error, in one sentence."""
     with pytest.raises(error, match=sentence) as caught:
         await talk(call, *messages)
     assert type(caught.value) is error
@@ -182,11 +183,11 @@ TENSORS = [
 async def test_tensors_that_do_not_fit(server, changes, error, sentence):
     async with open_stub(server) as stub:
         session = pb.SessionRequest(open=opening(server))
-        await expect(error, sentence, stub.Session(), session, make_step(**changes))
-        await expect(error, sentence, stub.Forward(), compute(server, **changes))
+        await assert_refused(error, sentence, stub.Session(), session, make_step(**changes))
+        await assert_refused(error, sentence, stub.Forward(), compute(server, **changes))
         gradient = {} if "data" in changes else {"grad_outputs": torch.zeros(1, 3, HIDDEN)}
         if gradient:
-            await expect(error, sentence, stub.Backward(), compute(server, **changes, **gradient))
+            await assert_refused(error, sentence, stub.Backward(), compute(server, **changes, **gradient))
 
 
 @pytest.mark.parametrize(
@@ -205,9 +206,9 @@ async def test_tensors_that_do_not_fit(server, changes, error, sentence):
 )
 async def test_calls_for_something_else(server, changes, error, sentence):
     async with open_stub(server) as stub:
-        await expect(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server, **changes)))
-        await expect(error, sentence, stub.Forward(), compute(server, **changes))
-        await expect(error, sentence, stub.Backward(), compute(server, **changes))
+        await assert_refused(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server, **changes)))
+        await assert_refused(error, sentence, stub.Forward(), compute(server, **changes))
+        await assert_refused(error, sentence, stub.Backward(), compute(server, **changes))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ async def test_calls_for_something_else(server, changes, error, sentence):
 )
 async def test_sessions_that_cannot_be(server, changes, error, sentence):
     async with open_stub(server) as stub:
-        await expect(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server, **changes)))
+        await assert_refused(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server, **changes)))
 
 
 async def test_a_session_larger_than_the_whole_cache(swarms):
@@ -235,7 +236,7 @@ async def test_a_session_larger_than_the_whole_cache(swarms):
     server = swarms.join(swarm, path).explain_route()[1].server
     async with open_stub(server) as stub:
         huge = opening(server, blocks=pb.BlockRange(start=1, end=3), batch_size=256, max_tokens=8192)  # 2 GiB
-        await expect(PromptTooLong, "use a shorter max_length", stub.Session(), pb.SessionRequest(open=huge))
+        await assert_refused(PromptTooLong, "use a shorter max_length", stub.Session(), pb.SessionRequest(open=huge))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,9 @@ async def test_a_session_larger_than_the_whole_cache(swarms):
 )
 async def test_steps_that_do_not_fit_the_session(server, changes, error, sentence):
     async with open_stub(server) as stub:
-        await expect(error, sentence, stub.Session(), pb.SessionRequest(open=opening(server)), make_step(**changes))
+        await assert_refused(
+            error, sentence, stub.Session(), pb.SessionRequest(open=opening(server)), make_step(**changes)
+        )
 
 
 async def test_first_and_later_messages_of_the_wrong_kind(server):
@@ -264,15 +267,15 @@ async def test_first_and_later_messages_of_the_wrong_kind(server):
     )
     async with open_stub(server) as stub:
         for first in (make_step(), attach, pb.SessionRequest(more=b"x"), pb.SessionRequest()):
-            await expect(ProtocolError, "first message of this call must be `open`", stub.Session(), first)
+            await assert_refused(ProtocolError, "first message of this call must be `open`", stub.Session(), first)
         for second in (opened, attach, pb.SessionRequest(more=b"x"), pb.SessionRequest()):
-            await expect(ProtocolError, "carries steps", stub.Session(), opened, second)
+            await assert_refused(ProtocolError, "carries steps", stub.Session(), opened, second)
         for first in (make_step(), opened, pb.SessionRequest(more=b"x"), pb.SessionRequest()):
             call = stub.Push()
             with pytest.raises(ProtocolError, match="must be `attach`"):
                 await push(call, first)
         for call in (stub.Forward(), stub.Backward()):
-            await expect(ProtocolError, "must be `open`", call, pb.ComputeRequest(more=b"x"))
+            await assert_refused(ProtocolError, "must be `open`", call, pb.ComputeRequest(more=b"x"))
 
 
 async def push(call: Any, *messages: Any) -> None:
@@ -304,7 +307,7 @@ async def test_a_pushed_step_that_does_not_fit_is_told_to_the_client(server):
         attach = pb.SessionAttach(protocol_version=PROTOCOL_VERSION, session_id=opened.session_id)
         with pytest.raises(BadRequest, match="cannot return 9"):
             await push(stub.Push(), pb.SessionRequest(attach=attach), make_step(num_outputs=9))
-        await expect(BadRequest, "cannot return 9", session)
+        await assert_refused(BadRequest, "cannot return 9", session)
 
 
 async def test_two_sessions_of_one_id(server):
@@ -312,9 +315,9 @@ async def test_two_sessions_of_one_id(server):
         opened = pb.SessionRequest(open=opening(server))
         first = stub.Session()
         await talk(first, opened, num_answers=1)
-        await expect(BadRequest, "a session with this id is open already", stub.Session(), opened)
+        await assert_refused(BadRequest, "a session with this id is open already", stub.Session(), opened)
         other = pb.SessionRequest(open=opening(server, session_id=opened.open.session_id, epoch=7, max_tokens=8))
-        await expect(BadRequest, "a session with this id is open already", stub.Session(), other)
+        await assert_refused(BadRequest, "a session with this id is open already", stub.Session(), other)
         (answer,) = await talk(first, make_step(), num_answers=1)
         assert answer.result.step_id == 1
         first.cancel()
@@ -339,14 +342,14 @@ async def test_a_stream_that_ends_within_a_tensor(server):
         for call in (stub.Forward(), stub.Backward()):
             await call.write(whole)
             await call.done_writing()
-            await expect(ProtocolError, "ended before the bytes", call)
+            await assert_refused(ProtocolError, "ended before the bytes", call)
         session = stub.Session()
         cut = make_step()
         cut.step.data = cut.step.data[:100]
         await talk(session, pb.SessionRequest(open=opening(server)), num_answers=1)
         await session.write(cut)
         await session.done_writing()
-        await expect(ProtocolError, "ended before the bytes", session)
+        await assert_refused(ProtocolError, "ended before the bytes", session)
 
 
 async def test_another_step_within_a_tensor(server):
@@ -354,20 +357,22 @@ async def test_another_step_within_a_tensor(server):
     cut.step.data = cut.step.data[:100]
     async with open_stub(server) as stub:
         session = pb.SessionRequest(open=opening(server))
-        await expect(ProtocolError, "ended before the bytes", stub.Session(), session, cut, make_step(step_id=2))
+        await assert_refused(
+            ProtocolError, "ended before the bytes", stub.Session(), session, cut, make_step(step_id=2)
+        )
 
 
 async def test_streams_that_say_nothing(server):
     async with open_stub(server) as stub:
         for call in (stub.Session(), stub.Forward(), stub.Backward()):
             await call.done_writing()
-            await expect(ProtocolError, "first message", call)
+            await assert_refused(ProtocolError, "first message", call)
 
 
 async def test_backward_without_a_gradient_or_with_another_one(server):
     async with open_stub(server) as stub:
         for gradient in (None, torch.zeros(1, 4, HIDDEN), torch.zeros(1, 3, HIDDEN, dtype=torch.int64)):
-            await expect(
+            await assert_refused(
                 BadRequest, "grad_outputs of the same shape", stub.Backward(), compute(server, grad_outputs=gradient)
             )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from swarms_help import wait_idle, wait_until
+from swarms_help import held, wait_idle, wait_until
 from tiny import HIDDEN, random_ids
 
 from swarm.errors import BadRequest, PromptTooLong
@@ -248,6 +248,7 @@ def test_a_closed_session_says_so(llama):
 def test_an_error_inside_the_with_block_frees_the_servers(llama):
     with pytest.raises(KeyError), llama.remote.inference_session(max_length=16) as session:
         session.step(hidden(1, 3))
+        assert all(num_sessions == 1 for num_sessions, _ in held(llama.swarm))
         raise KeyError
     wait_idle(llama.swarm)
 
@@ -270,7 +271,9 @@ def test_a_cache_that_is_dropped_frees_the_servers(llama):
 
 def test_a_client_that_leaves_without_closing_frees_the_servers(llama, swarms):
     client = swarms.join(llama.swarm, llama.path)
-    client.inference_session(max_length=16).step(hidden(1, 3))
+    session = client.inference_session(max_length=16)  # held by a name: a session that is dropped closes itself
+    session.step(hidden(1, 3))
+    assert all(num_sessions == 1 for num_sessions, _ in held(llama.swarm))
     client.close()
     wait_idle(llama.swarm)
 

@@ -48,8 +48,8 @@ def check(*shape: int, **kwargs: object) -> None:
 
 
 def test_hidden_states_of_allowed_shapes_pass():
-    check(1, 100, 16)
-    check(8, 12, 16, dtype=pb.DTYPE_BFLOAT16)
+    assert check(1, 100, 16) is None
+    assert check(8, 12, 16, dtype=pb.DTYPE_BFLOAT16) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 from fakes import peer_id
 
@@ -51,6 +54,27 @@ async def test_what_may_not_be_dialled_is_not_and_the_peer_is_named(certificate)
         async with connector.lease(address):
             pass
     assert caught.value.peer_id == peer_id("A") and not connector._links
+    await connector.aclose()
+
+
+async def test_the_tunnel_gets_no_address_that_may_not_be_dialled(certificate):
+    asked: list[tuple[str, ...]] = []
+
+    @asynccontextmanager
+    async def open_tunnel(peer: str, multiaddrs: tuple[str, ...]) -> AsyncIterator[str]:
+        asked.append(multiaddrs)
+        raise PeerUnavailable("nobody there")
+        yield
+
+    async def resolve(host: str) -> list[str]:
+        return ["10.0.0.1", "8.8.8.8"]
+
+    connector = Connector(open_tunnel, rule=OutsideOnly(resolve))
+    multiaddrs = ("/ip4/127.0.0.1/tcp/1", "/dns4/peer.example.org/tcp/2")
+    with pytest.raises(PeerUnavailable, match="nobody there"):
+        async with connector.lease(PeerAddress(peer_id("A"), ("10.0.0.1:1",), certificate, multiaddrs)):
+            pass
+    assert asked == [("/ip4/8.8.8.8/tcp/2",)]
     await connector.aclose()
 
 
