@@ -71,7 +71,7 @@ def test_no_servers_at_all():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"protocol_version": PROTOCOL_VERSION + 1}, "speaks protocol version 2"),
+        ({"protocol_version": PROTOCOL_VERSION + 1}, f"speaks protocol version {PROTOCOL_VERSION + 1}"),
         ({"model_commit": "b" * 40}, "serves revision bbbbbbbbbbbb .ours is aaaaaaaaaaaa"),
         ({"state": "draining"}, "is draining"),
         ({"state": "joining"}, "is joining"),
