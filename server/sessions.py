@@ -242,7 +242,8 @@ class SessionTable:
             if kept is not None:
                 kept.timer.cancel()
             old.replaced = True
-            old.fail(SessionLost("the session was opened again"))
+            # As when its stream breaks: the server before this one, which may hear of it first, shall keep its cache.
+            old.fail(PeerUnavailable("the session was opened again"))
             if old.cache.broken:
                 self._promised.pop(old, None)
                 self._close(old.cache)

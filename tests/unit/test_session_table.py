@@ -197,7 +197,7 @@ async def test_a_caller_may_open_its_session_again_before_we_know_that_its_strea
     async with visiting(table, key, 7) as old:
         async with table.open(key, epoch=2, prompts_NBPD=None, timeout_s=0.0) as session:
             assert session.cache is old.session.cache
-            with pytest.raises(SessionLost, match="opened again"):
+            with pytest.raises(PeerUnavailable, match="opened again"):
                 await old.session.failure
             await old.break_off()
             assert table.get(key.session_id, 2) is session and session.cache.length == 7
