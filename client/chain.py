@@ -245,6 +245,7 @@ class Chain:
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 for index, call in enumerate(self._calls):
                     async with self._errors_of(index):
+                        await call.write(pb.SessionRequest(close=pb.SessionClose()))
                         await call.done_writing()
                 await asyncio.gather(*self._listeners)
         except (SwarmError, TimeoutError) as exc:

@@ -173,7 +173,10 @@ class Decoding:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run_steps(self, read: Read, session: ServerSession, from_client: bool) -> None:
-        while (message := await read()) is not grpc.aio.EOF:
+        closed = False
+        while not closed and (message := await read()) is not grpc.aio.EOF:
+            if closed := message.WhichOneof("kind") == "close":
+                continue
             if message.WhichOneof("kind") != "step":
                 raise ProtocolError("after its first message a session's stream carries steps")
             step = await self._read_step(read, message.step, session)
@@ -186,6 +189,8 @@ class Decoding:
                 output = self._engine.step(session, step, begins_round=from_client)
                 await session.under_way.put((step, output))
         await session.under_way.join()
+        if from_client and not closed:
+            raise PeerUnavailable("the client's stream ended without a word")
 
     async def _read_step(self, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
         max_tokens = max(self._limits.max_step_tokens, session.batch_size)

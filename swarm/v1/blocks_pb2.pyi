@@ -166,16 +166,22 @@ class PeerAddress(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., direct: _Optional[_Iterable[str]] = ..., tls_certificate: _Optional[bytes] = ..., multiaddrs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("open", "attach", "step", "more")
+    __slots__ = ("open", "attach", "step", "more", "close")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
     open: SessionOpen
     attach: SessionAttach
     step: Step
     more: bytes
-    def __init__(self, open: _Optional[_Union[SessionOpen, _Mapping]] = ..., attach: _Optional[_Union[SessionAttach, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
+    close: SessionClose
+    def __init__(self, open: _Optional[_Union[SessionOpen, _Mapping]] = ..., attach: _Optional[_Union[SessionAttach, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., more: _Optional[bytes] = ..., close: _Optional[_Union[SessionClose, _Mapping]] = ...) -> None: ...
+
+class SessionClose(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SessionOpen(_message.Message):
     __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch")

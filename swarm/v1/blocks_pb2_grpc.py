@@ -79,7 +79,7 @@ class BlocksServicer:
 
     def Session(self, request_iterator, context):
         """One decoding session over a range of this server's blocks. First message: open. The server answers `opened`,
-        then a StepResult for each step whose chain ends here. Ending the stream frees the cache; when it breaks instead,
+        then a StepResult for each step whose chain ends here. `close` frees the cache; when the stream breaks instead,
         the cache is kept for a while, so that the same caller can open the session again and go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
