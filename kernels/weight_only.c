@@ -1,6 +1,6 @@
 /* y[M, N] = x[M, K] times the transposed weights w[N, K], where w is kept in 8 or 4 bits. For x86-64 with AVX2.
  *
- * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). These here keep weights in
+ * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0009). These here keep weights in
  * integers until the end of a group: the activations of GROUP columns become 16-bit fixed point numbers with one
  * scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what bfloat16 has. All sums of a
  * row of x are made in the same order whatever M is, so that a sequence computes the same alone and in a batch.

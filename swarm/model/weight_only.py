@@ -252,13 +252,10 @@ class CudaInt4Linear(WeightOnlyLinear):
         q_NK = q_NGg.flatten(1)
         pairs = (q_NK[:, ::2] << 4 | q_NK[:, 1::2]).to(torch.uint8)
         data = torch.ops.aten._convert_weight_to_int4pack(pairs, cls.inner_k_tiles)
-        scale_zero_GN2 = torch.stack([scale_NG, cls.middle(scale_NG, zero_NG)], -1).transpose(0, 1).contiguous()
+        # the kernel's weights are (q - 8) * scale + zero
+        middle_NG = (zero_NG.float() + 8 * scale_NG.float()).to(torch.bfloat16)
+        scale_zero_GN2 = torch.stack([scale_NG, middle_NG], -1).transpose(0, 1).contiguous()
         return cls(data, scale_zero_GN2, weight_NK.shape[1], bias_N, weight_NK)
-
-    @staticmethod
-    def middle(scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
-        """What the kernel calls zero: its weights are (q - 8) * scale + zero."""
-        return (zero_NG.float() + 8 * scale_NG.float()).to(torch.bfloat16)
 
     @property
     def weight(self) -> Tensor:
