@@ -77,6 +77,8 @@ class PagePool:
         self.page_tokens = page_tokens
         self.num_free = num_pages
         """Pages that no table holds; also those that can still be found by their key."""
+        self.num_shared = 0
+        """Pages that more than one table holds."""
         self._num_holders = [0] * num_pages
         self._is_held = bytearray(num_pages)
         """1 where a page has holders: the gaps between them are found by a search for zeros."""
@@ -90,11 +92,6 @@ class PagePool:
     def num_used(self) -> int:
         """Pages that tables hold, each counted once."""
         return self.num_pages - self.num_free
-
-    @property
-    def num_shared(self) -> int:
-        """Pages that more than one table holds."""
-        return sum(num_holders > 1 for num_holders in self._num_holders)
 
     def open(self, expected_tokens: int = 0) -> PageTable:
         """Return a table of no tokens, which holds no page.
@@ -208,12 +205,14 @@ class PagePool:
 
     def _hold(self, page: int) -> None:
         self._num_holders[page] += 1
+        self.num_shared += self._num_holders[page] == 2
         if not self._is_held[page]:
             self._is_held[page] = 1
             self.num_free -= 1
 
     def _release(self, page: int) -> None:
         self._num_holders[page] -= 1
+        self.num_shared -= self._num_holders[page] == 1
         if not self._num_holders[page]:
             self._is_held[page] = 0
             self.num_free += 1

@@ -204,7 +204,7 @@ class SessionTable:
         return self.pool.num_pages * self._bytes_per_page
 
     def statistics(self) -> SessionTableStatistics:
-        """Count everything; walks all pages, so not for every request."""
+        """Count everything."""
         now_s = time.monotonic()
         with self.guard:
             return SessionTableStatistics(
