@@ -38,6 +38,7 @@ def serve_command(
     identity: Annotated[Path | None, typer.Option(help="Key file that keeps this server's identity.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="auto, none, int8, int4 or nf4 (CUDA only).")] = "auto",
     host: Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port for clients; 0: any.")] = 0,
     dht_port: Annotated[int, typer.Option(help="TCP port of the DHT; 0: any.")] = 0,
@@ -77,6 +78,7 @@ def serve_command(
         name=name,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         host=host,
         port=port,
         dht_port=dht_port,
@@ -134,7 +136,7 @@ def _loading_bar() -> Progress:
 def _print_ready(running: Running) -> None:
     console.print(
         f"Serving blocks [bold]{running.blocks}[/] of [bold]{running.model_name}[/] "
-        f"on {running.device} in {running.dtype}. Ctrl-C to stop.",
+        f"on {running.device} in {running.precision}. Ctrl-C to stop.",
         highlight=False,
     )
     console.print(f"Join link: {running.link}", soft_wrap=True, highlight=False, markup=False)

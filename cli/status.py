@@ -59,14 +59,14 @@ def _print_model(listing: ModelListing, servers: list[Announcement]) -> None:
     missing = _missing(listing, servers)
     state = f"[red]blocks {describe_blocks(missing)} are missing[/]" if missing else "[green]complete[/]"
     table = Table(title=f"{listing.name}: {listing.num_blocks} blocks, {state}", title_justify="left")
-    for column in ("server", "blocks", "state", "dtype", "decode tok/s", "forward tok/s", "direct", "peer"):
+    for column in ("server", "blocks", "state", "weights", "decode tok/s", "forward tok/s", "direct", "peer"):
         table.add_column(column)
     for server in sorted(servers, key=lambda each: (each.start, each.end)):
         table.add_row(
             server.server_name,
             str(server.blocks),
             server.state,
-            server.dtype,
+            server.quantization or server.dtype,
             f"{server.decode_tokens_per_s:.1f}",
             f"{server.forward_tokens_per_s:.0f}",
             server.direct[0] if server.direct else "tunnel",

@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 #
 # `set_up EXTRA` makes .venv with a Python >= 3.11 and installs the project with its tested dependencies. A stamp
-# in .venv remembers what was installed, so that it costs nothing until pyproject.toml or constraints.txt changes.
+# in .venv remembers what was installed, so that it costs nothing until pyproject.toml, constraints.txt or kernels/
+# change.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -29,7 +30,7 @@ find_python() {
 }
 
 fingerprint() {
-  "$VENV/bin/python" - "$ROOT/pyproject.toml" "$ROOT/constraints.txt" <<'PYTHON'
+  "$VENV/bin/python" - "$ROOT"/{pyproject.toml,constraints.txt} "$ROOT"/kernels/* <<'PYTHON'
 import hashlib, pathlib, sys
 parts = [sys.version.encode(), sys.prefix.encode(), *(pathlib.Path(name).read_bytes() for name in sys.argv[1:])]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())

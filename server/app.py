@@ -48,10 +48,11 @@ from .config import PERIODS_ALIVE, ServerConfig
 from .cores import Cores, cores_path
 from .engine import Engine
 from .execution import Executor, PackedExecutor, SessionExecutor
-from .hardware import SPEED_TOKENS, Speed, choose_device, choose_dtype, free_bytes, measure_speed, memory_needs
+from .hardware import SPEED_TOKENS, Speed, choose_device, free_bytes, measure_speed
 from .metrics import ServerCollector, serve_metrics
 from .pages import PagePool
 from .placement import MemoryPlan, choose_blocks, plan_memory
+from .precision import Precision, choose_precision
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
 from .timing import CostModel
@@ -77,7 +78,7 @@ class Running:
     peer_id: str
     model_name: str
     device: str
-    dtype: str
+    precision: Precision
     service: BlocksService
     sessions: SessionTable
     engine: Engine
@@ -88,7 +89,7 @@ class _Plan:
     """Where and in which form the blocks are held."""
 
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     blocks: BlockRange
     memory: MemoryPlan
 
@@ -155,7 +156,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
                     dht.peer_id,
                     public_name(checkpoint),
                     str(plan.device),
-                    dtype_name(plan.dtype),
+                    plan.precision,
                     service,
                     sessions,
                     engine,
@@ -203,7 +204,15 @@ def _load(config: ServerConfig, checkpoint: Checkpoint, plan: _Plan, thread: Com
         if config.on_progress is not None:
             config.on_progress(done_bytes, total_bytes)
 
-    return load_span(checkpoint, plan.blocks, dtype=plan.dtype, device=plan.device, progress=progress)
+    precision = plan.precision
+    return load_span(
+        checkpoint,
+        plan.blocks,
+        dtype=precision.dtype,
+        device=plan.device,
+        scheme=precision.scheme,
+        progress=progress,
+    )
 
 
 async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task[None], engine: Engine) -> None:
@@ -242,23 +251,23 @@ def _dht_config(config: ServerConfig) -> DhtConfig:
 
 
 async def _plan(config: ServerConfig, checkpoint: Checkpoint, dht: Dht) -> _Plan:
-    """Resolve every "auto": device, dtype, blocks and cache."""
+    """Resolve every "auto": device, dtype, quantization, blocks and cache."""
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, checkpoint.config)
+    free = free_bytes(device)
+    precision = await asyncio.to_thread(choose_precision, config, checkpoint.config, device, free)
     num_model_blocks = anatomy_of(checkpoint.config).num_blocks
-    needs = await asyncio.to_thread(memory_needs, checkpoint.config, dtype)
     wanted = len(config.blocks) if config.blocks is not None else config.num_blocks
     if wanted is not None and config.blocks is None:
         wanted = min(wanted, num_model_blocks)
-    memory = plan_memory(needs, free_bytes=free_bytes(device), num_model_blocks=num_model_blocks, num_blocks=wanted)
+    memory = plan_memory(precision.needs, free_bytes=free, num_model_blocks=num_model_blocks, num_blocks=wanted)
     if config.cache_bytes is not None:
         memory = replace(memory, cache_bytes=config.cache_bytes)
     blocks = config.blocks
     if blocks is None:
         servers = await dht.directory.servers(checkpoint.fingerprint)
         blocks = choose_blocks(servers, num_model_blocks, memory.num_blocks)
-    logger.info("device %s, dtype %s, blocks %s, cache %d MiB", device, dtype, blocks, memory.cache_bytes >> 20)
-    return _Plan(device, dtype, blocks, memory)
+    logger.info("device %s, %s, blocks %s, cache %d MiB", device, precision, blocks, memory.cache_bytes >> 20)
+    return _Plan(device, precision, blocks, memory)
 
 
 @asynccontextmanager
@@ -310,7 +319,8 @@ async def _announcement(
         hidden_size=anatomy_of(checkpoint.config).hidden_size,
         start=plan.blocks.start,
         end=plan.blocks.end,
-        dtype=dtype_name(plan.dtype),  # type: ignore[arg-type]  # checked when it is made
+        dtype=dtype_name(plan.precision.dtype),  # type: ignore[arg-type]  # checked when it is made
+        quantization=plan.precision.quantization,
         state="online",
         direct=[] if config.tunnel_only else _direct_addresses(config, multiaddrs, port),
         tls_certificate=certificate.certificate_der,

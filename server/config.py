@@ -10,6 +10,7 @@ from pathlib import Path
 from swarm.directory import MAX_LIFETIME_S
 from swarm.errors import BadRequest
 from swarm.model.checkpoint import CheckpointSource
+from swarm.model.quantization import CHOICES
 from swarm.ranges import BlockRange
 
 from .checks import ServiceLimits
@@ -39,6 +40,8 @@ class ServerConfig:
     """A torch device; "auto": CUDA, else MPS, else CPU."""
     dtype: str = "auto"
     """float32, float16 or bfloat16; "auto": that of the checkpoint."""
+    quantization: str = "auto"
+    """int8, int4, nf4 or none; "auto": NF4 on CUDA where the blocks would not fit otherwise."""
     host: str = "127.0.0.1"
     """IP address to listen on; 0.0.0.0 for all interfaces."""
     port: int = 0
@@ -76,6 +79,8 @@ class ServerConfig:
             raise BadRequest("give either blocks or num_blocks, not both")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
+        if self.quantization not in CHOICES:
+            raise BadRequest(f"quantization must be one of {', '.join(CHOICES)}, not {self.quantization!r}")
         if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
             raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
         if self.metrics_port is not None and not 0 < self.metrics_port < 65536:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from swarm.codec import torch_dtype
 from swarm.errors import ResourceError
 from swarm.model.anatomy import anatomy_of, base_class_of
+from swarm.model.quantization import Scheme, block_bytes, prepare_for_own
 from swarm.model.span import Span
 
 from .placement import MemoryNeeds
@@ -67,18 +68,23 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_needs(config: PretrainedConfig, dtype: torch.dtype) -> MemoryNeeds:
-    """What one block of the model takes, from its shapes alone."""
+def memory_needs(config: PretrainedConfig, dtype: torch.dtype, scheme: Scheme | None = None) -> MemoryNeeds:
+    """What one block of the model takes, from its shapes alone.
+
+    Args:
+        scheme: how it is quantized; None: not at all, or as the checkpoint comes.
+    Raises: UnsupportedModel, ResourceError: as the checkpoint comes, it cannot be loaded here.
+    """
     with torch.device("meta"):
         base = base_class_of(config)(config)
+        if scheme is None:
+            prepare_for_own(base, config, torch.device("cpu"))
     layers = anatomy_of(config).find_layers(base)
-    largest = max(sum(tensor.numel() for tensor in layer.parameters()) for layer in layers)
+    largest = max(block_bytes(layer, dtype, scheme) for layer in layers)
     num_heads = getattr(config, "num_attention_heads", None) or 1
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or anatomy_of(config).hidden_size // num_heads
-    return MemoryNeeds(
-        bytes_per_block=largest * dtype.itemsize, cache_bytes_per_token=2 * num_kv_heads * head_dim * dtype.itemsize
-    )
+    return MemoryNeeds(bytes_per_block=largest, cache_bytes_per_token=2 * num_kv_heads * head_dim * dtype.itemsize)
 
 
 def measure_speed(span: Span) -> Speed:

@@ -58,13 +58,13 @@ class ProcessServer:
     We hold the other end of its standard input. It ends when that closes, so also when we are killed ourselves.
     """
 
-    def __init__(self, model: str, blocks: BlockRange, dtype: str, join: str | None, arguments: Sequence[str]) -> None:
+    def __init__(self, model: str, blocks: BlockRange, join: str | None, arguments: Sequence[str]) -> None:
         self.blocks = blocks
         self.link = ""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self._log_path = Path(self._directory.name, "log")
         self._link_path = Path(self._directory.name, "link")
-        command = [sys.executable, "-m", "swarm.cli.app", "serve", model, "--blocks", str(blocks), "--dtype", dtype]
+        command = [sys.executable, "-m", "swarm.cli.app", "serve", model, "--blocks", str(blocks)]
         command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
         environment = {**os.environ, "SWARM_JOIN": join or ""}
         with self._log_path.open("wb") as log:
@@ -188,6 +188,7 @@ class LocalSwarm:
         model: hub repository or local directory.
         ranges: the blocks of each server, as (start, end).
         dtype: of the servers' weights.
+        quantization: of these weights, as `swarm serve` takes it.
         in_process: threads instead of processes: quicker, but they cannot be killed.
         arguments: further flags for `swarm serve`; processes only.
         settings: further fields of ServerConfig; threads only.
@@ -200,6 +201,7 @@ class LocalSwarm:
         ranges: Sequence[tuple[int, int]],
         *,
         dtype: str = "auto",
+        quantization: str = "auto",
         in_process: bool = False,
         arguments: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
@@ -209,7 +211,7 @@ class LocalSwarm:
             raise BadRequest("a local swarm needs at least one block range, for example ranges=[(0, 4)]")
         self._model = str(model)
         self._ranges = [BlockRange(*each) for each in ranges]
-        self._dtype = dtype
+        self._precision: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
         self._in_process = in_process
         self._arguments = tuple(arguments)
         self._settings = _THREAD_SETTINGS | dict(settings or {})
@@ -260,13 +262,14 @@ class LocalSwarm:
 
     def _start(self, blocks: BlockRange, join: str | None) -> ProcessServer | ThreadServer:
         if not self._in_process:
-            return ProcessServer(self._model, blocks, self._dtype, join, self._arguments)
+            flags = [part for name, value in self._precision.items() for part in (f"--{name}", value)]
+            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments])
         peers = JoinLink.parse(join).initial_peers if join else ()
         return ThreadServer(
             ServerConfig(
                 source=CheckpointSource(self._model),
                 blocks=blocks,
-                dtype=self._dtype,
+                **self._precision,
                 initial_peers=peers,
                 **self._settings,
             )

@@ -21,7 +21,7 @@ class MemoryNeeds:
     """What holding blocks costs."""
 
     bytes_per_block: int
-    """Weights of one block in the served dtype."""
+    """Weights of one block, as they are served."""
     cache_bytes_per_token: int
     """KV cache of one block for one token."""
 
@@ -34,6 +34,23 @@ class MemoryPlan:
     cache_bytes: int
 
 
+def choose_quantization(
+    device_type: str, in_full: MemoryNeeds, in_nf4: MemoryNeeds | None, *, free_bytes: int, num_blocks: int
+) -> str:
+    """Resolve "auto": NF4 on CUDA, if these blocks do not fit here in full and more of them fit in NF4.
+
+    Args:
+        in_nf4: None: NF4 cannot be had here.
+        num_blocks: as many as this server was told to hold, otherwise the whole model.
+    """
+    if device_type != "cuda" or in_nf4 is None:
+        return "none"
+    num_in_full, num_in_nf4 = (
+        min(num_blocks, _usable(free_bytes) // _with_cache(needs)) for needs in (in_full, in_nf4)
+    )
+    return "nf4" if num_in_nf4 > num_in_full else "none"
+
+
 def plan_memory(
     needs: MemoryNeeds, *, free_bytes: int, num_model_blocks: int, num_blocks: int | None = None
 ) -> MemoryPlan:
@@ -43,15 +60,14 @@ def plan_memory(
         num_blocks: wanted number of blocks; None: as many as fit.
     Raises: ResourceError: not even one block fits, or fewer than the wanted number.
     """
-    usable = int(free_bytes * (1 - RESERVE_FRACTION))
-    per_block = needs.bytes_per_block + CACHE_TOKENS * needs.cache_bytes_per_token
+    usable = _usable(free_bytes)
     smallest = needs.bytes_per_block + needs.cache_bytes_per_token * 256
-    wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // per_block))
+    wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // _with_cache(needs)))
     if wanted * smallest > usable:
         raise ResourceError(
             f"{wanted} block{'s' * (wanted > 1)} of this model need{'s' * (wanted == 1)} at least "
             f"{_mib(wanted * smallest)} MiB, {_mib(usable)} MiB can be used here: free some memory, "
-            f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use a smaller --dtype"
+            f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use fewer bits (--quantization)"
         )
     cache_bytes = min(usable - wanted * needs.bytes_per_block, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
     return MemoryPlan(wanted, cache_bytes)
@@ -72,6 +88,14 @@ def choose_blocks(servers: Sequence[Announcement], num_model_blocks: int, num_bl
     starts = range(num_model_blocks - num_blocks + 1)
     start = min(starts, key=lambda at: (sorted(coverage[at : at + num_blocks]), at))
     return BlockRange(start, start + num_blocks)
+
+
+def _usable(free_bytes: int) -> int:
+    return int(free_bytes * (1 - RESERVE_FRACTION))
+
+
+def _with_cache(needs: MemoryNeeds) -> int:
+    return needs.bytes_per_block + CACHE_TOKENS * needs.cache_bytes_per_token
 
 
 def _mib(num_bytes: int) -> int:

@@ -20,10 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights, no_tie_weights
+from transformers.quantizers import HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from swarm.errors import BadCheckpoint, ResourceError
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.quantization import prepare_for_own
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +70,13 @@ def load_part(
         initialized.
     Raises:
         BadCheckpoint: a shard is missing or corrupt, or a tensor has another shape than the config says.
-        ResourceError: the device has no memory for it.
+        UnsupportedModel: it comes quantized in a way that cannot be loaded.
+        ResourceError: the device has no memory for it, or nothing here can run it as it is quantized.
     """
     with ExitStack() as files, _one_at_a_time, quiet_loader():
         with torch.device("meta"), no_init_weights(), no_tie_weights():
-            names = names_of(model_class(config), checkpoint)
+            skeleton = model_class(config)
+            names = names_of(skeleton, checkpoint, prepare_for_own(skeleton, config, device))
         try:
             model, info = model_class.from_pretrained(
                 None,
@@ -95,9 +99,13 @@ def load_part(
     return model, set(info["missing_keys"])
 
 
-def names_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """The tensors of a checkpoint that a model on `meta` has a place for, after the library's own renaming."""
-    conversions = get_model_conversion_mapping(model)
+def names_of(model: PreTrainedModel, checkpoint: Checkpoint, quantizer: HfQuantizer | None = None) -> list[str]:
+    """The tensors of a checkpoint that a model on `meta` has a place for, after the library's own renaming.
+
+    Args:
+        quantizer: that of a checkpoint that comes quantized.
+    """
+    conversions = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     places = model.state_dict()

@@ -22,6 +22,7 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
 from swarm.model.loading import Progress, load_part
 from swarm.model.passage import AddPrompt, Passage
+from swarm.model.quantization import Scheme, log_share
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
 
@@ -176,10 +177,13 @@ def load_span(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    scheme: Scheme | None = None,
     progress: Progress | None = None,
 ) -> Span:
     """Read the blocks of a range, and nothing else, from a checkpoint.
 
+    Args:
+        scheme: how to quantize their weights; None: not at all, or as the checkpoint comes.
     Raises:
         UnsupportedModel: the architecture cannot be cut.
         BadRequest: the model has no such blocks.
@@ -195,10 +199,13 @@ def load_span(
         dtype=dtype,
         device=torch.device(device),
         progress=progress,
+        **({} if scheme is None else scheme.loader_arguments(dtype)),
     )
     if missing:
         raise BadCheckpoint(
             f"{checkpoint.name!r} lacks {len(missing)} tensors of the blocks {blocks}, {min(missing)} among them"
         )
+    if scheme is not None:
+        log_share(model, scheme)
     renumber(model, anatomy, blocks)
     return Span(model.requires_grad_(False), anatomy, blocks)

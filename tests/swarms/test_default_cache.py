@@ -74,7 +74,7 @@ def test_it_can_be_cropped_reordered_and_repeated_before_its_first_use(llama):
 
 
 def test_a_longer_input_than_a_session_usually_holds_can_be_continued(llama, monkeypatch):
-    monkeypatch.setattr("swarm.client.model.DEFAULT_SESSION_TOKENS", 4)
+    monkeypatch.setattr("swarm.client.caches.DEFAULT_SESSION_TOKENS", 4)
     assert torch.equal(decode(llama.remote, random_ids(1, 9)), decode(llama.local, random_ids(1, 9)))
 
 

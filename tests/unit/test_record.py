@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swarm.client.session import Record
+from swarm.client.record import Record
 from swarm.streams import Step
 
 BATCH, HIDDEN = 3, 2

@@ -1,0 +1,180 @@
+/* y[M, N] = x[M, K] times the transposed weights w[N, K], where w is kept in 8 or 4 bits. For x86-64 with AVX2.
+ *
+ * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). These here keep weights in
+ * integers until the end of a group: the activations of GROUP columns become 16-bit fixed point numbers with one
+ * scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what bfloat16 has. All sums of a
+ * row of x are made in the same order whatever M is, so that a sequence computes the same alone and in a batch.
+ *
+ *   8 bits  w[n, k] = scale[n] * q[n, k]
+ *   4 bits  w[n, k] = scale[n, g] * q[n, k] + zero[n, g]   for k in group g; a group's 64 numbers of 4 bits lie in 32
+ *           bytes, number 16 i + j in bits 4 i to 4 i + 3 of 16-bit word j; scale and zero are bfloat16, side by side,
+ *           their rows padded to a multiple of 8 groups.
+ *
+ * swarm/model/weight_only.py calls this and has the same in torch, which is what the tests compare with.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define GROUP 64
+#define BLOCK_ROWS 32            /* rows of w that stay in the L2 cache while all rows of x pass */
+#define AHEAD 1024               /* bytes from here that are asked for from memory */
+#define SERIAL_PRODUCTS (1 << 17) /* below, waking the other threads takes longer than they save */
+
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+#define UNROLL _Pragma("GCC unroll 8")
+
+/* The threads of torch. They are found when this is loaded, as torch has loaded its OpenMP library for everybody;
+ * with a library of our own, two pools of threads would wait for each other on the same cores. */
+extern void GOMP_parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags) __attribute__((weak));
+extern int omp_get_thread_num(void) __attribute__((weak));
+extern int omp_get_num_threads(void) __attribute__((weak));
+
+struct product {
+  const int16_t *x;      /* [M, K] fixed point */
+  const float *unit;     /* [M, padded_groups] what 1 stands for in a group of x */
+  const float *sum;      /* [M, padded_groups] sum of a group of x */
+  const uint8_t *w;
+  const float *scale;    /* [N], 8 bits only */
+  const uint16_t *scale_zero; /* [N, padded_groups, 2], 4 bits only */
+  float *y;              /* [M, N] */
+  long M, N, K, padded_groups;
+};
+
+INLINE float sum_of_lanes(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+/* The columns 16 i to 16 i + 15 of a group of w, as 16-bit integers; `packed` is the whole group, 4 bits only. */
+INLINE __m256i unpack(const int bits, const uint8_t *group, __m256i packed, const int i) {
+  if (bits == 8)
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(group + 16 * i)));
+  return i == 3 ? _mm256_srli_epi16(packed, 12)
+                : _mm256_and_si256(_mm256_srli_epi16(packed, 4 * i), _mm256_set1_epi16(15));
+}
+
+/* Row n of w times C rows of x from m on. */
+INLINE void dot(const struct product *p, long n, long m, const int bits, const int C) {
+  const long K = p->K, num_groups = K / GROUP, stride = p->padded_groups, group_bytes = GROUP * bits / 8;
+  const uint8_t *group = p->w + n * num_groups * group_bytes;
+  __m256 total[4];
+  UNROLL for (int c = 0; c < C; c++) total[c] = _mm256_setzero_ps();
+  for (long first = 0; first < num_groups; first += 8) {
+    float factors[4][8]; /* what the integer sums of eight groups are multiplied with */
+    UNROLL for (int c = 0; c < C; c++) {
+      __m256 factor = _mm256_loadu_ps(p->unit + (m + c) * stride + first);
+      if (bits == 4) {
+        __m256i pairs = _mm256_loadu_si256((const __m256i *)(p->scale_zero + (n * stride + first) * 2));
+        __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+        __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+        total[c] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(p->sum + (m + c) * stride + first), total[c]);
+        factor = _mm256_mul_ps(factor, scale);
+      }
+      _mm256_storeu_ps(factors[c], factor);
+    }
+    const long end = first + 8 < num_groups ? first + 8 : num_groups;
+    for (long g = first; g < end; g++, group += group_bytes) {
+      const __m256i packed = _mm256_loadu_si256((const __m256i *)group);
+      __m256i products[4];
+      _mm_prefetch((const char *)group + AHEAD, _MM_HINT_T0);
+      UNROLL for (int i = 0; i < 4; i++) {
+        const __m256i q = unpack(bits, group, packed, i);
+        UNROLL for (int c = 0; c < C; c++) {
+          __m256i x = _mm256_loadu_si256((const __m256i *)(p->x + (m + c) * K + g * GROUP + 16 * i));
+          __m256i product = _mm256_madd_epi16(q, x);
+          products[c] = i ? _mm256_add_epi32(products[c], product) : product;
+        }
+      }
+      UNROLL for (int c = 0; c < C; c++)
+        total[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[c]), _mm256_broadcast_ss(&factors[c][g - first]),
+                                   total[c]);
+    }
+  }
+  UNROLL for (int c = 0; c < C; c++) {
+    const float y = sum_of_lanes(total[c]);
+    p->y[(m + c) * p->N + n] = bits == 8 ? p->scale[n] * y : y;
+  }
+}
+
+/* Some rows of w times all of x: the weights are unpacked once for four rows of x. */
+INLINE void block(const struct product *p, long begin, long end, const int bits) {
+  long m = 0;
+  for (; m + 4 <= p->M; m += 4)
+    for (long n = begin; n < end; n++) dot(p, n, m, bits, 4);
+  for (; m + 2 <= p->M; m += 2)
+    for (long n = begin; n < end; n++) dot(p, n, m, bits, 2);
+  for (; m < p->M; m++)
+    for (long n = begin; n < end; n++) dot(p, n, m, bits, 1);
+}
+
+INLINE void share(const struct product *p, const int bits) {
+  const long num_threads = omp_get_num_threads ? omp_get_num_threads() : 1;
+  const long thread = omp_get_thread_num ? omp_get_thread_num() : 0;
+  const long begin = p->N * thread / num_threads, end = p->N * (thread + 1) / num_threads;
+  for (long n = begin; n < end; n += BLOCK_ROWS) block(p, n, n + BLOCK_ROWS < end ? n + BLOCK_ROWS : end, bits);
+}
+
+__attribute__((target("avx2,fma"))) static void share_int8(void *p) { share(p, 8); }
+__attribute__((target("avx2,fma"))) static void share_int4(void *p) { share(p, 4); }
+
+/* A group of x as fixed point numbers. What is not finite makes the unit, and with it the result, a NaN. */
+INLINE void to_fixed_point(const float *x, int16_t *out, float *unit, float *sum) {
+  const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 largest = _mm256_setzero_ps(), nothing = _mm256_setzero_ps();
+  for (int i = 0; i < GROUP; i += 8) {
+    __m256 part = _mm256_loadu_ps(x + i);
+    largest = _mm256_max_ps(largest, _mm256_and_ps(part, no_sign));
+    nothing = _mm256_fmadd_ps(part, _mm256_setzero_ps(), nothing);
+  }
+  float lanes[8], most = 0;
+  _mm256_storeu_ps(lanes, largest);
+  for (int i = 0; i < 8; i++) most = lanes[i] > most ? lanes[i] : most;
+  const __m256 factor = _mm256_set1_ps(most > 1e-30f ? 32767.0f / most : 0);
+  __m256i integer_sum = _mm256_setzero_si256();
+  for (int i = 0; i < GROUP; i += 16) {
+    __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
+    __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), factor));
+    integer_sum = _mm256_add_epi32(integer_sum, _mm256_add_epi32(low, high));
+    _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+  }
+  *unit = most / 32767.0f + sum_of_lanes(nothing);
+  *sum = *unit * sum_of_lanes(_mm256_cvtepi32_ps(integer_sum));
+}
+
+__attribute__((target("avx2,fma"))) static int multiply(struct product p, const float *x, void (*work)(void *)) {
+  const long num_groups = p.K / GROUP, stride = p.padded_groups = (num_groups + 7) / 8 * 8;
+  int16_t *fixed = malloc(p.M * p.K * sizeof *fixed);
+  float *unit = calloc(2 * p.M * stride, sizeof *unit);
+  if (fixed && unit) {
+    for (long m = 0; m < p.M; m++)
+      for (long g = 0; g < num_groups; g++)
+        to_fixed_point(x + m * p.K + g * GROUP, fixed + m * p.K + g * GROUP, unit + m * stride + g,
+                       unit + (p.M + m) * stride + g);
+    p.x = fixed, p.unit = unit, p.sum = unit + p.M * stride;
+    if (GOMP_parallel && p.M * p.N * p.K >= SERIAL_PRODUCTS)
+      GOMP_parallel(work, &p, 0, 0);
+    else
+      work(&p);
+  }
+  free(fixed), free(unit);
+  return fixed && unit;
+}
+
+int is_supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+/* Both return 0 when there was no memory. */
+int int8_product(const float *x, const void *w, const float *scale, float *y, long M, long N, long K) {
+  return multiply((struct product){.w = w, .scale = scale, .y = y, .M = M, .N = N, .K = K}, x, share_int8);
+}
+
+int int4_product(const float *x, const void *w, const void *scale_zero, float *y, long M, long N, long K) {
+  return multiply((struct product){.w = w, .scale_zero = scale_zero, .y = y, .M = M, .N = N, .K = K}, x, share_int4);
+}
+
+#else
+int is_supported(void) { return 0; }
+#endif

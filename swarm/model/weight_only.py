@@ -1,0 +1,300 @@
+"""Frozen linear layers whose weights are kept in 8 or 4 bits, while activations stay as they are.
+
+Which kernel multiplies is decided by `choose_kernel`; all of them compute the same product of the same weights.
+Gradients flow to the input alone, by way of the weights in float32, a part of them at a time.
+"""
+
+# M rows of activations, K inputs, N outputs, G groups of inputs
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swarm.model import kernels
+
+GROUP = 64
+"""Inputs that share a scale in 4 bits; kernels/weight_only.c has the same number."""
+
+PADDED_GROUPS = 8
+"""Scales of 4-bit weights are padded to a multiple of so many groups, as the compiled kernels read them."""
+
+DENSE_OUTPUTS = 1024
+"""How many outputs' weights are in float32 at a time, where they have to be."""
+
+DENSE_FROM_ROWS = 64
+"""Rows from which on turning the weights into floats first is taken to be worth it, where the processor multiplies
+floats faster than the kernels: torch's kernels take time in proportion to the rows."""
+
+
+class Kernel(enum.Enum):
+    """How a product is computed."""
+
+    COMPILED = "our own"
+    TORCH = "torch's"
+    DENSE = "floats"
+    """The weights are turned into floats, part by part, and multiplied as such."""
+
+
+def choose_kernel(bits: int, num_rows: int, dtype: torch.dtype, *, is_compiled: bool, fast_floats: bool) -> Kernel:
+    """Which kernel multiplies rows of activations on a CPU.
+
+    Args:
+        fast_floats: whether the processor has AVX-512 or more, for floats.
+    """
+    if num_rows >= DENSE_FROM_ROWS and (fast_floats or not is_compiled):
+        return Kernel.DENSE
+    if is_compiled:
+        return Kernel.COMPILED
+    # Of other types and of 4 bits in our layout, torch has no kernel that is faster than floats.
+    return Kernel.TORCH if bits == 8 and dtype == torch.bfloat16 else Kernel.DENSE
+
+
+class WeightOnlyLinear(nn.Module):
+    """As `nn.Linear`, frozen, with weights of few bits."""
+
+    bits: ClassVar[int]
+
+    def __init__(self, num_outputs: int, num_inputs: int, bias_N: nn.Parameter | None, like: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = num_outputs, num_inputs
+        self.bias = bias_N
+        # What the library reads the dtype and the device of a model from, if nothing else is left in floats.
+        self.like = nn.Parameter(like.new_empty(0), requires_grad=False)
+
+    @classmethod
+    def fits(cls, num_outputs: int, num_inputs: int) -> bool:
+        """Whether weights of this shape can be kept so; others stay as they are."""
+        return num_inputs % GROUP == 0 and num_outputs >= 16
+
+    @classmethod
+    def num_bytes(cls, num_outputs: int, num_inputs: int) -> int:
+        """What weights of this shape take."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, bias_N: nn.Parameter | None) -> WeightOnlyLinear:
+        """Round the weights of a linear layer."""
+        raise NotImplementedError
+
+    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """Multiply rows with the weights; no gradient. `kernel`: None for the best one here."""
+        raise NotImplementedError
+
+    def input_gradient(self, grad_MN: Tensor) -> Tensor:
+        """Multiply the gradient of the outputs with the weights."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MK = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y_MN: Tensor = _FrozenProduct.apply(x_MK, self)
+        else:
+            y_MN = self.product(x_MK)
+        if self.bias is not None:
+            y_MN = y_MN + self.bias  # in float32 where the product is, so that it is rounded once
+        return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product whose weights get no gradient and are not kept for backward in floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, layer: WeightOnlyLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x_MK.dtype
+        return layer.product(x_MK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.input_gradient(grad_MN).to(ctx.dtype), None
+
+
+class CpuLinear(WeightOnlyLinear):
+    """What the layers for CPUs share: a choice of kernels, and weights that can be had in floats."""
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """The weights of the outputs [begin, end), in float32, [end - begin, K]."""
+        raise NotImplementedError
+
+    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """All weights, for models that look at them; made anew each time."""
+        return self.rows(0, self.out_features).to(self.dtype)
+
+    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+        if kernel is None:
+            kernel = choose_kernel(
+                self.bits, x_MK.shape[0], x_MK.dtype, is_compiled=kernels.is_compiled(), fast_floats=_has_fast_floats()
+            )
+        if kernel is not Kernel.DENSE:
+            return self._fast_product(x_MK.contiguous(), kernel)
+        x_MK = x_MK.to(torch.float32)
+        y_MN = x_MK.new_empty(x_MK.shape[0], self.out_features)
+        for begin in range(0, self.out_features, DENSE_OUTPUTS):
+            end = min(begin + DENSE_OUTPUTS, self.out_features)
+            y_MN[:, begin:end] = x_MK @ self.rows(begin, end).t()
+        return y_MN
+
+    def input_gradient(self, grad_MN: Tensor) -> Tensor:
+        grad_MN = grad_MN.to(torch.float32)
+        grad_MK = grad_MN.new_zeros(grad_MN.shape[0], self.in_features)
+        for begin in range(0, self.out_features, DENSE_OUTPUTS):
+            end = min(begin + DENSE_OUTPUTS, self.out_features)
+            grad_MK.addmm_(grad_MN[:, begin:end], self.rows(begin, end))
+        return grad_MK
+
+
+class Int8Linear(CpuLinear):
+    """8 bits and a scale for each output."""
+
+    bits = 8
+    data: Tensor
+    scale: Tensor
+
+    def __init__(self, data_NK: Tensor, scale_N: Tensor, bias_N: nn.Parameter | None, like: Tensor) -> None:
+        super().__init__(data_NK.shape[0], data_NK.shape[1], bias_N, like)
+        self.register_buffer("data", data_NK)
+        self.register_buffer("scale", scale_N)
+
+    @classmethod
+    def num_bytes(cls, num_outputs: int, num_inputs: int) -> int:
+        return num_outputs * (num_inputs + 4)
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, bias_N: nn.Parameter | None) -> Int8Linear:
+        w_NK = weight_NK.to(torch.float32)
+        scale_N = (w_NK.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        return cls((w_NK / scale_N[:, None]).round_().to(torch.int8), scale_N, bias_N, weight_NK)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return self.data[begin:end].to(torch.float32).mul_(self.scale[begin:end, None])
+
+    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
+        if kernel is Kernel.COMPILED:
+            return kernels.weight_only_product(8, x_MK.to(torch.float32), self.data, self.scale, self.out_features)
+        return torch.ops.aten._weight_int8pack_mm(x_MK, self.data, self.scale.to(x_MK.dtype))
+
+
+class Int4Linear(CpuLinear):
+    """4 bits, with a scale and a zero for each output and group of inputs, laid out as kernels/weight_only.c says."""
+
+    bits = 4
+    data: Tensor
+    scale_zero: Tensor
+
+    def __init__(self, data: Tensor, scale_zero: Tensor, num_inputs: int, bias_N: nn.Parameter | None, like: Tensor):
+        super().__init__(data.shape[0], num_inputs, bias_N, like)
+        self.register_buffer("data", data)
+        self.register_buffer("scale_zero", scale_zero)
+
+    @classmethod
+    def num_bytes(cls, num_outputs: int, num_inputs: int) -> int:
+        return num_outputs * (num_inputs // 2 + 4 * _padded(num_inputs // GROUP))
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, bias_N: nn.Parameter | None) -> Int4Linear:
+        q_NGg, scale_NG, zero_NG = quantize_groups(weight_NK, GROUP)
+        num_outputs, num_groups, _ = q_NGg.shape
+        parts = q_NGg.view(num_outputs, num_groups, 4, 16).unbind(2)
+        words = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+        data = words.to(torch.int16).view(torch.uint8).view(num_outputs, -1)
+        scale_zero = scale_NG.new_zeros(num_outputs, _padded(num_groups), 2)
+        scale_zero[:, :num_groups, 0] = scale_NG
+        scale_zero[:, :num_groups, 1] = zero_NG
+        return cls(data, scale_zero, weight_NK.shape[1], bias_N, weight_NK)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        words = self.data[begin:end].view(torch.int16).view(end - begin, -1, 16)
+        q_NGg = torch.cat([words >> shift & 15 for shift in (0, 4, 8, 12)], 2)
+        scale_zero = self.scale_zero[begin:end, : q_NGg.shape[1]].to(torch.float32)
+        return q_NGg.to(torch.float32).mul_(scale_zero[..., :1]).add_(scale_zero[..., 1:]).flatten(1)
+
+    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
+        assert kernel is Kernel.COMPILED, "torch's kernels want another layout"
+        return kernels.weight_only_product(4, x_MK.to(torch.float32), self.data, self.scale_zero, self.out_features)
+
+
+class CudaInt4Linear(WeightOnlyLinear):
+    """4 bits in the layout of torch's tensor-core kernel, which multiplies bfloat16. It has not run on a GPU yet."""
+
+    bits = 4
+    group = 128
+    inner_k_tiles = 8
+
+    def __init__(
+        self, data: Tensor, scale_zero_GN2: Tensor, num_inputs: int, bias_N: nn.Parameter | None, like: Tensor
+    ):
+        super().__init__(scale_zero_GN2.shape[1], num_inputs, bias_N, like)
+        self.register_buffer("data", data)
+        self.register_buffer("scale_zero", scale_zero_GN2)
+
+    @classmethod
+    def fits(cls, num_outputs: int, num_inputs: int) -> bool:
+        return num_inputs % (cls.inner_k_tiles * 16) == 0 and num_outputs % 8 == 0
+
+    @classmethod
+    def num_bytes(cls, num_outputs: int, num_inputs: int) -> int:
+        return num_outputs * (num_inputs // 2 + 4 * (num_inputs // cls.group))
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, bias_N: nn.Parameter | None) -> CudaInt4Linear:
+        q_NGg, scale_NG, zero_NG = quantize_groups(weight_NK, cls.group)
+        q_NK = q_NGg.flatten(1)
+        pairs = (q_NK[:, ::2] << 4 | q_NK[:, 1::2]).to(torch.uint8)
+        data = torch.ops.aten._convert_weight_to_int4pack(pairs, cls.inner_k_tiles)
+        scale_zero_GN2 = torch.stack([scale_NG, cls.middle(scale_NG, zero_NG)], -1).transpose(0, 1).contiguous()
+        return cls(data, scale_zero_GN2, weight_NK.shape[1], bias_N, weight_NK)
+
+    @staticmethod
+    def middle(scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+        """What the kernel calls zero: its weights are (q - 8) * scale + zero."""
+        return (zero_NG.float() + 8 * scale_NG.float()).to(torch.bfloat16)
+
+    @property
+    def weight(self) -> Tensor:
+        """All weights, by way of the kernel, which alone knows its layout."""
+        unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.like.device)
+        return self.product(unit).t().to(self.dtype)
+
+    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+        x_MK = x_MK.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm(x_MK, self.data, self.group, self.scale_zero)
+
+    def input_gradient(self, grad_MN: Tensor) -> Tensor:
+        return grad_MN @ self.weight.to(grad_MN.dtype)
+
+
+def quantize_groups(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round weights to 4 bits between the smallest and the largest of each group of inputs.
+
+    Returns: integers from 0 to 15, int32 [N, G, group]; scale and zero, bfloat16 [N, G]: w = scale * q + zero.
+    """
+    w_NGg = weight_NK.to(torch.float32).view(weight_NK.shape[0], -1, group)
+    least_NG, most_NG = w_NGg.amin(2), w_NGg.amax(2)
+    zero_NG = least_NG.to(torch.bfloat16)
+    scale_NG = ((most_NG - zero_NG.float()) / 15).to(torch.bfloat16)
+    divisor_NG1 = scale_NG.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    q_NGg = ((w_NGg - zero_NG.float()[..., None]) / divisor_NG1).round_().clamp_(0, 15).to(torch.int32)
+    return q_NGg, scale_NG, zero_NG
+
+
+def _padded(num_groups: int) -> int:
+    return -(-num_groups // PADDED_GROUPS) * PADDED_GROUPS
+
+
+def _has_fast_floats() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
