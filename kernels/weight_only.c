@@ -1,9 +1,13 @@
-/* y[M, N] = x[M, K] times the transposed weights w[N, K], where w is kept in 8 or 4 bits. For x86-64 with AVX2.
+/* y[M, N] = x[M, K] times the transposed weights w[N, K], where w is kept in 16, 8 or 4 bits. For x86-64 with AVX2.
  *
- * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). These here keep weights in
- * integers until the end of a group: the activations of GROUP columns become 16-bit fixed point numbers with one
- * scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what bfloat16 has. All sums of a
- * row of x are made in the same order whatever M is, so that a sequence computes the same alone and in a batch.
+ * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). All sums of a row of x are made
+ * in the same order whatever M is, so that a sequence computes the same alone and in a batch.
+ *
+ * In 16 bits all is bfloat16, and summed in floats: the halves of a 32-bit word become floats by a shift and a mask, so
+ * x is laid out likewise, even columns of 16 before odd ones.
+ *
+ * In fewer bits weights stay integers until the end of a group: the activations of GROUP columns become 16-bit fixed point numbers with one
+ * scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what bfloat16 has.
  *
  *   8 bits  w[n, k] = scale[n] * q[n, k]
  *   4 bits  w[n, k] = scale[n, g] * q[n, k] + zero[n, g]   for k in group g; a group's 64 numbers of 4 bits lie in 32
@@ -40,6 +44,9 @@ struct product {
   const float *scale;    /* [N], 8 bits only */
   const uint16_t *scale_zero; /* [N, padded_groups, 2], 4 bits only */
   float *y;              /* [M, N] */
+  const float *floats;   /* [M, K] x, 16 bits only, as are these: */
+  const uint16_t *bias;  /* [N], or NULL */
+  uint16_t *halves;      /* [M, N] y */
   long M, N, K, padded_groups;
 };
 
@@ -100,15 +107,57 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
   }
 }
 
+INLINE __m256 even_halves(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+
+INLINE __m256 odd_halves(__m256i words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+}
+
+/* The nearest bfloat16, of two equally near ones the even one. */
+INLINE uint16_t to_half(float value) {
+  union { float value; uint32_t bits; } word = {value};
+  if (value != value) return 0x7fc0;
+  return (word.bits + 0x7fff + (word.bits >> 16 & 1)) >> 16;
+}
+
+INLINE float to_float(uint16_t half) {
+  union { uint32_t bits; float value; } word = {(uint32_t)half << 16};
+  return word.value;
+}
+
+/* As dot, with weights in 16 bits. */
+INLINE void dot_halves(const struct product *p, long n, long m, const int C) {
+  const long K = p->K;
+  const uint16_t *w = (const uint16_t *)p->w + n * K;
+  const float *x = p->floats + m * K;
+  __m256 even[4], odd[4];
+  UNROLL for (int c = 0; c < C; c++) even[c] = odd[c] = _mm256_setzero_ps();
+  for (long k = 0; k < K; k += 16) {
+    const __m256i words = _mm256_loadu_si256((const __m256i *)(w + k));
+    const __m256 w_even = even_halves(words), w_odd = odd_halves(words);
+    _mm_prefetch((const char *)(w + k) + AHEAD, _MM_HINT_T0);
+    UNROLL for (int c = 0; c < C; c++) {
+      even[c] = _mm256_fmadd_ps(w_even, _mm256_loadu_ps(x + c * K + k), even[c]);
+      odd[c] = _mm256_fmadd_ps(w_odd, _mm256_loadu_ps(x + c * K + k + 8), odd[c]);
+    }
+  }
+  const float bias = p->bias ? to_float(p->bias[n]) : 0;
+  UNROLL for (int c = 0; c < C; c++)
+    p->halves[(m + c) * p->N + n] = to_half(sum_of_lanes(_mm256_add_ps(even[c], odd[c])) + bias);
+}
+
+INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C) {
+  for (long n = begin; n < end; n++)
+    if (bits == 16) dot_halves(p, n, m, C);
+    else dot(p, n, m, bits, C);
+}
+
 /* Some rows of w times all of x: the weights are unpacked once for four rows of x. */
 INLINE void block(const struct product *p, long begin, long end, const int bits) {
   long m = 0;
-  for (; m + 4 <= p->M; m += 4)
-    for (long n = begin; n < end; n++) dot(p, n, m, bits, 4);
-  for (; m + 2 <= p->M; m += 2)
-    for (long n = begin; n < end; n++) dot(p, n, m, bits, 2);
-  for (; m < p->M; m++)
-    for (long n = begin; n < end; n++) dot(p, n, m, bits, 1);
+  for (; m + 4 <= p->M; m += 4) dots(p, begin, end, m, bits, 4);
+  for (; m + 2 <= p->M; m += 2) dots(p, begin, end, m, bits, 2);
+  for (; m < p->M; m++) dots(p, begin, end, m, bits, 1);
 }
 
 INLINE void share(const struct product *p, const int bits) {
@@ -118,8 +167,16 @@ INLINE void share(const struct product *p, const int bits) {
   for (long n = begin; n < end; n += BLOCK_ROWS) block(p, n, n + BLOCK_ROWS < end ? n + BLOCK_ROWS : end, bits);
 }
 
+__attribute__((target("avx2,fma"))) static void share_half(void *p) { share(p, 16); }
 __attribute__((target("avx2,fma"))) static void share_int8(void *p) { share(p, 8); }
 __attribute__((target("avx2,fma"))) static void share_int4(void *p) { share(p, 4); }
+
+static void run(struct product *p, void (*work)(void *)) {
+  if (GOMP_parallel && p->M * p->N * p->K >= SERIAL_PRODUCTS)
+    GOMP_parallel(work, p, 0, 0);
+  else
+    work(p);
+}
 
 /* A group of x as fixed point numbers. What is not finite makes the unit, and with it the result, a NaN. */
 INLINE void to_fixed_point(const float *x, int16_t *out, float *unit, float *sum) {
@@ -155,18 +212,34 @@ __attribute__((target("avx2,fma"))) static int multiply(struct product p, const 
         to_fixed_point(x + m * p.K + g * GROUP, fixed + m * p.K + g * GROUP, unit + m * stride + g,
                        unit + (p.M + m) * stride + g);
     p.x = fixed, p.unit = unit, p.sum = unit + p.M * stride;
-    if (GOMP_parallel && p.M * p.N * p.K >= SERIAL_PRODUCTS)
-      GOMP_parallel(work, &p, 0, 0);
-    else
-      work(&p);
+    run(&p, work);
   }
   free(fixed), free(unit);
   return fixed && unit;
 }
 
+__attribute__((target("avx2,fma"))) static int multiply_halves(struct product p, const uint16_t *x) {
+  float *floats = malloc(p.M * p.K * sizeof *floats);
+  if (floats) {
+    for (long i = 0; i < p.M * p.K; i += 16) {
+      const __m256i words = _mm256_loadu_si256((const __m256i *)(x + i));
+      _mm256_storeu_ps(floats + i, even_halves(words));
+      _mm256_storeu_ps(floats + i + 8, odd_halves(words));
+    }
+    p.floats = floats;
+    run(&p, share_half);
+  }
+  free(floats);
+  return floats != NULL;
+}
+
 int is_supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-/* Both return 0 when there was no memory. */
+/* All return 0 when there was no memory. K is a multiple of 16 for halves, of GROUP otherwise. */
+int half_product(const void *x, const void *w, const void *bias, void *y, long M, long N, long K) {
+  return multiply_halves((struct product){.w = w, .bias = bias, .halves = y, .M = M, .N = N, .K = K}, x);
+}
+
 int int8_product(const float *x, const void *w, const float *scale, float *y, long M, long N, long K) {
   return multiply((struct product){.w = w, .scale = scale, .y = y, .M = M, .N = N, .K = K}, x, share_int8);
 }

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.half_linear import use_half_kernels
 from swarm.model.loading import load_part
 from swarm.model.remote_cache import RemoteCache
 
@@ -212,6 +213,7 @@ def load_client_half(
     _check_missing(model, missing, checkpoint, auto_class is AutoModelForSequenceClassification)
     AttentionMaskInterface.register(REMOTE_ATTENTION, _no_mask)
     model.config._attn_implementation_internal = REMOTE_ATTENTION
+    use_half_kernels(model)
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model

@@ -33,7 +33,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.is_supported():
         return None
-    for function in (library.int8_product, library.int4_product):
+    for function in (library.half_product, library.int8_product, library.int4_product):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
         function.restype = ctypes.c_int
     return library
@@ -59,4 +59,23 @@ def weight_only_product(bits: int, x_MK: Tensor, data: Tensor, scales: Tensor, n
     pointers = [tensor.data_ptr() for tensor in (x_MK, data, scales, y_MN)]
     if not function(*pointers, x_MK.shape[0], num_outputs, x_MK.shape[1]):
         raise MemoryError(f"no memory for {x_MK.shape[0]} rows of activations")
+    return y_MN
+
+
+def half_product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Multiply rows with transposed weights and add the bias; all bfloat16, summed in float32.
+
+    Args:
+        x_MK: contiguous, on the CPU; K is a multiple of 16.
+    Returns: [M, N], bfloat16.
+    """
+    library = _library()
+    assert library is not None, "nobody asked is_compiled()"
+    assert x_MK.dtype == weight_NK.dtype == torch.bfloat16 and x_MK.is_contiguous() and x_MK.shape[1] % 16 == 0
+    (num_rows, num_inputs), num_outputs = x_MK.shape, weight_NK.shape[0]
+    y_MN = x_MK.new_empty(num_rows, num_outputs)
+    bias_pointer = None if bias_N is None else bias_N.data_ptr()
+    pointers = (x_MK.data_ptr(), weight_NK.data_ptr(), bias_pointer, y_MN.data_ptr())
+    if not library.half_product(*pointers, num_rows, num_outputs, num_inputs):
+        raise MemoryError(f"no memory for {num_rows} rows of activations")
     return y_MN

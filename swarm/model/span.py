@@ -20,6 +20,7 @@ from swarm.errors import BadCheckpoint, BadRequest
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
+from swarm.model.half_linear import use_half_kernels
 from swarm.model.loading import Progress, load_part
 from swarm.model.passage import AddPrompt, Passage
 from swarm.model.quantization import Scheme, log_share
@@ -207,5 +208,6 @@ def load_span(
         )
     if scheme is not None:
         log_share(model, scheme)
+    use_half_kernels(model)
     renumber(model, anatomy, blocks)
     return Span(model.requires_grad_(False), anatomy, blocks)

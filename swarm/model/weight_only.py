@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights are kept in 8 or 4 bits, while activations stay as they are.
+"""Frozen linear layers with kernels of their own, whose weights are kept in 8 or 4 bits.
 
 Which kernel multiplies is decided by `choose_kernel`; all of them compute the same product of the same weights.
 Gradients flow to the input alone, by way of the weights in float32, a part of them at a time.
@@ -9,7 +9,7 @@ Gradients flow to the input alone, by way of the weights in float32, a part of t
 from __future__ import annotations
 
 import enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,29 +95,72 @@ class WeightOnlyLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_MK = x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
-            y_MN: Tensor = _FrozenProduct.apply(x_MK, self)
+            y_MN: Tensor = FrozenProduct.apply(x_MK, self)
         else:
-            y_MN = self.product(x_MK)
+            y_MN = self.biased_product(x_MK)
+        return y_MN.view(*x.shape[:-1], self.out_features)
+
+    def biased_product(self, x_MK: Tensor) -> Tensor:
+        """Multiply rows with the weights and add the bias, in the dtype of the rows; no gradient."""
+        y_MN = self.product(x_MK)
         if self.bias is not None:
             y_MN = y_MN + self.bias  # in float32 where the product is, so that it is rounded once
-        return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y_MN.to(x_MK.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-class _FrozenProduct(torch.autograd.Function):
+class HasProduct(Protocol):
+    """What FrozenProduct asks of a layer; see WeightOnlyLinear."""
+
+    def biased_product(self, x_MK: Tensor) -> Tensor: ...
+
+    def input_gradient(self, grad_MN: Tensor) -> Tensor: ...
+
+
+class FrozenProduct(torch.autograd.Function):
     """A product whose weights get no gradient and are not kept for backward in floats."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, layer: WeightOnlyLinear) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, layer: HasProduct) -> Tensor:
         ctx.layer, ctx.dtype = layer, x_MK.dtype
-        return layer.product(x_MK)
+        return layer.biased_product(x_MK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(grad_MN).to(ctx.dtype), None
+
+
+class HasRows(Protocol):
+    """A layer whose weights can be had in floats."""
+
+    in_features: int
+    out_features: int
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """The weights of the outputs [begin, end), in float32, [end - begin, K]."""
+
+
+def dense_product(x_MK: Tensor, layer: HasRows) -> Tensor:
+    """Multiply rows with the weights, a part of them in floats at a time; float32, no bias."""
+    x_MK = x_MK.to(torch.float32)
+    y_MN = x_MK.new_empty(x_MK.shape[0], layer.out_features)
+    for begin in range(0, layer.out_features, DENSE_OUTPUTS):
+        end = min(begin + DENSE_OUTPUTS, layer.out_features)
+        y_MN[:, begin:end] = x_MK @ layer.rows(begin, end).t()
+    return y_MN
+
+
+def dense_input_gradient(grad_MN: Tensor, layer: HasRows) -> Tensor:
+    """Multiply the gradient of the outputs with the weights, likewise; float32."""
+    grad_MN = grad_MN.to(torch.float32)
+    grad_MK = grad_MN.new_zeros(grad_MN.shape[0], layer.in_features)
+    for begin in range(0, layer.out_features, DENSE_OUTPUTS):
+        end = min(begin + DENSE_OUTPUTS, layer.out_features)
+        grad_MK.addmm_(grad_MN[:, begin:end], layer.rows(begin, end))
+    return grad_MK
 
 
 class CpuLinear(WeightOnlyLinear):
@@ -138,24 +181,14 @@ class CpuLinear(WeightOnlyLinear):
     def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
         if kernel is None:
             kernel = choose_kernel(
-                self.bits, x_MK.shape[0], x_MK.dtype, is_compiled=kernels.is_compiled(), fast_floats=_has_fast_floats()
+                self.bits, x_MK.shape[0], x_MK.dtype, is_compiled=kernels.is_compiled(), fast_floats=has_fast_floats()
             )
         if kernel is not Kernel.DENSE:
             return self._fast_product(x_MK.contiguous(), kernel)
-        x_MK = x_MK.to(torch.float32)
-        y_MN = x_MK.new_empty(x_MK.shape[0], self.out_features)
-        for begin in range(0, self.out_features, DENSE_OUTPUTS):
-            end = min(begin + DENSE_OUTPUTS, self.out_features)
-            y_MN[:, begin:end] = x_MK @ self.rows(begin, end).t()
-        return y_MN
+        return dense_product(x_MK, self)
 
     def input_gradient(self, grad_MN: Tensor) -> Tensor:
-        grad_MN = grad_MN.to(torch.float32)
-        grad_MK = grad_MN.new_zeros(grad_MN.shape[0], self.in_features)
-        for begin in range(0, self.out_features, DENSE_OUTPUTS):
-            end = min(begin + DENSE_OUTPUTS, self.out_features)
-            grad_MK.addmm_(grad_MN[:, begin:end], self.rows(begin, end))
-        return grad_MK
+        return dense_input_gradient(grad_MN, self)
 
 
 class Int8Linear(CpuLinear):
@@ -296,5 +329,5 @@ def _padded(num_groups: int) -> int:
     return -(-num_groups // PADDED_GROUPS) * PADDED_GROUPS
 
 
-def _has_fast_floats() -> bool:
+def has_fast_floats() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
