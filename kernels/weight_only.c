@@ -6,8 +6,9 @@
  * In 16 bits all is bfloat16, and summed in floats: the halves of a 32-bit word become floats by a shift and a mask, so
  * x is laid out likewise, even columns of 16 before odd ones.
  *
- * In fewer bits weights stay integers until the end of a group: the activations of GROUP columns become 16-bit fixed point numbers with one
- * scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what bfloat16 has.
+ * In fewer bits weights stay integers until the end of a group: the activations of GROUP columns become 16-bit fixed
+ * point numbers with one scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what
+ * bfloat16 has.
  *
  *   8 bits  w[n, k] = scale[n] * q[n, k]
  *   4 bits  w[n, k] = scale[n, g] * q[n, k] + zero[n, g]   for k in group g; a group's 64 numbers of 4 bits lie in 32
@@ -56,6 +57,12 @@ INLINE float sum_of_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
+INLINE __m256 even_halves(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+
+INLINE __m256 odd_halves(__m256i words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+}
+
 /* The columns 16 i to 16 i + 15 of a group of w, as 16-bit integers; `packed` is the whole group, 4 bits only. */
 INLINE __m256i unpack(const int bits, const uint8_t *group, __m256i packed, const int i) {
   if (bits == 8)
@@ -76,8 +83,7 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
       __m256 factor = _mm256_loadu_ps(p->unit + (m + c) * stride + first);
       if (bits == 4) {
         __m256i pairs = _mm256_loadu_si256((const __m256i *)(p->scale_zero + (n * stride + first) * 2));
-        __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        __m256 zero = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+        __m256 scale = even_halves(pairs), zero = odd_halves(pairs);
         total[c] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(p->sum + (m + c) * stride + first), total[c]);
         factor = _mm256_mul_ps(factor, scale);
       }
@@ -105,12 +111,6 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
     const float y = sum_of_lanes(total[c]);
     p->y[(m + c) * p->N + n] = bits == 8 ? p->scale[n] * y : y;
   }
-}
-
-INLINE __m256 even_halves(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-
-INLINE __m256 odd_halves(__m256i words) {
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
 }
 
 /* The nearest bfloat16, of two equally near ones the even one. */

@@ -28,6 +28,16 @@ from swarm.server.timing import CostModel, ReturnTimes
 Cost = Callable[[int], float]
 
 
+def memory_bound(num_tokens: int) -> float:
+    """Reading the weights is what a pass costs."""
+    return 0.010 + 0.0002 * num_tokens
+
+
+def compute_bound(num_tokens: int) -> float:
+    """Every token costs; a shared pass saves nothing to speak of."""
+    return 0.0001 + 0.004 * num_tokens
+
+
 class Clock:
     """Runs callbacks in the order of their times."""
 

@@ -1,6 +1,6 @@
 """Linear layers in bfloat16 for processors that lack instructions for it, most of those in desktops among them.
 
-There torch takes up to 8 times as long as the same bytes need (docs/decisions/0011). Such a layer is still an
+There torch takes up to 6 times as long (docs/decisions/0011). Such a layer is still an
 `nn.Linear` with its weight; only how it multiplies is another, while nobody trains it.
 """
 
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from swarm.model import kernels
-from swarm.model.weight_only import FrozenProduct, dense_input_gradient, dense_product, has_fast_floats
+from swarm.model.weight_only import (
+    DENSE_FROM_ROWS,
+    dense_input_gradient,
+    dense_product,
+    frozen_forward,
+    has_fast_floats,
+)
 
 COLUMNS = 16
 """The kernel takes a multiple of so many inputs."""
-
-DENSE_FROM_ROWS = 64
-"""Rows from which on torch's product in float32 is faster than the kernel, weights turned into floats first."""
 
 
 class HalfLinear(nn.Linear):
@@ -28,12 +31,7 @@ class HalfLinear(nn.Linear):
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad
         if is_trained or x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16 or not x.is_cpu:
             return super().forward(x)
-        x_MK = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and x.requires_grad:
-            y_MN: Tensor = FrozenProduct.apply(x_MK, self)
-        else:
-            y_MN = self.biased_product(x_MK)
-        return y_MN.view(*x.shape[:-1], self.out_features)
+        return frozen_forward(x, self)
 
     def biased_product(self, x_MK: Tensor) -> Tensor:
         """Multiply rows with the weights and add the bias; bfloat16, no gradient."""

@@ -9,6 +9,7 @@ Gradients flow to the input alone, by way of the weights in float32, a part of t
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -53,7 +54,7 @@ def choose_kernel(bits: int, num_rows: int, dtype: torch.dtype, *, is_compiled: 
     return Kernel.TORCH if bits == 8 and dtype == torch.bfloat16 else Kernel.DENSE
 
 
-class WeightOnlyLinear(nn.Module):
+class WeightOnlyLinear(nn.Module, ABC):
     """As `nn.Linear`, frozen, with weights of few bits."""
 
     bits: ClassVar[int]
@@ -71,34 +72,29 @@ class WeightOnlyLinear(nn.Module):
         return num_inputs % GROUP == 0 and num_outputs >= 16
 
     @classmethod
+    @abstractmethod
     def num_bytes(cls, num_outputs: int, num_inputs: int) -> int:
         """What weights of this shape take."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def quantize(cls, weight_NK: Tensor, bias_N: nn.Parameter | None) -> WeightOnlyLinear:
         """Round the weights of a linear layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Multiply rows with the weights; no gradient. `kernel`: None for the best one here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_gradient(self, grad_MN: Tensor) -> Tensor:
         """Multiply the gradient of the outputs with the weights."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
         return self.like.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        x_MK = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and x.requires_grad:
-            y_MN: Tensor = FrozenProduct.apply(x_MK, self)
-        else:
-            y_MN = self.biased_product(x_MK)
-        return y_MN.view(*x.shape[:-1], self.out_features)
+        return frozen_forward(x, self)
 
     def biased_product(self, x_MK: Tensor) -> Tensor:
         """Multiply rows with the weights and add the bias, in the dtype of the rows; no gradient."""
@@ -112,14 +108,17 @@ class WeightOnlyLinear(nn.Module):
 
 
 class HasProduct(Protocol):
-    """What FrozenProduct asks of a layer; see WeightOnlyLinear."""
+    """What `frozen_forward` asks of a layer; see WeightOnlyLinear."""
+
+    in_features: int
+    out_features: int
 
     def biased_product(self, x_MK: Tensor) -> Tensor: ...
 
     def input_gradient(self, grad_MN: Tensor) -> Tensor: ...
 
 
-class FrozenProduct(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     """A product whose weights get no gradient and are not kept for backward in floats."""
 
     @staticmethod
@@ -131,6 +130,16 @@ class FrozenProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(grad_MN).to(ctx.dtype), None
+
+
+def frozen_forward(x: Tensor, layer: HasProduct) -> Tensor:
+    """Run a linear layer whose weights get no gradient: [..., K] to [..., N], in the dtype of x."""
+    x_MK = x.reshape(-1, layer.in_features)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y_MN: Tensor = _FrozenProduct.apply(x_MK, layer)
+    else:
+        y_MN = layer.biased_product(x_MK)
+    return y_MN.view(*x.shape[:-1], layer.out_features)
 
 
 class HasRows(Protocol):
@@ -166,12 +175,13 @@ def dense_input_gradient(grad_MN: Tensor, layer: HasRows) -> Tensor:
 class CpuLinear(WeightOnlyLinear):
     """What the layers for CPUs share: a choice of kernels, and weights that can be had in floats."""
 
+    @abstractmethod
     def rows(self, begin: int, end: int) -> Tensor:
         """The weights of the outputs [begin, end), in float32, [end - begin, K]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
-        raise NotImplementedError
+        """Multiply with a kernel for weights of few bits."""
 
     @property
     def weight(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one snapshot leads to; what is learned of time. Over time: test_scheduling_simulation.py."""
+"""What one snapshot leads to; what is learned of time. Over time: test_scheduling.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulation import compute_bound, memory_bound
 
 from swarm.server.scheduler import (
     Kind,
@@ -22,16 +23,6 @@ from swarm.server.scheduler import (
 from swarm.server.timing import CostModel, Expected, ReturnTimes
 
 CONFIG = SchedulerConfig()
-
-
-def memory_bound(num_tokens: int) -> float:
-    """Reading the weights is what a pass costs."""
-    return 0.010 + 0.0002 * num_tokens
-
-
-def compute_bound(num_tokens: int) -> float:
-    """Every token costs; a shared pass saves nothing to speak of."""
-    return 0.0001 + 0.004 * num_tokens
 
 
 def costs_of(cost) -> CostModel:

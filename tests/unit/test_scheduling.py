@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from simulation import Client, Clock, Machine, Server, Work, percentile
+from simulation import Client, Clock, Machine, Server, Work, compute_bound, memory_bound, percentile
 
 from swarm.server.scheduler import Kind, SchedulerConfig
 
 CONFIG = SchedulerConfig()
-
-
-def memory_bound(num_tokens: int) -> float:
-    """Reading the weights is what a pass costs."""
-    return 0.010 + 0.0002 * num_tokens
-
-
-def compute_bound(num_tokens: int) -> float:
-    """Every token costs; a shared pass saves nothing to speak of."""
-    return 0.0001 + 0.004 * num_tokens
 
 
 def run(servers: int, clients: int, *, cost=memory_bound, think_s: float = 0.004, **more):
