@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
-from swarm.model.half_linear import use_half_kernels
+from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import load_part
 from swarm.model.remote_cache import RemoteCache
 

@@ -1,24 +1,31 @@
-"""The compiled kernels, where this machine has them: kernels/weight_only.c, through ctypes.
+"""The compiled kernels, where this machine has them: those in kernels/, through ctypes.
 
 They are built when Swarm is installed, if there is a C compiler. Without them everything works, more slowly.
 """
 
-# M rows, N outputs, K inputs
+# M rows, N outputs, K inputs; of attention: T sequences, N key/value heads, G query heads of each, S slots,
+# H size of a key, V size of a value, R runs
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib.util
+import itertools
 import logging
+from collections.abc import Sequence
 
 import torch  # before the kernels, which use the threads that torch brings
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MODULE = "swarm.model._weight_only"
+MODULE = "swarm.model._kernels"
 """Under this name the library lies in the package; it is not a Python module."""
+
+
+_SCALES = {8: torch.float32, 4: torch.bfloat16}
+"""In which type the scales of weights of so many bits are."""
 
 
 @functools.cache
@@ -33,9 +40,10 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.is_supported():
         return None
-    for function in (library.half_product, library.int8_product, library.int4_product):
-        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
-        function.restype = ctypes.c_int
+    library.product.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3
+    library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_float]
+    library.rms_norm.restype = None
+    library.attention.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_float]
     return library
 
 
@@ -44,38 +52,92 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
-def weight_only_product(bits: int, x_MK: Tensor, data: Tensor, scales: Tensor, num_outputs: int) -> Tensor:
-    """Multiply rows with transposed weights of 8 or 4 bits, laid out as kernels/weight_only.c says.
+@functools.cache
+def has_fast_floats() -> bool:
+    """Whether this processor has AVX-512, which torch's own kernels for few bits and for bfloat16 are made for."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def product(
+    bits: int, x_MK: Tensor, weights: Tensor, scales: Tensor | None, bias_N: Tensor | None, num_outputs: int
+) -> Tensor:
+    """Multiply rows with transposed weights and add the bias; summed in float32 and rounded once.
 
     Args:
-        x_MK: float32, contiguous, on the CPU; K is a multiple of 64.
-    Returns: [M, num_outputs], float32.
+        bits: 16 for weights in bfloat16, [N, K]; 8 or 4 for those that kernels/products.c describes, with scales.
+        x_MK: on the CPU; bfloat16, or float32 if the weights have fewer bits. K is a multiple of 16 for weights of 16
+            bits, of 64 for others.
+    Returns: [M, num_outputs], in the dtype of x.
     """
     library = _library()
     assert library is not None, "nobody asked is_compiled()"
-    assert x_MK.dtype == torch.float32 and x_MK.is_contiguous() and x_MK.shape[1] % 64 == 0
-    y_MN = x_MK.new_empty(x_MK.shape[0], num_outputs)
-    function = library.int8_product if bits == 8 else library.int4_product
-    pointers = [tensor.data_ptr() for tensor in (x_MK, data, scales, y_MN)]
-    if not function(*pointers, x_MK.shape[0], num_outputs, x_MK.shape[1]):
-        raise MemoryError(f"no memory for {x_MK.shape[0]} rows of activations")
-    return y_MN
-
-
-def half_product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Multiply rows with transposed weights and add the bias; all bfloat16, summed in float32.
-
-    Args:
-        x_MK: contiguous, on the CPU; K is a multiple of 16.
-    Returns: [M, N], bfloat16.
-    """
-    library = _library()
-    assert library is not None, "nobody asked is_compiled()"
-    assert x_MK.dtype == weight_NK.dtype == torch.bfloat16 and x_MK.is_contiguous() and x_MK.shape[1] % 16 == 0
-    (num_rows, num_inputs), num_outputs = x_MK.shape, weight_NK.shape[0]
+    dtype = x_MK.dtype
+    assert dtype == torch.bfloat16 or (dtype == torch.float32 and bits != 16), "rows of a type that no kernel takes"
+    x_MK = x_MK.contiguous()
+    num_rows, num_inputs = x_MK.shape
+    assert weights.is_contiguous() and weights.nbytes == num_outputs * num_inputs * bits // 8
+    assert scales is None or (scales.is_contiguous() and scales.dtype == _SCALES[bits])
     y_MN = x_MK.new_empty(num_rows, num_outputs)
+    scales_pointer = None if scales is None else scales.data_ptr()
+    bias_N = None if bias_N is None else bias_N.to(dtype).contiguous()
+    assert bias_N is None or bias_N.shape == (num_outputs,)
     bias_pointer = None if bias_N is None else bias_N.data_ptr()
-    pointers = (x_MK.data_ptr(), weight_NK.data_ptr(), bias_pointer, y_MN.data_ptr())
-    if not library.half_product(*pointers, num_rows, num_outputs, num_inputs):
+    done = library.product(
+        bits, dtype == torch.bfloat16, x_MK.data_ptr(), weights.data_ptr(), scales_pointer, bias_pointer,
+        y_MN.data_ptr(), num_rows, num_outputs, num_inputs,
+    )  # fmt: skip
+    if not done:
         raise MemoryError(f"no memory for {num_rows} rows of activations")
     return y_MN
+
+
+def rms_norm(x_MD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Divide rows by their root mean square, computed in float32, and multiply them with the weights; all bfloat16.
+
+    Args:
+        x_MD: on the CPU; D is a multiple of 8.
+    """
+    library = _library()
+    assert library is not None, "nobody asked is_compiled()"
+    assert x_MD.dtype == weight_D.dtype == torch.bfloat16
+    x_MD = x_MD.contiguous()
+    y_MD = torch.empty_like(x_MD)
+    library.rms_norm(x_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr(), *x_MD.shape, epsilon)
+    return y_MD
+
+
+class Runs:
+    """Where the tokens of some sequences lie, as `attention` takes it: slots [start, end), in order."""
+
+    def __init__(self, sequences: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.num_sequences = len(sequences)
+        self.num_slots = max(end for runs in sequences for _, end in runs)
+        """The store must have as many."""
+        flat = [slot for runs in sequences for run in runs for slot in run]
+        self.slots = (ctypes.c_int64 * len(flat))(*flat)
+        self.ends = (ctypes.c_int64 * len(sequences))(*itertools.accumulate(map(len, sequences)))
+
+
+def attention(q_TNGH: Tensor, keys_1NSH: Tensor, values_1NSV: Tensor, runs: Runs, scaling: float) -> Tensor:
+    """Softmax attention of one token of each sequence over all tokens of the sequence; all bfloat16, on the CPU.
+
+    Args:
+        keys_1NSH, values_1NSV: numbers of a head and slot lie side by side; H and V are multiples of 16.
+    Returns: [T, N, G, V].
+    """
+    library = _library()
+    assert library is not None, "nobody asked is_compiled()"
+    assert q_TNGH.dtype == keys_1NSH.dtype == values_1NSV.dtype == torch.bfloat16
+    assert keys_1NSH.stride(3) == values_1NSV.stride(3) == 1 and runs.num_slots <= keys_1NSH.shape[2]
+    q_TNGH = q_TNGH.contiguous()
+    sizes = (*q_TNGH.shape, values_1NSV.shape[3])
+    assert sizes[0] == runs.num_sequences and sizes[1:4:2] == (keys_1NSH.shape[1], keys_1NSH.shape[3])
+    strides = (*keys_1NSH.stride()[1:3], *values_1NSV.stride()[1:3])
+    y_TNGV = q_TNGH.new_empty(*sizes[:3], sizes[4])
+    done = library.attention(
+        q_TNGH.data_ptr(), keys_1NSH.data_ptr(), values_1NSV.data_ptr(), y_TNGV.data_ptr(), runs.slots, runs.ends,
+        (ctypes.c_long * 5)(*sizes), (ctypes.c_long * 4)(*strides), scaling,
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for the attention of {sizes[0]} tokens")
+    return y_TNGV

@@ -27,12 +27,14 @@ from transformers.masking_utils import causal_mask_function
 
 from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model import families
-from swarm.model.attention import MaskFunction, RowAttention, Scores
+from swarm.model.attention import RowAttention
 from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
 from swarm.model.paged import PagedAttention, can_page, plan_paged
 from swarm.model.passage import AddPrompt, Passage
 from swarm.model.pieces import Piece
+from swarm.model.sights import MaskFunction
+from swarm.model.singles import Scores
 from swarm.model.span import Span
 from swarm.model.span_cache import cache_layers
 

@@ -20,7 +20,7 @@ from swarm.errors import BadCheckpoint, BadRequest
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
-from swarm.model.half_linear import use_half_kernels
+from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import Progress, load_part
 from swarm.model.passage import AddPrompt, Passage
 from swarm.model.quantization import Scheme, log_share

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from swarm.model import kernels
+from swarm.model.kernels import has_fast_floats
 
 GROUP = 64
-"""Inputs that share a scale in 4 bits; kernels/weight_only.c has the same number."""
+"""Inputs that share a scale in 4 bits; kernels/products.c has the same number."""
 
 PADDED_GROUPS = 8
 """Scales of 4-bit weights are padded to a multiple of so many groups, as the compiled kernels read them."""
@@ -82,8 +83,8 @@ class WeightOnlyLinear(nn.Module, ABC):
         """Round the weights of a linear layer."""
 
     @abstractmethod
-    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
-        """Multiply rows with the weights; no gradient. `kernel`: None for the best one here."""
+    def biased_product(self, x_MK: Tensor) -> Tensor:
+        """Multiply rows with the weights and add the bias, in the dtype of the rows; no gradient."""
 
     @abstractmethod
     def input_gradient(self, grad_MN: Tensor) -> Tensor:
@@ -94,21 +95,14 @@ class WeightOnlyLinear(nn.Module, ABC):
         return self.like.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_forward(x, self)
-
-    def biased_product(self, x_MK: Tensor) -> Tensor:
-        """Multiply rows with the weights and add the bias, in the dtype of the rows; no gradient."""
-        y_MN = self.product(x_MK)
-        if self.bias is not None:
-            y_MN = y_MN + self.bias  # in float32 where the product is, so that it is rounded once
-        return y_MN.to(x_MK.dtype)
+        return layer_forward(x, self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
 class HasProduct(Protocol):
-    """What `frozen_forward` asks of a layer; see WeightOnlyLinear."""
+    """What `layer_forward` asks of a layer; see WeightOnlyLinear."""
 
     in_features: int
     out_features: int
@@ -118,25 +112,43 @@ class HasProduct(Protocol):
     def input_gradient(self, grad_MN: Tensor) -> Tensor: ...
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """A product whose weights get no gradient and are not kept for backward in floats."""
+class _Product(torch.autograd.Function):
+    """A product whose weights are not kept for backward in floats; given here, they may get a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, layer: HasProduct) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, layer: HasProduct) -> Tensor:
         ctx.layer, ctx.dtype = layer, x_MK.dtype
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x_MK, weight_NK)  # the weight so that changing it before backward is noticed
         return layer.biased_product(x_MK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(grad_MN).to(ctx.dtype), None
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx_MK = ctx.layer.input_gradient(grad_MN).to(ctx.dtype) if needs_x else None
+        if not (needs_weight or needs_bias):
+            return dx_MK, None, None, None
+        grad_MN = grad_MN.to(torch.float32)
+        dweight_NK = None
+        if needs_weight:
+            x_MK, _ = ctx.saved_tensors
+            dweight_NK = (grad_MN.t() @ x_MK.to(torch.float32)).to(ctx.dtype)
+        return dx_MK, dweight_NK, grad_MN.sum(0).to(ctx.dtype) if needs_bias else None, None
 
 
-def frozen_forward(x: Tensor, layer: HasProduct) -> Tensor:
-    """Run a linear layer whose weights get no gradient: [..., K] to [..., N], in the dtype of x."""
+def layer_forward(
+    x: Tensor, layer: HasProduct, weight_NK: Tensor | None = None, bias_N: Tensor | None = None
+) -> Tensor:
+    """Run a linear layer: [..., K] to [..., N], in the dtype of x.
+
+    Args:
+        weight_NK, bias_N: those of the layer, where they may get a gradient.
+    """
     x_MK = x.reshape(-1, layer.in_features)
-    if torch.is_grad_enabled() and x.requires_grad:
-        y_MN: Tensor = _FrozenProduct.apply(x_MK, layer)
+    trained = [each for each in (x, weight_NK, bias_N) if each is not None and each.requires_grad]
+    if torch.is_grad_enabled() and trained:
+        y_MN: Tensor = _Product.apply(x_MK, weight_NK, bias_N, layer)
     else:
         y_MN = layer.biased_product(x_MK)
     return y_MN.view(*x.shape[:-1], layer.out_features)
@@ -175,27 +187,36 @@ def dense_input_gradient(grad_MN: Tensor, layer: HasRows) -> Tensor:
 class CpuLinear(WeightOnlyLinear):
     """What the layers for CPUs share: a choice of kernels, and weights that can be had in floats."""
 
+    data: Tensor
+
     @abstractmethod
     def rows(self, begin: int, end: int) -> Tensor:
         """The weights of the outputs [begin, end), in float32, [end - begin, K]."""
 
+    @property
     @abstractmethod
-    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
-        """Multiply with a kernel for weights of few bits."""
+    def _scales(self) -> Tensor:
+        """What the compiled kernel takes beside `data`."""
+
+    def _torch_product(self, x_MK: Tensor) -> Tensor:
+        """Multiply with torch's kernel, no bias."""
+        raise NotImplementedError(f"torch has no kernel for {self.bits} bits in our layout")
 
     @property
     def weight(self) -> Tensor:
         """All weights, for models that look at them; made anew each time."""
         return self.rows(0, self.out_features).to(self.dtype)
 
-    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+    def biased_product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """See WeightOnlyLinear; `kernel`: None for the best one here."""
         if kernel is None:
             kernel = choose_kernel(
                 self.bits, x_MK.shape[0], x_MK.dtype, is_compiled=kernels.is_compiled(), fast_floats=has_fast_floats()
             )
-        if kernel is not Kernel.DENSE:
-            return self._fast_product(x_MK.contiguous(), kernel)
-        return dense_product(x_MK, self)
+        if kernel is Kernel.COMPILED:
+            return kernels.product(self.bits, x_MK, self.data, self._scales, self.bias, self.out_features)
+        y_MN = dense_product(x_MK, self) if kernel is Kernel.DENSE else self._torch_product(x_MK.contiguous())
+        return _with_bias(y_MN, self.bias).to(x_MK.dtype)
 
     def input_gradient(self, grad_MN: Tensor) -> Tensor:
         return dense_input_gradient(grad_MN, self)
@@ -205,7 +226,6 @@ class Int8Linear(CpuLinear):
     """8 bits and a scale for each output."""
 
     bits = 8
-    data: Tensor
     scale: Tensor
 
     def __init__(self, data_NK: Tensor, scale_N: Tensor, bias_N: nn.Parameter | None, like: Tensor) -> None:
@@ -226,17 +246,18 @@ class Int8Linear(CpuLinear):
     def rows(self, begin: int, end: int) -> Tensor:
         return self.data[begin:end].to(torch.float32).mul_(self.scale[begin:end, None])
 
-    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
-        if kernel is Kernel.COMPILED:
-            return kernels.weight_only_product(8, x_MK.to(torch.float32), self.data, self.scale, self.out_features)
+    @property
+    def _scales(self) -> Tensor:
+        return self.scale
+
+    def _torch_product(self, x_MK: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x_MK, self.data, self.scale.to(x_MK.dtype))
 
 
 class Int4Linear(CpuLinear):
-    """4 bits, with a scale and a zero for each output and group of inputs, laid out as kernels/weight_only.c says."""
+    """4 bits, with a scale and a zero for each output and group of inputs, laid out as kernels/products.c says."""
 
     bits = 4
-    data: Tensor
     scale_zero: Tensor
 
     def __init__(self, data: Tensor, scale_zero: Tensor, num_inputs: int, bias_N: nn.Parameter | None, like: Tensor):
@@ -266,9 +287,9 @@ class Int4Linear(CpuLinear):
         scale_zero = self.scale_zero[begin:end, : q_NGg.shape[1]].to(torch.float32)
         return q_NGg.to(torch.float32).mul_(scale_zero[..., :1]).add_(scale_zero[..., 1:]).flatten(1)
 
-    def _fast_product(self, x_MK: Tensor, kernel: Kernel) -> Tensor:
-        assert kernel is Kernel.COMPILED, "torch's kernels want another layout"
-        return kernels.weight_only_product(4, x_MK.to(torch.float32), self.data, self.scale_zero, self.out_features)
+    @property
+    def _scales(self) -> Tensor:
+        return self.scale_zero
 
 
 class CudaInt4Linear(WeightOnlyLinear):
@@ -311,9 +332,12 @@ class CudaInt4Linear(WeightOnlyLinear):
     def weight(self) -> Tensor:
         """All weights, by way of the kernel, which alone knows its layout."""
         unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.like.device)
-        return self.product(unit).t().to(self.dtype)
+        return self._product(unit).t().to(self.dtype)
 
-    def product(self, x_MK: Tensor, kernel: Kernel | None = None) -> Tensor:
+    def biased_product(self, x_MK: Tensor) -> Tensor:
+        return _with_bias(self._product(x_MK), self.bias).to(x_MK.dtype)
+
+    def _product(self, x_MK: Tensor) -> Tensor:
         x_MK = x_MK.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int4pack_mm(x_MK, self.data, self.group, self.scale_zero)
 
@@ -335,9 +359,10 @@ def quantize_groups(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tens
     return q_NGg, scale_NG, zero_NG
 
 
+def _with_bias(y_MN: Tensor, bias_N: Tensor | None) -> Tensor:
+    """In float32 where the product is, so that it is rounded once."""
+    return y_MN if bias_N is None else y_MN + bias_N
+
+
 def _padded(num_groups: int) -> int:
     return -(-num_groups // PADDED_GROUPS) * PADDED_GROUPS
-
-
-def has_fast_floats() -> bool:
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()

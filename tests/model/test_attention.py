@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from marks import needs_compiled
 from torch import Tensor
 from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
-from swarm.model import attention
-from swarm.model.attention import MaskFunction, RowAttention, Scores
+from swarm.model import kernels, singles
+from swarm.model.attention import RowAttention
 from swarm.model.kv_store import KVLayout, KVShape, KVStore
 from swarm.model.paged import PAGE_TOKENS, PagedAttention, as_pages, can_page, plan_paged
 from swarm.model.pieces import Piece
+from swarm.model.sights import MaskFunction
+from swarm.model.singles import Scores
 from swarm.ranges import BlockRange
 
 NUM_KV_HEADS, HEAD_DIM = 2, 16
@@ -66,7 +69,7 @@ PIECES = (
 
 @pytest.mark.parametrize("num_heads", [2, 6])
 @pytest.mark.parametrize("window", [None, WINDOW])
-@pytest.mark.parametrize("gather_bytes", [0, attention.GATHER_BYTES])
+@pytest.mark.parametrize("gather_bytes", [0, singles.GATHER_BYTES])
 @pytest.mark.parametrize(
     "scores",
     [
@@ -78,7 +81,7 @@ PIECES = (
 def test_attention_equals_a_loop(
     num_heads: int, window: int | None, gather_bytes: int, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "GATHER_BYTES", gather_bytes)
+    monkeypatch.setattr(singles, "GATHER_BYTES", gather_bytes)
     store = open_store(2500)
     scores = scores._replace(sinks_M=None if scores.sinks_M is None else scores.sinks_M[:num_heads])
     q_1MTH = torch.randn(1, num_heads, sum(piece.length for piece in PIECES), HEAD_DIM)
@@ -89,14 +92,20 @@ def test_attention_equals_a_loop(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_heads", [2, 6])
-def test_attention_in_half_precision_stays_close_to_a_loop(dtype: torch.dtype, num_heads: int) -> None:
+@pytest.mark.parametrize("num_heads", [2, 6, 10])
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("own_kernel", [True, False])
+def test_attention_in_half_precision_stays_close_to_a_loop(
+    dtype: torch.dtype, num_heads: int, window: int | None, own_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(singles, "has_fast_floats", lambda: not own_kernel)
     store = open_store(2500, dtype)
     q_1MTH = torch.randn(1, num_heads, sum(piece.length for piece in PIECES), HEAD_DIM).to(dtype)
+    function = None if window is None else sliding_window_causal_mask_function(window)
     keys, values = store.heads(0)
-    ours = RowAttention(PIECES, None, store)(q_1MTH, keys, values, Scores(0.25))
+    ours = RowAttention(PIECES, function, store)(q_1MTH, keys, values, Scores(0.25))
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours.float(), loop(PIECES, q_1MTH, store, None, Scores(0.25)), atol=2e-2, rtol=0)
+    torch.testing.assert_close(ours.float(), loop(PIECES, q_1MTH, store, window, Scores(0.25)), atol=2e-2, rtol=0)
 
 
 def test_chunks_are_counted_from_the_first_token_that_is_no_padding() -> None:
@@ -194,3 +203,40 @@ def test_sequences_off_whole_pages_or_padded_are_not_read_by_pages(piece: Piece)
 
 def test_pages_are_for_gpus_only() -> None:
     assert not can_page(open_store(1024, torch.bfloat16))
+
+
+@needs_compiled
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_groups, key_dim, value_dim", [(1, 16, 16), (3, 64, 32), (4, 32, 128), (9, 128, 128)])
+def test_our_kernel_computes_softmax_attention_as_precisely_as_it_is_rounded(
+    num_groups: int, key_dim: int, value_dim: int, num_threads: int
+) -> None:
+    sequences = [[(3, 4)], [(10, 73)], [(80, 144), (200, 203)], [(300, 301), (310, 329), (400, 900)]]
+    q_TNGH = torch.randn(4, 2, num_groups, key_dim).to(torch.bfloat16)
+    keys, values = (torch.randn(1, 2, 1000, size).to(torch.bfloat16) for size in (key_dim, value_dim))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        ours = kernels.attention(q_TNGH, keys, values, kernels.Runs(sequences), 0.3)
+    finally:
+        torch.set_num_threads(before)
+    for runs, q_NGH, y_NGV in zip(sequences, q_TNGH, ours, strict=True):
+        slots = [slot for start, end in runs for slot in range(start, end)]
+        weights_NGK = (q_NGH.double() @ keys[0, :, slots].double().transpose(1, 2) * 0.3).softmax(-1)
+        wanted = weights_NGK @ values[0, :, slots].double()
+        assert ((y_NGV.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-5).all()
+        alone = kernels.attention(q_NGH[None], keys, values, kernels.Runs([runs]), 0.3)
+        assert torch.equal(alone[0], y_NGV)
+
+
+@needs_compiled
+def test_our_kernel_takes_scores_of_any_size_and_keeps_what_is_not_a_number() -> None:
+    keys, values = torch.zeros(2, 1, 1, 200, 16, dtype=torch.bfloat16)
+    keys[0, 0, :, 0] = torch.linspace(-3e4, 3e4, 200)
+    values[0, 0, :, 0] = torch.arange(200)
+    q_TNGH = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
+    q_TNGH[0, 0, :, 0] = torch.tensor([1.0, -1.0, 0.0, float("nan")])
+    runs = kernels.Runs([[(0, 200)]])
+    out_G = kernels.attention(q_TNGH, keys, values, runs, 1.0)[0, 0, :, 0].float()
+    assert out_G[:3].tolist() == [199.0, 0.0, 99.5] and bool(out_G[3].isnan())
+    assert kernels.attention(q_TNGH, keys, values, runs, 1.0)[0, 0, :, 1:].float().nan_to_num().abs().max() == 0

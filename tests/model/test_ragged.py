@@ -9,7 +9,7 @@ from tiny_configs import tiny_config
 from torch import Tensor
 
 from swarm.errors import BadRequest, UnsupportedModel
-from swarm.model import attention, families
+from swarm.model import families, singles
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import narrow
 from swarm.model.ragged import PackedSpan, Piece, is_packable
@@ -27,7 +27,7 @@ def test_packed_equals_one_sequence_at_a_time(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", VARIED)
 def test_long_sequences_are_read_in_place(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "GATHER_BYTES", 0)
+    monkeypatch.setattr(singles, "GATHER_BYTES", 0)
     assert packing_error(model_type, BlockRange(0, 3)) <= 1e-4
 
 

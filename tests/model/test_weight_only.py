@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from marks import needs_compiled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
-from swarm.model import kernels
 from swarm.model.weight_only import (
     GROUP,
     CudaInt4Linear,
@@ -24,7 +24,6 @@ from swarm.model.weight_only import (
 )
 
 LINEARS = [Int8Linear, Int4Linear]
-needs_compiled = pytest.mark.skipif(not kernels.is_compiled(), reason="built without a C compiler, or not for AVX2")
 
 # What a kernel may differ by from the exact product of the same weights, in standard deviations of the product.
 TOLERANCES = {
@@ -65,8 +64,9 @@ def test_a_kernel_computes_the_product_of_the_rounded_weights(linear_class, kern
     layer = make_layer(linear_class, num_outputs, num_inputs)
     for num_rows in (1, 2, 3, 4, 7, 70):
         x_MK = randn(num_rows, num_inputs).to(dtype)
-        exact = x_MK.double() @ layer.rows(0, num_outputs).double().t()
-        assert error(layer.product(x_MK, kernel).to(dtype), exact) < TOLERANCES[kernel, dtype], num_rows
+        exact = linear(x_MK.double(), layer.rows(0, num_outputs).double(), layer.bias.double())
+        y_MN = layer.biased_product(x_MK, kernel)
+        assert y_MN.dtype == dtype and error(y_MN, exact) < TOLERANCES[kernel, dtype], num_rows
 
 
 @needs_compiled
@@ -78,7 +78,7 @@ def test_products_by_several_threads_equal_those_by_one(linear_class):
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(layer.product(x_MK, Kernel.COMPILED))
+            results.append(layer.biased_product(x_MK, Kernel.COMPILED))
     finally:
         torch.set_num_threads(num_threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -88,9 +88,9 @@ def test_products_by_several_threads_equal_those_by_one(linear_class):
 @pytest.mark.parametrize("linear_class", LINEARS)
 def test_a_row_computes_the_same_alone_and_in_a_batch(linear_class):
     layer, x_MK = make_layer(linear_class, 70, 640), randn(11, 640)
-    together = layer.product(x_MK, Kernel.COMPILED)
+    together = layer.biased_product(x_MK, Kernel.COMPILED)
     for row in range(11):
-        assert torch.equal(together[row], layer.product(x_MK[row : row + 1], Kernel.COMPILED)[0])
+        assert torch.equal(together[row], layer.biased_product(x_MK[row : row + 1], Kernel.COMPILED)[0])
 
 
 @pytest.mark.parametrize("linear_class", LINEARS)
@@ -108,8 +108,9 @@ def test_a_number_that_is_not_finite_spoils_its_own_row_alone(linear_class, numb
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20])
 def test_rows_of_any_magnitude(scale):
     layer, x_MK = make_layer(Int8Linear, 20, 128), randn(2, 128) * scale
+    layer.bias.zero_()
     exact = x_MK.double() @ layer.rows(0, 20).double().t()
-    found = layer.product(x_MK, Kernel.COMPILED).double()
+    found = layer.biased_product(x_MK, Kernel.COMPILED).double()
     assert (found - exact).abs().max() <= 2e-4 * exact.std() + 1e-30
 
 

@@ -1,22 +1,23 @@
-"""Linear layers in bfloat16 with a kernel of our own: products, gradients, and what stays torch's."""
+"""Layers in bfloat16 with kernels of our own: products, norms, gradients, and what stays torch's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from marks import needs_compiled
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from swarm.model import half_linear as half_linear_module
-from swarm.model import kernels
-from swarm.model.half_linear import HalfLinear, use_half_kernels
-
-needs_compiled = pytest.mark.skipif(not kernels.is_compiled(), reason="built without a C compiler, or not for AVX2")
+from swarm.model import half_layers
+from swarm.model.half_layers import HalfLinear, use_half_kernels
 
 
 @pytest.fixture(autouse=True)
 def processor_without_bfloat16(monkeypatch):
-    monkeypatch.setattr(half_linear_module, "has_fast_floats", lambda: False)
+    monkeypatch.setattr(half_layers, "has_fast_floats", lambda: False)
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:
@@ -94,14 +95,34 @@ def test_gradients_pass_through_layers_in_bfloat16():
 
 
 @needs_compiled
-def test_a_layer_that_is_trained_learns_as_torchs_does():
-    weight_NK, grad = randn(8, 32).to(torch.bfloat16), randn(2, 8).to(torch.bfloat16)
-    layer, x_MK = half_linear(weight_NK.clone()), randn(2, 32).to(torch.bfloat16)
-    layer.weight.requires_grad_()
-    layer(x_MK).backward(grad)
-    weight_NK.requires_grad_()
-    linear(x_MK, weight_NK).backward(grad)
-    assert torch.equal(layer.weight.grad, weight_NK.grad)
+@pytest.mark.parametrize("num_rows", [2, 70])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_layer_that_is_trained_learns_as_torchs_does(num_rows, has_bias):
+    weight_NK, grad = randn(1100, 32).to(torch.bfloat16), randn(num_rows, 1100).to(torch.bfloat16)
+    bias = nn.Parameter(randn(1100, seed=2).to(torch.bfloat16)) if has_bias else None
+    layer = half_linear(weight_NK.clone(), bias).requires_grad_()
+    ours, theirs = randn(num_rows, 32).to(torch.bfloat16).requires_grad_(), randn(num_rows, 32).to(torch.bfloat16)
+    theirs = theirs.double().requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (weight_NK, *([bias] if has_bias else []))]
+    y_MN = layer(ours)
+    y_MN.backward(grad)
+    wanted = linear(theirs, *exact)
+    wanted.backward(grad.double())
+    assert ((y_MN.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-5).all()
+    pairs = [(ours.grad, theirs.grad), (layer.weight.grad, exact[0].grad)]
+    pairs += [(layer.bias.grad, exact[1].grad)] if has_bias else []
+    for found, gradient in pairs:
+        assert found.dtype == torch.bfloat16
+        assert ((found.double() - gradient).abs() <= gradient.abs() * 2**-8 + 1e-4).all()
+
+
+@needs_compiled
+def test_a_bias_is_trained_on_a_frozen_weight():
+    bias = nn.Parameter(torch.zeros(20, dtype=torch.bfloat16))
+    layer = half_linear(randn(20, 32).to(torch.bfloat16), bias)
+    layer.bias.requires_grad_()
+    layer(randn(3, 32).to(torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is None and torch.equal(layer.bias.grad, torch.full((20,), 3.0, dtype=torch.bfloat16))
 
 
 @needs_compiled
@@ -117,3 +138,53 @@ def test_other_types_and_tied_weights_stay_what_they_are():
     floats = nn.Linear(32, 20)
     use_half_kernels(floats)
     assert type(floats) is nn.Linear
+
+
+def rms_norm(num_features: int = 48) -> nn.Module:
+    norm = LlamaRMSNorm(num_features, eps=1e-5)
+    norm.weight.data = randn(num_features, seed=3)
+    return norm.to(torch.bfloat16).requires_grad_(False)
+
+
+@needs_compiled
+@pytest.mark.parametrize("magnitude", [0.0, 1e-20, 1.0, 1e15, 3e38, float("inf"), float("nan")])
+def test_norms_in_bfloat16_compute_what_the_librarys_do(magnitude):
+    norm, x_BLD = rms_norm(), (randn(2, 5, 48) * magnitude).to(torch.bfloat16)
+    wanted = norm(x_BLD)
+    use_half_kernels(norm)
+    assert isinstance(norm, LlamaRMSNorm) and type(norm) is not LlamaRMSNorm and list(norm.state_dict()) == ["weight"]
+    y_BLD = norm(x_BLD)
+    assert y_BLD.dtype == torch.bfloat16 and y_BLD.shape == x_BLD.shape
+    assert torch.allclose(y_BLD.float(), wanted.float(), rtol=2**-7, atol=0, equal_nan=True)
+    turned = norm(x_BLD.transpose(0, 1))
+    assert torch.equal(turned.nan_to_num(), y_BLD.transpose(0, 1).nan_to_num())
+
+
+@needs_compiled
+def test_a_norm_passes_gradients_and_takes_long_inputs_and_other_types_as_before():
+    theirs, ours = rms_norm(), rms_norm()
+    use_half_kernels(ours)
+    for norm in (ours, theirs):
+        norm.weight.requires_grad_()
+    inputs = [randn(2, 48).to(torch.bfloat16).requires_grad_() for _ in range(2)]
+    for norm, x_MD in zip((ours, theirs), inputs, strict=True):
+        norm(x_MD).backward(torch.ones(2, 48, dtype=torch.bfloat16))
+    assert torch.equal(inputs[0].grad, inputs[1].grad) and torch.equal(ours.weight.grad, theirs.weight.grad)
+    for x_MD in (randn(100, 48).to(torch.bfloat16), randn(3, 48)):
+        with torch.no_grad():
+            assert torch.equal(ours(x_MD), theirs(x_MD))
+
+
+@needs_compiled
+def test_norms_that_compute_something_else_stay_as_they_are():
+    norms = [
+        GemmaRMSNorm(48).to(torch.bfloat16),  # one is added to its weights
+        Olmo2RMSNorm(48).to(torch.bfloat16),  # rounds once
+        nn.LayerNorm(48).to(torch.bfloat16),
+        LlamaRMSNorm(44).to(torch.bfloat16),
+        LlamaRMSNorm(48),
+    ]
+    classes = [type(norm) for norm in norms]
+    for norm in norms:
+        use_half_kernels(norm.requires_grad_(False))
+    assert [type(norm) for norm in norms] == classes

@@ -1,4 +1,5 @@
-/* y[M, N] = x[M, K] times the transposed weights w[N, K], where w is kept in 16, 8 or 4 bits. For x86-64 with AVX2.
+/* y[M, N] = x[M, K] times the transposed weights w[N, K] plus a bias, where w is kept in 16, 8 or 4 bits. For x86-64
+ * with AVX2.
  *
  * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). All sums of a row of x are made
  * in the same order whatever M is, so that a sequence computes the same alone and in a batch.
@@ -10,57 +11,44 @@
  * point numbers with one scale, so that one instruction multiplies and adds sixteen pairs. 16 bits are twice what
  * bfloat16 has.
  *
+ * x, the bias and y are all bfloat16 or all floats; y is rounded once.
+ *
  *   8 bits  w[n, k] = scale[n] * q[n, k]
  *   4 bits  w[n, k] = scale[n, g] * q[n, k] + zero[n, g]   for k in group g; a group's 64 numbers of 4 bits lie in 32
  *           bytes, number 16 i + j in bits 4 i to 4 i + 3 of 16-bit word j; scale and zero are bfloat16, side by side,
  *           their rows padded to a multiple of 8 groups.
  *
- * swarm/model/weight_only.py calls this and has the same in torch, which is what the tests compare with.
+ * swarm/model/kernels.py calls this; swarm/model/weight_only.py has the same in torch, with which the tests compare.
  */
-#include <stdint.h>
-#include <stdlib.h>
+#include "lanes.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
+#if HAS_KERNELS
 #define GROUP 64
 #define BLOCK_ROWS 32            /* rows of w that stay in the L2 cache while all rows of x pass */
 #define AHEAD 1024               /* bytes from here that are asked for from memory */
-#define SERIAL_PRODUCTS (1 << 17) /* below, waking the other threads takes longer than they save */
-
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
-#define UNROLL _Pragma("GCC unroll 8")
-
-/* The threads of torch. They are found when this is loaded, as torch has loaded its OpenMP library for everybody;
- * with a library of our own, two pools of threads would wait for each other on the same cores. */
-extern void GOMP_parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags) __attribute__((weak));
-extern int omp_get_thread_num(void) __attribute__((weak));
-extern int omp_get_num_threads(void) __attribute__((weak));
 
 struct product {
-  const int16_t *x;      /* [M, K] fixed point */
-  const float *unit;     /* [M, padded_groups] what 1 stands for in a group of x */
-  const float *sum;      /* [M, padded_groups] sum of a group of x */
   const uint8_t *w;
-  const float *scale;    /* [N], 8 bits only */
+  const float *scale;         /* [N], 8 bits only */
   const uint16_t *scale_zero; /* [N, padded_groups, 2], 4 bits only */
-  float *y;              /* [M, N] */
-  const float *floats;   /* [M, K] x, 16 bits only, as are these: */
-  const uint16_t *bias;  /* [N], or NULL */
-  uint16_t *halves;      /* [M, N] y */
+  const void *bias;           /* [N], or NULL */
+  void *y;                    /* [M, N] */
+  int halves;                 /* whether x, bias and y are bfloat16 rather than floats */
   long M, N, K, padded_groups;
+  const float *floats;  /* [M, K] x, 16 bits only */
+  const int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
+  const float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
+  const float *sum;     /* [M, padded_groups] sum of a group of x */
 };
 
-INLINE float sum_of_lanes(__m256 v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
-}
-
-INLINE __m256 even_halves(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-
-INLINE __m256 odd_halves(__m256i words) {
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+INLINE void put(const struct product *p, long m, long n, float y) {
+  if (p->halves) {
+    if (p->bias) y += to_float(((const uint16_t *)p->bias)[n]);
+    ((uint16_t *)p->y)[m * p->N + n] = to_half(y);
+  } else {
+    if (p->bias) y += ((const float *)p->bias)[n];
+    ((float *)p->y)[m * p->N + n] = y;
+  }
 }
 
 /* The columns 16 i to 16 i + 15 of a group of w, as 16-bit integers; `packed` is the whole group, 4 bits only. */
@@ -97,7 +85,7 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
       UNROLL for (int i = 0; i < 4; i++) {
         const __m256i q = unpack(bits, group, packed, i);
         UNROLL for (int c = 0; c < C; c++) {
-          __m256i x = _mm256_loadu_si256((const __m256i *)(p->x + (m + c) * K + g * GROUP + 16 * i));
+          __m256i x = _mm256_loadu_si256((const __m256i *)(p->fixed + (m + c) * K + g * GROUP + 16 * i));
           __m256i product = _mm256_madd_epi16(q, x);
           products[c] = i ? _mm256_add_epi32(products[c], product) : product;
         }
@@ -109,20 +97,8 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
   }
   UNROLL for (int c = 0; c < C; c++) {
     const float y = sum_of_lanes(total[c]);
-    p->y[(m + c) * p->N + n] = bits == 8 ? p->scale[n] * y : y;
+    put(p, m + c, n, bits == 8 ? p->scale[n] * y : y);
   }
-}
-
-/* The nearest bfloat16, of two equally near ones the even one. */
-INLINE uint16_t to_half(float value) {
-  union { float value; uint32_t bits; } word = {value};
-  if (value != value) return 0x7fc0;
-  return (word.bits + 0x7fff + (word.bits >> 16 & 1)) >> 16;
-}
-
-INLINE float to_float(uint16_t half) {
-  union { uint32_t bits; float value; } word = {(uint32_t)half << 16};
-  return word.value;
 }
 
 /* As dot, with weights in 16 bits. */
@@ -141,9 +117,7 @@ INLINE void dot_halves(const struct product *p, long n, long m, const int C) {
       odd[c] = _mm256_fmadd_ps(w_odd, _mm256_loadu_ps(x + c * K + k + 8), odd[c]);
     }
   }
-  const float bias = p->bias ? to_float(p->bias[n]) : 0;
-  UNROLL for (int c = 0; c < C; c++)
-    p->halves[(m + c) * p->N + n] = to_half(sum_of_lanes(_mm256_add_ps(even[c], odd[c])) + bias);
+  UNROLL for (int c = 0; c < C; c++) put(p, m + c, n, sum_of_lanes(_mm256_add_ps(even[c], odd[c])));
 }
 
 INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C) {
@@ -161,8 +135,7 @@ INLINE void block(const struct product *p, long begin, long end, const int bits)
 }
 
 INLINE void share(const struct product *p, const int bits) {
-  const long num_threads = omp_get_num_threads ? omp_get_num_threads() : 1;
-  const long thread = omp_get_thread_num ? omp_get_thread_num() : 0;
+  const long num_threads = thread_count(), thread = thread_number();
   const long begin = p->N * thread / num_threads, end = p->N * (thread + 1) / num_threads;
   for (long n = begin; n < end; n += BLOCK_ROWS) block(p, n, n + BLOCK_ROWS < end ? n + BLOCK_ROWS : end, bits);
 }
@@ -171,19 +144,12 @@ __attribute__((target("avx2,fma"))) static void share_half(void *p) { share(p, 1
 __attribute__((target("avx2,fma"))) static void share_int8(void *p) { share(p, 8); }
 __attribute__((target("avx2,fma"))) static void share_int4(void *p) { share(p, 4); }
 
-static void run(struct product *p, void (*work)(void *)) {
-  if (GOMP_parallel && p->M * p->N * p->K >= SERIAL_PRODUCTS)
-    GOMP_parallel(work, p, 0, 0);
-  else
-    work(p);
-}
-
 /* A group of x as fixed point numbers. What is not finite makes the unit, and with it the result, a NaN. */
-INLINE void to_fixed_point(const float *x, int16_t *out, float *unit, float *sum) {
+INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *out, float *unit, float *sum) {
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   __m256 largest = _mm256_setzero_ps(), nothing = _mm256_setzero_ps();
   for (int i = 0; i < GROUP; i += 8) {
-    __m256 part = _mm256_loadu_ps(x + i);
+    __m256 part = load8(x, at + i, halves);
     largest = _mm256_max_ps(largest, _mm256_and_ps(part, no_sign));
     nothing = _mm256_fmadd_ps(part, _mm256_setzero_ps(), nothing);
   }
@@ -193,8 +159,8 @@ INLINE void to_fixed_point(const float *x, int16_t *out, float *unit, float *sum
   const __m256 factor = _mm256_set1_ps(most > 1e-30f ? 32767.0f / most : 0);
   __m256i integer_sum = _mm256_setzero_si256();
   for (int i = 0; i < GROUP; i += 16) {
-    __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
-    __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), factor));
+    __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x, at + i, halves), factor));
+    __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x, at + i + 8, halves), factor));
     integer_sum = _mm256_add_epi32(integer_sum, _mm256_add_epi32(low, high));
     _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
   }
@@ -202,23 +168,24 @@ INLINE void to_fixed_point(const float *x, int16_t *out, float *unit, float *sum
   *sum = *unit * sum_of_lanes(_mm256_cvtepi32_ps(integer_sum));
 }
 
-__attribute__((target("avx2,fma"))) static int multiply(struct product p, const float *x, void (*work)(void *)) {
+INLINE int multiply(struct product p, const void *x, const int halves, void (*work)(void *)) {
   const long num_groups = p.K / GROUP, stride = p.padded_groups = (num_groups + 7) / 8 * 8;
   int16_t *fixed = malloc(p.M * p.K * sizeof *fixed);
   float *unit = calloc(2 * p.M * stride, sizeof *unit);
   if (fixed && unit) {
     for (long m = 0; m < p.M; m++)
-      for (long g = 0; g < num_groups; g++)
-        to_fixed_point(x + m * p.K + g * GROUP, fixed + m * p.K + g * GROUP, unit + m * stride + g,
-                       unit + (p.M + m) * stride + g);
-    p.x = fixed, p.unit = unit, p.sum = unit + p.M * stride;
-    run(&p, work);
+      for (long g = 0; g < num_groups; g++) {
+        const long at = m * p.K + g * GROUP;
+        to_fixed_point(x, at, halves, fixed + at, unit + m * stride + g, unit + (p.M + m) * stride + g);
+      }
+    p.fixed = fixed, p.unit = unit, p.sum = unit + p.M * stride;
+    run(work, &p, p.M * p.N * p.K);
   }
   free(fixed), free(unit);
   return fixed && unit;
 }
 
-__attribute__((target("avx2,fma"))) static int multiply_halves(struct product p, const uint16_t *x) {
+INLINE int multiply_halves(struct product p, const uint16_t *x) {
   float *floats = malloc(p.M * p.K * sizeof *floats);
   if (floats) {
     for (long i = 0; i < p.M * p.K; i += 16) {
@@ -227,27 +194,20 @@ __attribute__((target("avx2,fma"))) static int multiply_halves(struct product p,
       _mm256_storeu_ps(floats + i + 8, odd_halves(words));
     }
     p.floats = floats;
-    run(&p, share_half);
+    run(share_half, &p, p.M * p.N * p.K);
   }
   free(floats);
   return floats != NULL;
 }
 
-int is_supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-/* All return 0 when there was no memory. K is a multiple of 16 for halves, of GROUP otherwise. */
-int half_product(const void *x, const void *w, const void *bias, void *y, long M, long N, long K) {
-  return multiply_halves((struct product){.w = w, .bias = bias, .halves = y, .M = M, .N = N, .K = K}, x);
+/* Returns 0 when there was no memory. K is a multiple of 16 for weights of 16 bits, which want halves, and of GROUP for
+ * fewer bits; scales are what the number of bits says above. */
+__attribute__((target("avx2,fma"))) int product(int bits, int halves, const void *x, const void *w, const void *scales,
+                                                const void *bias, void *y, long M, long N, long K) {
+  const struct product p = {.w = w, .scale = scales, .scale_zero = scales, .bias = bias, .y = y, .halves = halves,
+                            .M = M, .N = N, .K = K};
+  if (bits == 16) return multiply_halves(p, x);
+  void (*work)(void *) = bits == 8 ? share_int8 : share_int4;
+  return halves ? multiply(p, x, 1, work) : multiply(p, x, 0, work);
 }
-
-int int8_product(const float *x, const void *w, const float *scale, float *y, long M, long N, long K) {
-  return multiply((struct product){.w = w, .scale = scale, .y = y, .M = M, .N = N, .K = K}, x, share_int8);
-}
-
-int int4_product(const float *x, const void *w, const void *scale_zero, float *y, long M, long N, long K) {
-  return multiply((struct product){.w = w, .scale_zero = scale_zero, .y = y, .M = M, .N = N, .K = K}, x, share_int4);
-}
-
-#else
-int is_supported(void) { return 0; }
 #endif
