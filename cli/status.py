@@ -11,7 +11,8 @@ from rich.table import Table
 
 from swarm.announcement import Announcement, ModelListing
 from swarm.dht import DhtConfig, open_dht
-from swarm.ranges import describe_blocks
+from swarm.errors import BadRequest, NoRoute
+from swarm.ranges import BlockRange, describe_blocks
 
 from .common import JoinOption, console, need_join
 
@@ -19,12 +20,16 @@ from .common import JoinOption, console, need_join
 def status_command(
     join: JoinOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    route: Annotated[bool, typer.Option("--route", help="Also the fastest route from here, and why.")] = False,
 ) -> None:
     """Show the models of a swarm and the servers that hold their blocks.
 
     Example: swarm status --join swarm://…
     """
-    models = asyncio.run(_read(need_join(join).initial_peers))
+    if as_json and route:
+        raise BadRequest("--route is for people to read: leave out --json")
+    initial_peers = need_join(join).initial_peers
+    models = asyncio.run(_read(initial_peers))
     if as_json:
         typer.echo(json.dumps([_as_dict(listing, servers) for listing, servers in models], indent=2))
         return
@@ -32,6 +37,20 @@ def status_command(
         console.print("Nobody serves a model here yet: start with `swarm serve MODEL --join …`.")
     for listing, servers in models:
         _print_model(listing, servers)
+        if route and not _missing(listing, servers):
+            console.print(asyncio.run(_explain(initial_peers, listing)), highlight=False, markup=False, soft_wrap=True)
+
+
+async def _explain(initial_peers: tuple[str, ...], listing: ModelListing) -> str:
+    from swarm.client.network import ClientConfig, open_network
+    from swarm.client.routing import Needs
+
+    needs = Needs(BlockRange(0, listing.num_blocks), listing.fingerprint)
+    async with open_network(ClientConfig(initial_peers=initial_peers)) as network:
+        try:
+            return str(await network.explain_route(needs))
+        except NoRoute as exc:
+            return str(exc)
 
 
 async def _read(initial_peers: tuple[str, ...]) -> list[tuple[ModelListing, list[Announcement]]]:

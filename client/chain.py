@@ -68,6 +68,16 @@ class Tickets:
         return self.session_ids[hop.peer_id, hop.blocks]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    """What the last hop returns for a step."""
+
+    y_BLD: Tensor | None
+    """The wanted positions; None if none were."""
+    hop_us: Sequence[int]
+    """How long each hop had the step, microseconds, as they say; empty: not all of them said it."""
+
+
 class Chain:
     """The streams of a session over one route; made by `open_chain`."""
 
@@ -80,12 +90,12 @@ class Chain:
         self._network = network
         self._config = config
         self._calls: list[grpc.aio.StreamStreamCall] = []
-        self._results: dict[int, asyncio.Future[Tensor | None]] = {}
+        self._results: dict[int, asyncio.Future[StepOutput]] = {}
         self._last_step_id = 0
         self._failure: SwarmError | None = None
 
-    async def send(self, step: Step) -> asyncio.Future[Tensor | None]:
-        """Send a step into the first hop; the future gives the last hop's [B, num_outputs, D].
+    async def send(self, step: Step) -> asyncio.Future[StepOutput]:
+        """Send a step into the first hop; the future gives the last hop's output, [B, num_outputs, D].
 
         Raises: PeerError: some hop failed.
         """
@@ -94,7 +104,7 @@ class Chain:
         # The server casts to its own dtype first thing; casting here makes the message smaller, not different.
         x_BLD = step.x_BLD.to(torch_dtype(self.hops[0].server.dtype))
         request, more = replace(step, x_BLD=x_BLD).to_wire(self._last_step_id, self._network.config.codec)
-        result: asyncio.Future[Tensor | None] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
         self._results[self._last_step_id] = result
         sending = write_message(self._calls[0].write, request, more)
         try:
@@ -111,7 +121,7 @@ class Chain:
             raise
         return result
 
-    async def receive(self, result: asyncio.Future[Tensor | None]) -> Tensor | None:
+    async def receive(self, result: asyncio.Future[StepOutput]) -> StepOutput:
         """Wait for a step's result, asking the hops whether they are alive when it takes long.
 
         Raises: PeerError: some hop failed or fell silent.
@@ -237,7 +247,7 @@ class Chain:
         (y_BLD,) = await read_tensors(call.read, specs, wire.data, max_bytes=max_bytes)
         result = self._results.pop(wire.step_id, None)
         if result is not None and not result.done():
-            result.set_result(y_BLD)
+            result.set_result(StepOutput(y_BLD, list(wire.hop_us) if len(wire.hop_us) == len(self.hops) else []))
 
     async def finish(self) -> None:
         """End the streams in order, so that the servers free their caches at once and keep none for a while."""

@@ -210,7 +210,9 @@ class RemoteCompute:
             data=packed.data,
             forward_id=forward_id,
         )
-        y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
+        batch_size, length, _ = batch.x_BLD.shape
+        with self._network.working(hop, batch_size * length):
+            y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
         wanted = [batch.x_BLD.shape, None if prompts is None or grad_BLD is None else prompts.shape]
         if [None if each is None else each.shape for each in (y_BLD, dprompts)] != wanted or y_BLD is None:
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)

@@ -21,9 +21,9 @@ from .caches import DEFAULT_SESSION_TOKENS, DeferredCache, SessionCache
 from .chain import ChainConfig
 from .compute import RemoteCompute
 from .connection import Connection
-from .network import Attempt
+from .drafts import AdaptiveDrafts
 from .prompts import Prompts
-from .routing import Hop, Needs
+from .routing import ExplainedRoute, Needs
 from .session import InferenceSession
 
 # B batch, L new tokens, T cached and new tokens, D hidden, P virtual tokens
@@ -192,6 +192,10 @@ class DistributedMixin:
         with self._own_sessions():
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> AdaptiveDrafts:
+        """The library's: what drafts tokens in assisted generation."""
+        return AdaptiveDrafts(super()._get_candidate_generator(*args, **kwargs))  # type: ignore[misc]
+
     def _continue(self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         past = session.output_ids
         inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -248,10 +252,10 @@ class DistributedMixin:
         finally:
             state.num_outputs = None
 
-    def explain_route(self) -> list[Hop]:
-        """Return the hops that a request would take now. Raises: NoRoute."""
+    def explain_route(self) -> ExplainedRoute:
+        """The hops that a session would take now, and what each is expected to cost; print it. Raises: NoRoute."""
         connection = self._swarm.connection
-        return connection.loop.run(connection.network.route(self._swarm.needs, Attempt()))
+        return connection.loop.run(connection.network.explain_route(self._swarm.needs))
 
     def close(self) -> None:
         """Leave the swarm; the model can no longer be used."""

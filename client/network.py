@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,19 +18,42 @@ from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
-from swarm.errors import BadLink, BadRequest, NoRoute, PeerError, PeerUnavailable, SessionLost, UserError
+from swarm.errors import (
+    BadLink,
+    BadRequest,
+    NoRoute,
+    PeerError,
+    PeerUnavailable,
+    PromptTooLong,
+    SessionLost,
+    UserError,
+)
 from swarm.peers import Connector
 from swarm.rpc import errors_from_wire
+from swarm.survey import Survey
 from swarm.tunnel import open_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .routing import Hop, Needs, plan_route
+from .observations import FailureMemory, SpeedMemory
+from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 E = TypeVar("E", bound=PeerError)
+
+SURVEYED_AT_FIRST, SURVEYED_LATER = 16, 4
+"""How many servers are called to see how far they are: before the first route, and each time the directory is read."""
+
+SURVEY_WAIT_S = 0.5
+"""How long the first route waits for that; what comes later counts for later routes."""
+
+WORTH_LEAVING = 1.5
+"""A session leaves a slow peer for a route that takes less than its own time divided by this."""
+
+STEPS_AHEAD = 64
+"""So many further steps a session is taken to have, unless it cannot be that long."""
 
 PROBE_TIMEOUT_S = 5.0
 """How long a peer may take to say that it is alive."""
@@ -97,25 +121,6 @@ class Attempt:
     """Peers that said that they cannot do what is asked."""
 
 
-class FailureMemory:
-    """Peers that failed lately, and until when they are avoided."""
-
-    def __init__(self, avoid_s: float, max_avoid_s: float) -> None:
-        self._avoid_s = avoid_s
-        self._max_avoid_s = max_avoid_s
-        self._failures: dict[str, tuple[int, float]] = {}
-
-    def failed(self, peer_id: str, now_s: float) -> None:
-        count = self._failures.get(peer_id, (0, 0.0))[0] + 1
-        self._failures[peer_id] = (count, now_s + min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30)))
-
-    def succeeded(self, peer_id: str) -> None:
-        self._failures.pop(peer_id, None)
-
-    def avoided(self, now_s: float) -> set[str]:
-        return {peer_id for peer_id, (_, until_s) in self._failures.items() if now_s < until_s}
-
-
 class Network:
     """A joined swarm, seen for one model."""
 
@@ -123,16 +128,22 @@ class Network:
         self.config = config
         self.connector = connector
         self._directory = directory
-        self._servers: list[Announcement] = []
+        self._roster = Roster()
         self._fingerprint = ""
         """The model that was asked for last; "" before that."""
         self._refreshed_at_s = -float("inf")
         self._refreshing = asyncio.Lock()
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
+        self._speeds = SpeedMemory()
+        self._survey = Survey(connector)
+        self._surveying: asyncio.Task[None] | None = None
+        self._tokens_under_way: collections.Counter[str] = collections.Counter()
         self._missing: dict[str, asyncio.Task[None]] = {}
         """Peers that could not be reached, and the task that looks for each."""
         self.farewells: set[Callable[[], Awaitable[None]]] = set()
         """What open sessions want done before the client leaves."""
+        self.leaving: set[asyncio.Task[None]] = set()
+        """What sessions that have left slow hops still do there."""
 
     async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
         """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
@@ -148,13 +159,17 @@ class Network:
                 try:
                     found = await self._directory.servers(fingerprint)
                     self._forgive_moved(found)
-                    self._servers = found
+                    self._roster = Roster(found if self.config.use_direct else map(_without_direct, found))
                 except PeerUnavailable as exc:
                     if not self._servers:
                         raise NoRoute(f"the directory of the swarm cannot be reached: {exc}") from exc
                     logger.info("the directory cannot be reached, known servers are used on: %s", exc)
                 self._refreshed_at_s = time.monotonic()
         return self._servers
+
+    @property
+    def _servers(self) -> list[Announcement]:
+        return self._roster.servers
 
     @property
     def _age_s(self) -> float:
@@ -168,6 +183,7 @@ class Network:
             if self._fingerprint:
                 with contextlib.suppress(NoRoute):
                     await self.servers(self._fingerprint, max_age_s=period_s / 2)
+                await self._survey.visit(self._servers, SURVEYED_LATER)
 
     async def route(self, needs: Needs, attempt: Attempt, *, prefer: str = "") -> list[Hop]:
         """Return a route over live peers that have not refused this request.
@@ -176,10 +192,77 @@ class Network:
             prefer: id of a peer to take alone if it can do all of it.
         Raises: NoRoute.
         """
-        servers = await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
-        if not self.config.use_direct:
-            servers = [server.model_copy(update={"direct": []}) for server in servers]
-        return plan_route(servers, needs, avoid=self._avoided() | attempt.refused_by, prefer=prefer)
+        await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
+        await self._look_around()
+        return plan_route(self._roster, needs, self.view(attempt), prefer=prefer)
+
+    def view(self, attempt: Attempt | None = None) -> View:
+        """What is known of the peers now."""
+        now_s = time.monotonic()
+        refused_by = attempt.refused_by if attempt is not None else frozenset()
+        return View(
+            here=self._survey.here,
+            rtts_s=self._survey.rtts_s,
+            slowness=self._speeds.slowness(now_s),
+            tokens_under_way=self._tokens_under_way,
+            avoid=self._avoided() | refused_by,
+        )
+
+    async def _look_around(self) -> None:
+        """Before the first route where there is a choice, see how far the servers are; not for long."""
+        if self._surveying is None and len(self._servers) > 1:
+            self._surveying = asyncio.create_task(self._survey.visit(self._servers, SURVEYED_AT_FIRST))
+            await asyncio.wait({self._surveying}, timeout=SURVEY_WAIT_S)
+
+    def is_worth_leaving(self, hops: Sequence[Hop], needs: Needs, *, num_tokens: int, num_steps: int) -> bool:
+        """Whether one of a session's hops was slow, and another route is worth feeding it again.
+
+        Args:
+            num_tokens: tokens, of all sequences, that the new route has to be fed first.
+            num_steps: steps that the session may still take.
+        """
+        if not any(self._speeds.is_slow(hop.peer_id) for hop in hops):
+            return False
+        view = replace(self.view(), holding={hop.peer_id for hop in hops})
+        try:
+            others = plan_route(self._roster, needs, view)
+        except (NoRoute, PromptTooLong):  # those that are left could not do it
+            return False
+        if [(hop.peer_id, hop.blocks) for hop in others] == [(hop.peer_id, hop.blocks) for hop in hops]:
+            return False
+        now_s, then_s = (sum(cost.total_s for cost in route_costs(each, needs, view)) for each in (hops, others))
+        replay = replace(needs, session_tokens=0, batch_tokens=max(1, num_tokens))
+        replay_s = sum(cost.total_s for cost in route_costs(others, replay, view))
+        saved_s = (now_s - then_s) * min(num_steps, STEPS_AHEAD)
+        return now_s > WORTH_LEAVING * then_s and saved_s > replay_s
+
+    def took(self, hops: Sequence[Hop], hop_us: Sequence[int], num_tokens: int, seconds: float) -> None:
+        """Note how long each hop had a step of so many tokens, as they say, if that fits what it took in all."""
+        if len(hop_us) != len(hops) or sum(hop_us) > seconds * 1e6:
+            return
+        now_s = time.monotonic()
+        for hop, microseconds in zip(hops, hop_us, strict=True):
+            server = hop.server
+            share = len(hop.blocks) / len(server.blocks)
+            one_s = 1 / (server.decode_tokens_per_s or DEFAULT_TOKENS_PER_S)
+            all_s = num_tokens / (server.forward_tokens_per_s or DEFAULT_TOKENS_PER_S)
+            self._speeds.took(hop.peer_id, microseconds / 1e6, share * max(one_s, all_s), now_s)
+
+    @contextlib.contextmanager
+    def working(self, hop: Hop, num_tokens: int) -> Iterator[None]:
+        """Let further batches take other ways while a peer works on one."""
+        self._tokens_under_way[hop.peer_id] += num_tokens
+        try:
+            yield
+        finally:
+            self._tokens_under_way[hop.peer_id] -= num_tokens
+            if not self._tokens_under_way[hop.peer_id]:
+                del self._tokens_under_way[hop.peer_id]
+
+    async def explain_route(self, needs: Needs) -> ExplainedRoute:
+        """The route that a request would take now. Raises: NoRoute."""
+        hops = await self.route(needs, Attempt())
+        return explain(hops, self._roster, needs, self.view())
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys()
@@ -310,7 +393,13 @@ class Network:
     async def aclose(self) -> None:
         """Tell servers that open sessions end, and stop what runs in the background."""
         await asyncio.gather(*(farewell() for farewell in self.farewells))
-        await cancel_and_wait(list(self._missing.values()))
+        surveying = [self._surveying] if self._surveying is not None else []
+        await asyncio.gather(*self.leaving)
+        await cancel_and_wait([*self._missing.values(), *surveying])
+
+
+def _without_direct(server: Announcement) -> Announcement:
+    return server.model_copy(update={"direct": []})
 
 
 def blame(error: E, hop: Hop) -> E:

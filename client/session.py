@@ -6,7 +6,10 @@ copy of what the record implies: after a failure, the next step finds a new rout
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -18,12 +21,14 @@ from torch import Tensor
 from swarm.errors import BadRequest, PromptTooLong
 from swarm.streams import Step
 
-from .chain import Chain, ChainConfig, Tickets, open_chain
+from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
 from .loop import LoopThread
 from .network import Attempt, Network
 from .prompts import Prompts
 from .record import Record
 from .routing import Hop, Needs
+
+logger = logging.getLogger(__name__)
 
 # B batch, L length, T all tokens so far, D hidden, N blocks, P virtual tokens
 
@@ -76,6 +81,8 @@ class RemoteSession:
         self._valid_length = 0
         """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
         self._owned = AsyncExitStack()
+        self._num_moves, self._may_leave_at = 0, 0
+        """How often slow hops were left, and the length before which none is left again: it doubles each time."""
 
     @property
     def route(self) -> Sequence[Hop]:
@@ -99,7 +106,25 @@ class RemoteSession:
 
         result = await self._network.retrying(attempt)
         self._record = record
+        self._leave_slow_hops()
         return result
+
+    def _leave_slow_hops(self) -> None:
+        """End the chain if another route is worth the replay; the next step takes it."""
+        if self._chain is None or self.length < self._may_leave_at:
+            return
+        num_steps = self._config.max_tokens - self.length
+        hops = self._chain.hops
+        num_tokens = self.length * self._config.batch_size
+        if self._network.is_worth_leaving(hops, self._needs, num_tokens=num_tokens, num_steps=num_steps):
+            logger.info("leaving %s, where a hop is slower than it says", ", ".join(map(str, hops)))
+            self._num_moves += 1
+            self._may_leave_at = self.length + 2 ** min(self._num_moves + 2, 20)
+            # The hop that is slow would be slow to end its stream as well: nobody waits for that.
+            task = asyncio.create_task(_end(self._chain, self._owned))
+            self._network.leaving.add(task)
+            task.add_done_callback(self._network.leaving.discard)
+            self._chain, self._chain_length, self._owned = None, 0, AsyncExitStack()
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
         try:
@@ -120,7 +145,8 @@ class RemoteSession:
     async def _feed(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
         """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
         length = max(1, chain.max_step_tokens // self._config.batch_size)
-        pending = []
+        began_s = time.monotonic()
+        pending: list[asyncio.Future[StepOutput]] = []
         for begin in range(start, record.length, length):
             end = min(begin + length, record.length)
             part = record.part(begin, end)
@@ -128,12 +154,15 @@ class RemoteSession:
             beam_idx = step.beam_idx if begin == start else ()
             pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
         outputs = [await chain.receive(result) for result in pending]
-        wanted = [output for output in outputs if output is not None]
+        wanted = [output.y_BLD for output in outputs if output.y_BLD is not None]
         if not step.num_outputs:
             wanted.append(step.x_BLD[:, :0])
         chain.check_outputs(wanted, step.num_outputs)
         for hop in chain.hops:
             self._network.succeeded(hop.peer_id)
+        if record.length - start == 1:
+            seconds = time.monotonic() - began_s
+            self._network.took(chain.hops, outputs[0].hop_us, self._config.batch_size, seconds)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
     async def _open_chain(self, attempt: Attempt) -> Chain:
@@ -165,6 +194,11 @@ class RemoteSession:
         if self._chain is not None:
             await self._chain.finish()
         await self._drop_chain()
+
+
+async def _end(chain: Chain, owned: AsyncExitStack) -> None:
+    await chain.finish()
+    await owned.aclose()
 
 
 def _close_soon(loop: LoopThread, session: RemoteSession) -> None:

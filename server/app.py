@@ -38,6 +38,7 @@ from swarm.model.span import Span, load_span
 from swarm.peers import Connector
 from swarm.ranges import BlockRange
 from swarm.rpc import SERVER_OPTIONS
+from swarm.survey import Survey
 from swarm.tunnel import open_tunnel, serve_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
@@ -64,6 +65,9 @@ PAGE_TOKENS = 16
 
 CUDA_PAGE_TOKENS = 256
 """On CUDA, where attention reads page by page."""
+
+SURVEYED, SURVEY_PERIODS = 8, 8
+"""How many other servers are called to see how far they are, and every how many announcements."""
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Blocks"].full_name
 
@@ -145,7 +149,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         port = await owned.enter_async_context(_open_grpc(config, service, certificate))
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
         announcement = await _announcement(config, checkpoint, plan, speed, dht, certificate, port)
-        async with _announced(dht, announcement, config, engine) as announcer:
+        async with _announced(dht, announcement, config, engine, Survey(connector)) as announcer:
             link = JoinLink(
                 initial_peers=tuple(await _link_peers(config, dht)), model_name=public_name(checkpoint)
             ).encode()
@@ -357,10 +361,13 @@ async def _link_peers(config: ServerConfig, dht: Dht) -> list[str]:
 class _Announcer:
     """Keeps the directory up to date."""
 
-    def __init__(self, dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine) -> None:
+    def __init__(
+        self, dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine, survey: Survey
+    ) -> None:
         self._dht = dht
         self._config = config
         self._engine = engine
+        self._survey = survey
         self.current = announcement
 
     async def say(self, state: str | None = None) -> None:
@@ -368,6 +375,7 @@ class _Announcer:
         update: dict[str, Any] = {
             "expires_at_s": time.time() + PERIODS_ALIVE * self._config.announce_period_s,
             "cache_free_tokens": self._engine.sessions.cache_free_tokens,
+            "coordinates": self._survey.here,
             "decode_tokens_per_s": 1 / self._engine.costs.iteration_s(1),
             "forward_tokens_per_s": SPEED_TOKENS / self._engine.costs.iteration_s(SPEED_TOKENS),
         }
@@ -384,18 +392,39 @@ class _Announcer:
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        """Announce again and again."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_announcing())
+            group.create_task(self._keep_looking_around())
+
+    async def _keep_announcing(self) -> None:
         while True:
             await asyncio.sleep(self._config.announce_period_s)
+            await self.say()
+
+    async def _keep_looking_around(self) -> None:
+        """See now and then how far other servers are."""
+        while True:
+            await self._look_around()
+            await asyncio.sleep(SURVEY_PERIODS * self._config.announce_period_s)
+
+    async def _look_around(self) -> None:
+        try:
+            servers = await self._dht.directory.servers(self.current.model_fingerprint)
+        except SwarmError as exc:
+            logger.debug("no other servers can be looked up: %s", exc)
+            return
+        before = self._survey.here
+        await self._survey.visit([each for each in servers if each.peer_id != self._dht.peer_id], SURVEYED)
+        if before is None and self._survey.here is not None:
             await self.say()
 
 
 @asynccontextmanager
 async def _announced(
-    dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine
+    dht: Dht, announcement: Announcement, config: ServerConfig, engine: Engine, survey: Survey
 ) -> AsyncIterator[_Announcer]:
     """Be in the directory while the body runs."""
-    announcer = _Announcer(dht, announcement, config, engine)
+    announcer = _Announcer(dht, announcement, config, engine, survey)
     await announcer.say()
     announcer.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from swarm.v1 import blocks_pb2 as pb
 # B batch, L length, D hidden, N blocks, P virtual tokens
 
 MAX_POSITION = 1 << 24
+MAX_HOPS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,12 @@ def check_forward_id(forward_id: bytes) -> None:
     """Raise ProtocolError unless the id is absent or has the length that makes it hard to guess."""
     if len(forward_id) not in (0, 16):
         raise ProtocolError("a forward id has 16 bytes")
+
+
+def check_hop_times(hop_us: Sequence[int]) -> None:
+    """Raise ProtocolError if a step has come through more hops than a route can have."""
+    if len(hop_us) > MAX_HOPS:
+        raise ProtocolError(f"a step has come through {len(hop_us)} hops, more than {MAX_HOPS}")
 
 
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:

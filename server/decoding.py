@@ -205,6 +205,7 @@ class Decoding:
         checks.check_mask(mask_BL, batch_size, length)
         checks.check_position_ids(ids_BL, batch_size, length)
         checks.check_beam_idx(list(wire.beam_idx), session.batch_size)
+        checks.check_hop_times(wire.hop_us)
         step = StepInput(
             step_id=wire.step_id,
             position=wire.position,
@@ -214,6 +215,8 @@ class Decoding:
             mask_BL=None if mask_BL is None or bool(mask_BL.all()) else mask_BL,
             position_ids_BL=_unless_counting(ids_BL, wire.position),
             codec=wire.hidden_states.codec,
+            arrived_s=time.monotonic(),
+            hop_us=list(wire.hop_us),
         )
         session.check(step)
         return step
@@ -235,7 +238,9 @@ def _unless_counting(ids_BL: Tensor | None, position: int) -> Tensor | None:
 async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInput) -> None:
     wanted = y_BLD[:, y_BLD.shape[1] - step.num_outputs :] if step.num_outputs else None
     packed = pack(wanted, codec=step.codec)
-    result = pb.StepResult(step_id=step.step_id, hidden_states=packed.specs[0], data=packed.data)
+    result = pb.StepResult(
+        step_id=step.step_id, hidden_states=packed.specs[0], data=packed.data, hop_us=step.hop_us_by_now()
+    )
     try:
         async with asyncio.timeout(PART_TIMEOUT_S):
             await write_message(context.write, pb.SessionResponse(result=result), packed.more)
@@ -244,5 +249,7 @@ async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInp
 
 
 async def _push(link: PushLink, y_BLD: Tensor, step: StepInput) -> None:
-    further = Step(step.position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx)
+    further = Step(
+        step.position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
+    )
     await link.send(*further.to_wire(step.step_id, step.codec))

@@ -6,6 +6,7 @@ Where the model cannot run packed, the session also owns a SpanCache with its ke
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from swarm.v1 import blocks_pb2 as pb
 from .pages import OutOfPages, PageCopy, PagePool
 
 # B batch, L length, T cached + L, D hidden
+
+MAX_HOP_US = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +39,14 @@ class StepInput:
     """None where they are position, position + 1, …"""
     codec: pb.Codec = pb.CODEC_RAW
     """How the hidden states came, and how the output goes on."""
+    arrived_s: float = 0.0
+    """On the monotonic clock."""
+    hop_us: Sequence[int] = ()
+    """How long each earlier hop had it, microseconds."""
+
+    def hop_us_by_now(self) -> list[int]:
+        """The same with this hop."""
+        return [*self.hop_us, min(MAX_HOP_US, round((time.monotonic() - self.arrived_s) * 1e6))]
 
     @property
     def length(self) -> int:

@@ -244,10 +244,14 @@ class LocalSwarm:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def add(self, blocks: tuple[int, int]) -> ProcessServer | ThreadServer:
-        """Start one more server and wait until it serves."""
+    def add(self, blocks: tuple[int, int], *, arguments: Sequence[str] = ()) -> ProcessServer | ThreadServer:
+        """Start one more server and wait until it serves.
+
+        Args:
+            arguments: flags of its own for `swarm serve`; processes only.
+        """
         join = self.link if any(server.alive for server in self.servers) else self._join
-        server = self._start(BlockRange(*blocks), join)
+        server = self._start(BlockRange(*blocks), join, arguments)
         self.servers.append(server)
         server.wait_ready()
         return server
@@ -260,10 +264,12 @@ class LocalSwarm:
             else:
                 server.stop()
 
-    def _start(self, blocks: BlockRange, join: str | None) -> ProcessServer | ThreadServer:
+    def _start(
+        self, blocks: BlockRange, join: str | None, arguments: Sequence[str] = ()
+    ) -> ProcessServer | ThreadServer:
         if not self._in_process:
             flags = [part for name, value in self._precision.items() for part in (f"--{name}", value)]
-            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments])
+            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments])
         peers = JoinLink.parse(join).initial_peers if join else ()
         return ThreadServer(
             ServerConfig(

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from swarm.coordinates import Coordinates
 from swarm.errors import BadRequest, ProtocolError
 from swarm.ranges import BlockRange
 
@@ -127,6 +128,8 @@ class Announcement(BaseModel):
     max_batch_tokens: Count
     max_batch_size: Count
     cache_free_tokens: Count
+    coordinates: Coordinates | None = None
+    """Where the server is in the network; None: it has met nobody yet."""
     expires_at_s: Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
     """Unix time; a server announces itself again well before."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from swarm.announcement import AddressFields
+from swarm.announcement import AddressFields, Announcement
 from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.identity import TLS_NAME, certificate_pem
@@ -49,6 +49,11 @@ class PeerAddress:
             tls_certificate=self.tls_certificate,
             multiaddrs=self.multiaddrs,
         )
+
+    @classmethod
+    def of(cls, server: Announcement) -> PeerAddress:
+        """Where a server says that it is."""
+        return cls(server.peer_id, tuple(server.direct), server.tls_certificate, tuple(server.multiaddrs))
 
     @classmethod
     def from_wire(cls, wire: pb.PeerAddress) -> PeerAddress:

@@ -30,6 +30,8 @@ class Step:
     mask_BL: Tensor | None = None
     position_ids_BL: Tensor | None = None
     beam_idx: Sequence[int] = ()
+    hop_us: Sequence[int] = ()
+    """How long each earlier hop had it, microseconds."""
 
     def to_wire(self, step_id: int, codec: pb.Codec) -> tuple[pb.SessionRequest, list[bytes]]:
         """Return the message, and the parts of its tensors that did not fit into it: see `write_message`."""
@@ -43,6 +45,7 @@ class Step:
             attention_mask=packed.specs[1],
             position_ids=packed.specs[2],
             data=packed.data,
+            hop_us=self.hop_us,
         )
         return pb.SessionRequest(step=step), packed.more
 

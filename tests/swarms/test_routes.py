@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,12 @@ from conftest import Pair, make_pair
 from tiny import load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
+from swarm.client import ClientConfig
+from swarm.client.routing import Roster
 from swarm.link import JoinLink
 from swarm.model.checkpoint import CheckpointSource
 from swarm.ranges import BlockRange
-from swarm.server import ServerConfig
+from swarm.server import LocalSwarm, ServerConfig
 from swarm.server.local import ThreadServer
 
 
@@ -74,6 +77,89 @@ def test_several_sessions_over_different_parts_of_one_server(swarms):
         rest = generate(remote, max_new_tokens=4)
     assert (logits - local(ids).logits).abs().max() <= 1e-5
     assert torch.equal(torch.cat([first, rest], dim=1), generate(local, ids, max_new_tokens=8))
+
+
+# Speed
+
+
+class Brake:
+    """Makes a server in this process take longer for every pass."""
+
+    def __init__(self, server: Any) -> None:
+        self._executor = server.running.engine._executor
+        self._run, self.delay_s = self._executor.run, 0.0
+        self._executor.run = self.run
+
+    def run(self, group: Any) -> Any:
+        time.sleep(self.delay_s)
+        return self._run(group)
+
+    def release(self) -> None:
+        self._executor.run = self._run
+
+
+def test_a_session_leaves_a_server_that_gets_slow_within_three_steps(tiny_model):
+    path = str(tiny_model("llama"))
+    ids = random_ids(1, 6)
+    wanted = generate(load_local(path), ids, max_new_tokens=30)
+    ranges = [(0, 3), (3, 6), (3, 6)]
+    with LocalSwarm(path, ranges, dtype="float32", in_process=True) as swarm:
+        remote = AutoDistributedModelForCausalLM.from_pretrained(path, join=swarm.link)
+        brakes = {server.running.peer_id: Brake(server) for server in swarm.servers}
+        try:
+            with remote.inference_session(max_length=64) as session:
+                texts = [generate(remote, ids, max_new_tokens=8)]
+                slow = session.route[1].peer_id
+                brakes[slow].delay_s = 0.3
+                routes = []
+                while sum(text.shape[1] for text in texts) < wanted.shape[1]:
+                    texts.append(generate(remote, max_new_tokens=1))
+                    routes.append([hop.peer_id for hop in session.route])
+                assert torch.equal(torch.cat(texts, dim=1), wanted)
+            assert all(slow not in route for route in routes[2:])
+            route = remote.explain_route()
+            assert slow not in [hop.peer_id for hop in route] and "slow: 3:6" in str(route)
+            assert f"expected in all: {route.total_s * 1e3:.1f} ms" in str(route) and 0 < route.total_s < 0.3
+        finally:
+            for brake in brakes.values():
+                brake.release()
+            remote.close()
+
+
+def test_a_session_stays_with_a_slow_server_that_is_the_only_one(swarms):
+    swarm, path = swarms.get()
+    remote, ids = swarms.join(swarm, path), random_ids(1, 6)
+    brake = Brake(swarm.servers[1])
+    try:
+        brake.delay_s = 0.1
+        with remote.inference_session(max_length=32) as session:
+            text = generate(remote, ids, max_new_tokens=4)
+            route = session.route
+            text = torch.cat([text, generate(remote, max_new_tokens=4)], dim=1)
+            assert session.route == route
+        assert torch.equal(text, generate(load_local(path), ids, max_new_tokens=8))
+    finally:
+        brake.release()
+
+
+def test_parts_of_a_batch_go_to_all_servers_that_are_equally_fast(tiny_model):
+    path = str(tiny_model("llama"))
+    with LocalSwarm(path, [(0, 6), (0, 6)], dtype="float32", in_process=True) as swarm:
+        config = ClientConfig(initial_peers=JoinLink.parse(swarm.link).initial_peers, micro_batch_tokens=16)
+        remote = AutoDistributedModelForCausalLM.from_pretrained(path, join=swarm.link, client_config=config)
+        try:
+            remote.explain_route()
+            network = remote._swarm.connection.network
+            # As if computing took long enough for chance not to decide.
+            slow = [server.model_copy(update={"forward_tokens_per_s": 50.0}) for server in network._roster.servers]
+            network._roster = Roster(slow)
+            ids = random_ids(8, 16)
+            ours, theirs = gradient(remote, ids), gradient(load_local(path), ids)
+            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp(1)
+            for server in swarm.servers:
+                assert server.running.engine.statistics().counters.num_training_tokens > 0
+        finally:
+            remote.close()
 
 
 # The tunnel

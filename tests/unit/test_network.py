@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 
-from swarm.client.network import Attempt, ClientConfig, FailureMemory, Network
+from swarm.client.network import Attempt, ClientConfig, Network
 from swarm.client.routing import Needs
 from swarm.directory import MemoryDirectory
 from swarm.errors import (
@@ -105,7 +105,7 @@ def test_a_failed_peer_is_avoided_and_its_channel_forgotten():
         failure.peer_id = first
         assert await network.retrying(Attempts(failure)) == "done"
         assert (await network.route(NEEDS, Attempt()))[0].peer_id != first
-        assert network.connector.forgotten == [first]
+        assert first in network.connector.forgotten
         assert first in network._missing
         await network.aclose()
         network.succeeded(first)
@@ -296,24 +296,6 @@ def test_without_direct_dialling_routes_name_no_address():
         assert not (await make_network(directory, use_direct=False).route(NEEDS, Attempt()))[0].address.direct
 
     run(test)
-
-
-def test_a_peer_is_avoided_twice_as_long_after_each_failure_up_to_a_bound():
-    memory = FailureMemory(1.0, 5.0)
-    for until_s in (1.0, 2.0, 4.0, 5.0, 5.0):
-        memory.failed("A", now_s=100.0)
-        assert memory.avoided(100.0 + until_s - 0.01) == {"A"} and memory.avoided(100.0 + until_s) == set()
-    memory.succeeded("A")
-    assert memory.avoided(100.0) == set()
-    memory.failed("A", now_s=200.0)
-    assert memory.avoided(200.5) == {"A"} and memory.avoided(201.0) == set()
-
-
-def test_ten_thousand_failures_do_not_overflow():
-    memory = FailureMemory(1.0, 120.0)
-    for _ in range(10_000):
-        memory.failed("A", now_s=0.0)
-    assert memory.avoided(119.0) == {"A"} and memory.avoided(120.0) == set()
 
 
 def test_a_client_needs_somebody_to_join_through():

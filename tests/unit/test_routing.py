@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 from hypothesis import given, settings
@@ -9,11 +11,17 @@ from hypothesis import strategies as st
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
-from swarm.client.routing import HOP_COST_S, Hop, Needs, plan_route
+from swarm.client.routing import HOP_COST_S, TUNNEL_COST_S, Hop, Needs, Roster, View, route_costs
+from swarm.client.routing import plan_route as plan_route_of
+from swarm.coordinates import Coordinates
 from swarm.errors import NoRoute, PromptTooLong
 from swarm.ranges import BlockRange
 
 ALL = Needs(BlockRange(0, 12), FINGERPRINT)
+
+
+def plan_route(servers: list[Announcement], needs: Needs, view: View | None = None, **options: str) -> list[Hop]:
+    return plan_route_of(Roster(servers), needs, view, **options)
 
 
 def described(hops: list[Hop]) -> list[tuple[str, int, int]]:
@@ -91,7 +99,7 @@ def test_servers_for_shorter_sessions_are_left_out():
     short = announcement("A", 0, 12, max_session_tokens=99)
     assert described(plan_route([short, announcement("B", 0, 6), announcement("C", 6, 12)], needs))[0][0] == "B"
     with pytest.raises(NoRoute, match="1 known server allows sessions of 99 tokens .we need 100"):
-        plan_route([short, announcement("B", 0, 12)], needs, avoid={peer_id("B")})
+        plan_route([short, announcement("B", 0, 12)], needs, View(avoid={peer_id("B")}))
 
 
 def test_a_session_that_no_server_allows_is_refused_rather_than_waited_for():
@@ -105,49 +113,122 @@ def test_a_session_that_no_server_allows_is_refused_rather_than_waited_for():
 
 def test_avoided_peers_are_left_out_and_counted():
     servers = [announcement("A", 0, 12), announcement("B", 0, 12)]
-    assert described(plan_route(servers, ALL, avoid={peer_id("A")})) == [("B", 0, 12)]
+    assert described(plan_route(servers, ALL, View(avoid={peer_id("A")}))) == [("B", 0, 12)]
     with pytest.raises(NoRoute, match="2 known servers failed a moment ago"):
-        plan_route(servers, ALL, avoid={peer_id("A"), peer_id("B")})
+        plan_route(servers, ALL, View(avoid={peer_id("A"), peer_id("B")}))
 
 
-def cost_s(hops: list[tuple[Announcement, int, int]]) -> float:
-    return sum(
-        HOP_COST_S + (end - start) / ((server.decode_tokens_per_s or 100.0) * (server.end - server.start))
-        for server, start, end in hops
-    )
+def test_near_servers_are_preferred_and_what_was_measured_counts_more_than_places():
+    here, near, far = Coordinates(0, 0, 0.01), Coordinates(0.01, 0, 0.01), Coordinates(0.2, 0, 0.01)
+    servers = [announcement("A", 0, 12, coordinates=far), announcement("B", 0, 12, coordinates=near)]
+    assert described(plan_route(servers, ALL, View(here=here))) == [("B", 0, 12)]
+    assert described(plan_route(servers, ALL, View(here=here, rtts_s={peer_id("B"): 0.5}))) == [("A", 0, 12)]
 
 
-def cheapest_s(servers: list[Announcement], start: int, end: int) -> float:
-    """Try every way to cut [start, end) into hops."""
-    if start == end:
-        return 0.0
+def test_a_session_stays_in_one_region_and_a_batch_near_the_client():
+    here, there = Coordinates(0, 0, 0.001), Coordinates(0.1, 0, 0.001)
+    near = [announcement("A", 0, 6, coordinates=here), announcement("B", 6, 12, coordinates=here)]
+    # Six times as fast, at a distance: worth one way there and back, but not the way after every hop.
+    fast = {"coordinates": there, "decode_tokens_per_s": 20.0, "forward_tokens_per_s": 1000.0}
+    far = [announcement("C", 0, 4, **fast), announcement("D", 4, 8, **fast), announcement("E", 8, 12, **fast)]
+    slow = [each.model_copy(update={"decode_tokens_per_s": 5.0, "forward_tokens_per_s": 250.0}) for each in near]
+    view = View(here=here)
+    assert [name for name, _, _ in described(plan_route(slow + far, ALL, view))] == ["C", "D", "E"]
+    batch = replace(ALL, batch_tokens=20, batch_size=1)
+    assert [name for name, _, _ in described(plan_route(slow + far, batch, view))] == ["A", "B"]
+
+
+def test_slow_peers_full_caches_and_tunnels_are_worth_a_detour():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 6), announcement("C", 6, 12)]
+    assert len(plan_route(servers, ALL)) == 1
+    assert len(plan_route(servers, ALL, View(slowness={peer_id("A"): 10.0}))) == 2
+    full = servers[0].model_copy(update={"cache_free_tokens": 10})
+    assert len(plan_route([full, *servers[1:]], replace(ALL, session_tokens=100))) == 2
+    hidden = servers[0].model_copy(update={"direct": []})
+    assert len(plan_route([hidden, *servers[1:]], ALL)) == 2
+    assert len(plan_route([full], replace(ALL, session_tokens=100))) == 1
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-40, 1e12])
+def test_whatever_a_server_announces_all_costs_are_numbers(rate):
+    rates = {"decode_tokens_per_s": rate, "forward_tokens_per_s": rate}
+    servers = [announcement("A", 0, 12), announcement("B", 4, 12, **rates)]
+    for needs in (ALL, replace(ALL, batch_tokens=100, batch_size=1)):
+        hops = plan_route(servers, needs)
+        assert len(hops) == (1 if rate < 1 else 2)
+        assert all(0 < cost.total_s < 1e6 for cost in route_costs(hops, needs))
+
+
+def test_a_cache_that_is_full_of_this_session_does_not_matter():
+    needs = replace(ALL, session_tokens=100)
+    servers = [announcement("A", 0, 12, cache_free_tokens=0), announcement("B", 0, 6), announcement("C", 6, 12)]
+    assert len(plan_route(servers, needs)) == 2
+    assert len(plan_route(servers, needs, View(holding={peer_id("A")}))) == 1
+
+
+def test_batches_go_where_there_is_less_to_do():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 12, forward_tokens_per_s=500.0)]
+    batch = replace(ALL, batch_tokens=100, batch_size=1)
+    assert described(plan_route(servers, batch)) == [("A", 0, 12)]
+    assert described(plan_route(servers, batch, View(tokens_under_way={peer_id("A"): 99}))) == [("A", 0, 12)]
+    assert described(plan_route(servers, batch, View(tokens_under_way={peer_id("A"): 101}))) == [("B", 0, 12)]
+
+
+def test_the_costs_of_a_route_are_those_that_it_was_chosen_for():
+    here = Coordinates(0, 0, 0.01)
+    servers = [announcement("A", 0, 6, coordinates=here), announcement("B", 6, 12, coordinates=here, direct=[])]
+    view = View(here=here, rtts_s={peer_id("A"): 0.1, peer_id("B"): 0.2})
+    first, second = route_costs(plan_route(servers, ALL, view), ALL, view)
+    assert first.network_s == pytest.approx(0.05 + HOP_COST_S)
+    assert second.network_s == pytest.approx(0.01 + HOP_COST_S + TUNNEL_COST_S + 0.1)
+    assert first.compute_s == second.compute_s == pytest.approx(0.01)
+    batch = replace(ALL, batch_tokens=100, batch_size=1)
+    first, second = route_costs(plan_route(servers, batch, view), batch, view)
+    assert first.network_s == pytest.approx(0.1 + HOP_COST_S) and first.compute_s == pytest.approx(0.1)
+    assert second.network_s == pytest.approx(0.2 + HOP_COST_S + TUNNEL_COST_S)
+
+
+def cheapest_s(servers: list[Announcement], needs: Needs, view: View, taken: tuple[Hop, ...] = ()) -> float:
+    """Try every way to cut the blocks into hops."""
+    start = taken[-1].blocks.end if taken else needs.blocks.start
+    if start == needs.blocks.end:
+        return sum(cost.total_s for cost in route_costs(taken, needs, view))
     ways = [
-        cost_s([(server, start, stop)]) + cheapest_s(servers, stop, end)
+        cheapest_s(servers, needs, view, (*taken, Hop(server, BlockRange(start, stop))))
         for server in servers
-        if server.start <= start < server.end
-        for stop in range(start + 1, min(server.end, end) + 1)
+        if server.start <= start < server.end and not (taken and taken[-1].server is server)
+        for stop in range(start + 1, min(server.end, needs.blocks.end) + 1)
     ]
     return min(ways, default=float("inf"))
 
 
 spans = st.tuples(st.integers(0, 5), st.integers(1, 6)).map(sorted).filter(lambda span: span[0] < span[1])
+places = st.builds(Coordinates, st.floats(-0.1, 0.1), st.floats(-0.1, 0.1), st.floats(0, 0.02))
+kinds = st.tuples(spans, st.sampled_from([0.0, 5.0, 50.0, 500.0]), st.none() | places, st.sampled_from([1.0, 8.0]))
 
 
-@given(st.lists(st.tuples(spans, st.sampled_from([0.0, 5.0, 50.0, 500.0])), max_size=4), spans)
+@given(st.lists(kinds, max_size=4), spans, st.sampled_from([0, 100]), st.none() | places)
 @settings(max_examples=150, deadline=None)
-def test_every_route_is_valid_and_as_cheap_as_the_best_of_all(kinds, wanted):
+def test_every_route_is_valid_and_as_cheap_as_the_best_of_all(kinds, wanted, batch_tokens, here):
     servers = [
-        announcement(name, start, end, decode_tokens_per_s=rate)
-        for name, ((start, end), rate) in zip("ABCD", kinds, strict=False)
-    ]
-    needs = Needs(BlockRange(*wanted), FINGERPRINT)
-    best_s = cheapest_s(servers, *wanted)
+        announcement(
+            name, start, end, decode_tokens_per_s=rate, forward_tokens_per_s=10 * rate,
+            coordinates=place if here is not None else None,
+        )
+        for name, ((start, end), rate, place, _) in zip("ABCD", kinds, strict=False)
+    ]  # fmt: skip
+    if any(server.coordinates is None for server in servers):  # the triangle inequality holds for places alone
+        servers = [server.model_copy(update={"coordinates": None}) for server in servers]
+    slowness = {server.peer_id: kind[3] for server, kind in zip(servers, kinds, strict=True)}
+    needs = Needs(BlockRange(*wanted), FINGERPRINT, batch_tokens=batch_tokens, batch_size=int(batch_tokens > 0))
+    view = View(here=here, slowness=slowness)
+    best_s = cheapest_s(servers, needs, view)
     try:
-        hops = plan_route(servers, needs)
+        hops = plan_route(servers, needs, view)
     except NoRoute:
         assert best_s == float("inf")
         return
     assert [hop.blocks.start for hop in hops] == [wanted[0], *(hop.blocks.end for hop in hops[:-1])]
     assert hops[-1].blocks.end == wanted[1]
     assert all(hop.server.blocks.covers(hop.blocks) for hop in hops)
-    assert cost_s([(hop.server, hop.blocks.start, hop.blocks.end) for hop in hops]) == pytest.approx(best_s)
+    assert sum(cost.total_s for cost in route_costs(hops, needs, view)) == pytest.approx(best_s, rel=1e-3)

@@ -1,0 +1,119 @@
+"""Measuring how far away other peers are: what routes are planned with. Servers and clients do it alike."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import statistics
+import time
+from collections.abc import Sequence
+
+from swarm import PROTOCOL_VERSION
+from swarm.announcement import Announcement
+from swarm.coordinates import Coordinates
+from swarm.errors import PeerUnavailable, SwarmError
+from swarm.peers import Connector, PeerAddress
+from swarm.rpc import errors_from_wire
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+CALLS_PER_VISIT = 3
+"""The first call may have to connect; the shortest of the others counts."""
+
+VISIT_TIMEOUT_S = 5.0
+
+MEMORY = 0.5
+"""How much of an earlier measurement stays in the next."""
+
+NEIGHBOURS, ROUNDS = 32, 10
+"""With so many of the latest measurements, and so often, a place is found."""
+
+OUTLIER, OUTLIER_S = 4.0, 0.01
+"""A measurement is left out that fits worse than so many times the median, and so many seconds."""
+
+MAX_REMEMBERED = 1024
+"""Peers whose round-trip times are kept."""
+
+
+class Survey:
+    """Our own place in the network, and the round-trip times to the peers that we have called."""
+
+    def __init__(self, connector: Connector, rng: random.Random | None = None) -> None:
+        self._connector = connector
+        self._rng = rng or random.Random()
+        self.here: Coordinates | None = None
+        """None: we have met nobody yet."""
+        self.rtts_s: dict[str, float] = {}
+        """Peer id -> seconds, those met last at the end."""
+        self._places: dict[str, Coordinates] = {}
+        self._called: dict[str, int] = {}
+        """Peer id -> number of the visit at which it was called last, whether it answered or not."""
+        self._num_visits = 0
+
+    async def visit(self, servers: Sequence[Announcement], limit: int) -> None:
+        """Call some servers, those first that were called longest ago; who does not answer is left out."""
+        servers = self._rng.sample(servers, len(servers))
+        servers.sort(key=lambda server: self._called.get(server.peer_id, 0))
+        known = {server.peer_id for server in servers}
+        self._called = {peer_id: number for peer_id, number in self._called.items() if peer_id in known}
+        self._num_visits += 1
+        self._called.update((server.peer_id, self._num_visits) for server in servers[:limit])
+        await asyncio.gather(*(self._call(server) for server in servers[:limit]))
+        self.settle()
+
+    def met(self, server: Announcement, rtt_s: float) -> None:
+        """Note a measurement; `settle` makes use of it."""
+        before_s = self.rtts_s.pop(server.peer_id, rtt_s)
+        self.rtts_s[server.peer_id] = MEMORY * before_s + (1 - MEMORY) * rtt_s
+        self._places[server.peer_id] = server.coordinates or Coordinates()
+        if len(self.rtts_s) > MAX_REMEMBERED:
+            oldest = next(iter(self.rtts_s))
+            del self.rtts_s[oldest], self._places[oldest]
+
+    def settle(self) -> None:
+        """Find the place that suits what was measured last: a few measurements are gone through several times.
+
+        Those that fit the place much worse than most, as of a peer that lies about its own place, are left out then.
+        """
+        latest = list(self.rtts_s)[-NEIGHBOURS:]
+        if not latest:
+            return
+        self._go_through(latest)
+        assert self.here is not None
+        misfits_s = {each: abs(self.here.rtt_s(self._places[each]) - self.rtts_s[each]) for each in latest}
+        most_s = OUTLIER * statistics.median(misfits_s.values()) + OUTLIER_S
+        fitting = [each for each in latest if misfits_s[each] <= most_s]
+        if len(fitting) < len(latest):
+            self.here = None
+            self._go_through(fitting)
+
+    def _go_through(self, peer_ids: Sequence[str]) -> None:
+        for _ in range(ROUNDS):
+            for peer_id in self._rng.sample(peer_ids, len(peer_ids)):
+                here = self.here or Coordinates()
+                self.here = here.moved(self._places[peer_id], self.rtts_s[peer_id], self._rng)
+
+    async def _call(self, server: Announcement) -> None:
+        request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
+        times_s = []
+        try:
+            async with (
+                asyncio.timeout(VISIT_TIMEOUT_S),
+                self._connector.lease(PeerAddress.of(server)) as channel,
+                errors_from_wire(server.peer_id),
+            ):
+                for _ in range(CALLS_PER_VISIT):
+                    started_s = time.monotonic()
+                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=VISIT_TIMEOUT_S)
+                    times_s.append(time.monotonic() - started_s)
+        except (SwarmError, TimeoutError) as exc:  # whatever a stranger answers, it is no measurement
+            logger.debug("server %s does not answer: %s", server.peer_id, exc)
+            self.rtts_s.pop(server.peer_id, None)
+            self._places.pop(server.peer_id, None)
+            if isinstance(exc, PeerUnavailable):
+                await self._connector.forget(server.peer_id)
+            return
+        self.met(server, min(times_s[1:]))
