@@ -196,6 +196,11 @@ def print_result(name: str, setting: Setting, **results: Any) -> None:
     print(json.dumps({"benchmark": name, **asdict(setting), **results, **environment()}), flush=True)
 
 
+def print_plain(name: str, **results: Any) -> None:
+    """The same for benchmarks without servers."""
+    print(json.dumps({"benchmark": name, **results, **environment()}), flush=True)
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and the commit."""
     return {

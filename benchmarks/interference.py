@@ -21,6 +21,8 @@ TRAINING_S = 20.0
 """How long somebody trains each time, and at least one step."""
 PATIENCE_S = 90.0
 """Who has not got what he wants after so long beside the others is told so, and counted as starved."""
+PATIENCE = 6.0
+"""Or after so many times as long as it takes him alone."""
 NUM_ALONE = 3
 """How often the disturbance is measured alone, the first time to warm up."""
 
@@ -68,6 +70,7 @@ def measure_intrusion(
     """Let clients decode, and one more client disturb them `num_samples` times."""
     alone = [intruder.run([intrusion.once])[0] for _ in range(NUM_ALONE)][1:]
     decoders.start([replace(task, new_tokens=MAX_TOKENS) for task in decoding])
+    patience_s = max(PATIENCE_S, PATIENCE * max(_seconds(requests) for requests in alone))
     quiet: list[Window] = []
     disturbed: list[list[Request]] = []
     starved = ""
@@ -78,8 +81,8 @@ def measure_intrusion(
         time.sleep(quiet_s)
         quiet.append((begun_s, time.monotonic()))
         intruder.start([replace(intrusion.task)])
-        if not intruder.wait_done(PATIENCE_S):
-            starved = f"the disturbance was not done after {PATIENCE_S:.0f} s: it waited until the others had ended"
+        if not intruder.wait_done(patience_s):
+            starved = f"the disturbance was not done after {patience_s:.0f} s: it waited until the others had ended"
             decoders.stop()
         disturbed.append(intruder.results()[0])
         say(f"{len(decoding)} clients decode, {intrusion.name}, {len(disturbed)}: {_seconds(disturbed[-1]):.1f} s")

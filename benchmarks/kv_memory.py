@@ -77,7 +77,7 @@ def main() -> None:
             for sessions in plan(arguments.max_tokens, arguments.max_sessions):
                 rows.append(_measure(model, watch, sessions, bytes_per_token))
                 say(str(rows[-1]))
-            left = watch.wait_no_sessions(CLOSING_TIMEOUT_S)
+            left = watch.wait_empty(CLOSING_TIMEOUT_S)
             end_bytes = sum(watch.rss_bytes())
     print_result(
         "kv_memory",
@@ -92,7 +92,7 @@ def main() -> None:
 
 def _measure(model: Any, watch: Watch, sessions: Sessions, bytes_per_token: int) -> dict[str, Any]:
     """Open and fill the sessions, and look at the servers before and meanwhile."""
-    watch.wait_no_sessions(CLOSING_TIMEOUT_S)
+    watch.wait_empty(CLOSING_TIMEOUT_S)
     rss_bytes = sum(watch.rss_bytes())
     hidden_size = model.config.hidden_size
     draw = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """How much faster does one person's text come from servers whose weights are in 8 or 4 bits?
 
-Greedy decoding over three swarms of the same model, in turns: unquantized, int8 and int4.
+Greedy decoding over three swarms of the same model, in turns: unquantized, int8 and int4. The reference beside them is
+local `generate` in the unquantized dtype, by torch's own kernels.
 
 python benchmarks/quantization.py --shape 1.1B --length 16
 """
@@ -20,17 +21,17 @@ from common import SHAPES, VOCAB_SIZE, Setting, make_model, new_parser, print_re
 from swarm import AutoDistributedModelForCausalLM
 from swarm.server import LocalSwarm
 
+LOCAL = "local"
 QUANTIZATIONS = ("none", "int8", "int4")
 PROMPT_TOKENS = 16
 
 
 def open_swarms(setting: Setting, owned: ExitStack) -> dict[str, Any]:
-    """Start a swarm for each quantization; return a client of each."""
+    """Start a swarm for each quantization; return a client of each, and the local model."""
     directory = owned.enter_context(tempfile.TemporaryDirectory())
-    make_model(setting.shape, setting.dtype, directory)
+    clients: dict[str, Any] = {LOCAL: make_model(setting.shape, setting.dtype, directory)}
     num_blocks = SHAPES[setting.shape]["num_hidden_layers"]
     cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
-    clients = {}
     for quantization in QUANTIZATIONS:
         say(f"starting servers with weights in {quantization if quantization != 'none' else setting.dtype}")
         servers = LocalSwarm(
@@ -81,6 +82,7 @@ def main() -> None:
         length=arguments.length,
         tokens_per_s={name: rounded(median) for name, median in medians.items()},
         ratio={name: rounded(medians[name] / medians["none"]) for name in pairs},
+        ratio_to_local={name: rounded(medians[name] / medians[LOCAL]) for name in QUANTIZATIONS},
         ratio_min_max={name: [rounded(min(values)), rounded(max(values))] for name, values in pairs.items()},
         samples={name: [rounded(rate) for rate in values] for name, values in rates.items()},
     )

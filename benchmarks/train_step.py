@@ -1,8 +1,10 @@
 """How fast is forward plus backward? Both sides train the embeddings, norm and head; the blocks are frozen.
 
     python benchmarks/train_step.py --shape 124M --servers 2
+    python benchmarks/train_step.py --shape 124M --servers 2 --serve-flags="--kept-mib 0"
 
-The servers recompute the forward pass in backward, so a server does three passes where the local model does two.
+Servers keep the activations of Forward for Backward. Without room for them they compute them again: three passes where
+the local model does two.
 """
 
 from __future__ import annotations

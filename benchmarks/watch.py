@@ -64,11 +64,11 @@ class Watch:
         """What the servers say, in the order of their blocks."""
         return self._connection.loop.run(_loads(self._connection.network, self._fingerprint))
 
-    def wait_no_sessions(self, timeout_s: float) -> list[Load]:
-        """Wait until no server has a session, or for a while; returns what they said last."""
+    def wait_empty(self, timeout_s: float) -> list[Load]:
+        """Wait until no server has a session or cache, or for a while; returns what they said last."""
         deadline_s = time.monotonic() + timeout_s
         loads = self.loads()
-        while any(load.num_sessions for load in loads) and time.monotonic() < deadline_s:
+        while any(load.num_sessions or load.cache_used_bytes for load in loads) and time.monotonic() < deadline_s:
             time.sleep(0.2)
             loads = self.loads()
         return loads
