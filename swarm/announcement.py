@@ -116,6 +116,11 @@ class Announcement(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"]
     quantization: ShortText | None = None
     state: Literal["joining", "online", "draining"]
+    next_start: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """First of the blocks that it is about to serve instead; None: it stays."""
+    next_end: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    mobility: Literal["fixed", "settled", "free"] = "fixed"
+    """Whether it moves by itself: never; only where blocks are missing; whenever that helps."""
     direct: Annotated[list[HostPort], Field(max_length=8)] = []
     """Addresses of the gRPC port, best first; empty for a peer that only the tunnel reaches."""
     tls_certificate: Annotated[bytes, Field(max_length=4096)]
@@ -137,6 +142,8 @@ class Announcement(BaseModel):
     def _check_blocks(self) -> Self:
         try:
             self.blocks.check_inside(self.num_model_blocks)
+            if self.next_blocks is not None:
+                self.next_blocks.check_inside(self.num_model_blocks)
         except BadRequest as exc:
             raise ValueError(str(exc)) from exc
         return self
@@ -144,6 +151,13 @@ class Announcement(BaseModel):
     @property
     def blocks(self) -> BlockRange:
         return BlockRange(self.start, self.end)
+
+    @property
+    def next_blocks(self) -> BlockRange | None:
+        """What it is about to serve instead of `blocks`; None: it stays."""
+        if self.next_start is None or self.next_end is None:
+            return None
+        return BlockRange(self.next_start, self.next_end)
 
     @property
     def listing(self) -> ModelListing:
