@@ -1,4 +1,5 @@
-"""What all tests share: quiet libraries, one torch thread (tiny models are slower with more), tiny models on disk."""
+"""What all tests share: quiet libraries, one torch thread (tiny models are slower with more), the same random numbers in
+each run, tiny models on disk."""
 
 from __future__ import annotations
 
@@ -14,6 +15,14 @@ def pytest_configure() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.pop("SWARM_JOIN", None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let what a test draws without a generator of its own, as new prompts are, be the same in each run."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,11 @@ from swarm import AutoDistributedModel
 TOLERANCE = 1e-5
 
 
+def error(found, wanted):
+    """Relative to the largest number: sums in float32 are in another order when tokens come in other passes."""
+    return (found - wanted).abs().max() / wanted.abs().max()
+
+
 @torch.no_grad()
 def decode(model, ids, mask=None, num_tokens=6):
     """A loop as people write it: the cache of each call is handed to the next."""
@@ -57,7 +62,7 @@ def test_a_training_step_returns_a_cache_too_and_it_can_be_used(llama):
             model(ids[:, :1], past_key_values=output.past_key_values).logits
             for model, output in zip((llama.remote, llama.local), outputs, strict=True)
         ]
-    assert (following[0] - following[1]).abs().max() <= TOLERANCE
+    assert error(*following) <= TOLERANCE
 
 
 def test_it_can_be_cropped_reordered_and_repeated_before_its_first_use(llama):
@@ -70,7 +75,7 @@ def test_it_can_be_cropped_reordered_and_repeated_before_its_first_use(llama):
             cache.batch_repeat_interleave(2)
             cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
             logits.append(model(token, past_key_values=cache).logits)
-    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
+    assert error(*logits) <= TOLERANCE
 
 
 def test_a_longer_input_than_a_session_usually_holds_can_be_continued(llama, monkeypatch):
@@ -86,7 +91,7 @@ def test_virtual_tokens_are_part_of_it(llama, swarms):
             remote(token, past_key_values=remote(ids, **arguments).past_key_values).logits
             for arguments in ({}, {"use_cache": True})
         ]
-    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
+    assert error(*logits) <= TOLERANCE
 
 
 def test_the_base_model_returns_one_and_where_the_config_or_the_call_says_no_there_is_none(llama, swarms):
@@ -97,7 +102,7 @@ def test_the_base_model_returns_one_and_where_the_config_or_the_call_says_no_the
         states = [
             model(ids[:, :1], past_key_values=model(ids).past_key_values).last_hidden_state for model in (base, local)
         ]
-        assert (states[0] - states[1]).abs().max() <= TOLERANCE
+        assert error(*states) <= TOLERANCE
         assert base(ids, use_cache=False).past_key_values is None
         assert isinstance(base(ids, return_dict=False), tuple)
         base.config.use_cache = False
