@@ -39,7 +39,7 @@ def cut_connections(model: Any) -> None:
     ports = {int(address.rpartition(":")[2]) for hop in model.explain_route() for address in hop.server.direct}
     for connection in psutil.Process().net_connections(kind="tcp"):
         if connection.raddr and connection.raddr.port in ports:
-            with socket.socket(fileno=os.dup(connection.fd)) as twin, suppress(OSError):  # it may be closed by now
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as twin:  # it may be closed by now
                 twin.shutdown(socket.SHUT_RDWR)
 
 
