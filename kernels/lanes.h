@@ -1,4 +1,5 @@
 /* Vectors of 8 floats and halves (bfloat16), and torch's threads, for x86-64 with AVX2. */
+#pragma once
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -8,7 +9,10 @@
 
 #define SERIAL_PRODUCTS (1 << 17) /* below, waking the other threads takes longer than they save */
 
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+#ifndef ISA /* what the functions of a file may use */
+#define ISA "avx2,fma"
+#endif
+#define INLINE static inline __attribute__((always_inline, target(ISA)))
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* The threads of torch. They are found when this is loaded, as torch has loaded its OpenMP library for everybody;

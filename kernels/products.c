@@ -1,7 +1,7 @@
 /* y[M, N] = x[M, K] times the transposed weights w[N, K] plus a bias, where w is kept in 16, 8 or 4 bits. For x86-64
- * with AVX2.
+ * with AVX2; wide.c has the same for AVX-512.
  *
- * torch's own kernels for such weights are fast on AVX-512 only (docs/decisions/0010). All sums of a row of x are made
+ * All sums of a row of x are made
  * in the same order whatever M is, so that a sequence computes the same alone and in a batch.
  *
  * In 16 bits all is bfloat16, and summed in floats: the halves of a 32-bit word become floats by a shift and a mask, so
@@ -20,37 +20,10 @@
  *
  * swarm/model/kernels.py calls this; swarm/model/weight_only.py has the same in torch, with which the tests compare.
  */
-#include "lanes.h"
+#define MOST_ROWS 4
+#include "product.h"
 
 #if HAS_KERNELS
-#define GROUP 64
-#define BLOCK_ROWS 32            /* rows of w that stay in the L2 cache while all rows of x pass */
-#define AHEAD 1024               /* bytes from here that are asked for from memory */
-
-struct product {
-  const uint8_t *w;
-  const float *scale;         /* [N], 8 bits only */
-  const uint16_t *scale_zero; /* [N, padded_groups, 2], 4 bits only */
-  const void *bias;           /* [N], or NULL */
-  void *y;                    /* [M, N] */
-  int halves;                 /* whether x, bias and y are bfloat16 rather than floats */
-  long M, N, K, padded_groups;
-  const float *floats;  /* [M, K] x, 16 bits only */
-  const int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
-  const float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
-  const float *sum;     /* [M, padded_groups] sum of a group of x */
-};
-
-INLINE void put(const struct product *p, long m, long n, float y) {
-  if (p->halves) {
-    if (p->bias) y += to_float(((const uint16_t *)p->bias)[n]);
-    ((uint16_t *)p->y)[m * p->N + n] = to_half(y);
-  } else {
-    if (p->bias) y += ((const float *)p->bias)[n];
-    ((float *)p->y)[m * p->N + n] = y;
-  }
-}
-
 /* The columns 16 i to 16 i + 15 of a group of w, as 16-bit integers; `packed` is the whole group, 4 bits only. */
 INLINE __m256i unpack(const int bits, const uint8_t *group, __m256i packed, const int i) {
   if (bits == 8)
@@ -61,22 +34,14 @@ INLINE __m256i unpack(const int bits, const uint8_t *group, __m256i packed, cons
 
 /* Row n of w times C rows of x from m on. */
 INLINE void dot(const struct product *p, long n, long m, const int bits, const int C) {
-  const long K = p->K, num_groups = K / GROUP, stride = p->padded_groups, group_bytes = GROUP * bits / 8;
+  const long K = p->K, num_groups = K / GROUP, group_bytes = GROUP * bits / 8;
   const uint8_t *group = p->w + n * num_groups * group_bytes;
   __m256 total[4];
   UNROLL for (int c = 0; c < C; c++) total[c] = _mm256_setzero_ps();
   for (long first = 0; first < num_groups; first += 8) {
-    float factors[4][8]; /* what the integer sums of eight groups are multiplied with */
-    UNROLL for (int c = 0; c < C; c++) {
-      __m256 factor = _mm256_loadu_ps(p->unit + (m + c) * stride + first);
-      if (bits == 4) {
-        __m256i pairs = _mm256_loadu_si256((const __m256i *)(p->scale_zero + (n * stride + first) * 2));
-        __m256 scale = even_halves(pairs), zero = odd_halves(pairs);
-        total[c] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(p->sum + (m + c) * stride + first), total[c]);
-        factor = _mm256_mul_ps(factor, scale);
-      }
-      _mm256_storeu_ps(factors[c], factor);
-    }
+    float factors[4][8];
+    UNROLL for (int c = 0; c < C; c++)
+      _mm256_storeu_ps(factors[c], factors_of(p, n, m + c, first, bits, &total[c]));
     const long end = first + 8 < num_groups ? first + 8 : num_groups;
     for (long g = first; g < end; g++, group += group_bytes) {
       const __m256i packed = _mm256_loadu_si256((const __m256i *)group);
@@ -95,10 +60,7 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
                                    total[c]);
     }
   }
-  UNROLL for (int c = 0; c < C; c++) {
-    const float y = sum_of_lanes(total[c]);
-    put(p, m + c, n, bits == 8 ? p->scale[n] * y : y);
-  }
+  UNROLL for (int c = 0; c < C; c++) put_scaled(p, m + c, n, bits, sum_of_lanes(total[c]));
 }
 
 /* As dot, with weights in 16 bits. */
@@ -126,23 +88,9 @@ INLINE void dots(const struct product *p, long begin, long end, long m, const in
     else dot(p, n, m, bits, C);
 }
 
-/* Some rows of w times all of x: the weights are unpacked once for four rows of x. */
-INLINE void block(const struct product *p, long begin, long end, const int bits) {
-  long m = 0;
-  for (; m + 4 <= p->M; m += 4) dots(p, begin, end, m, bits, 4);
-  for (; m + 2 <= p->M; m += 2) dots(p, begin, end, m, bits, 2);
-  for (; m < p->M; m++) dots(p, begin, end, m, bits, 1);
-}
-
-INLINE void share(const struct product *p, const int bits) {
-  const long num_threads = thread_count(), thread = thread_number();
-  const long begin = p->N * thread / num_threads, end = p->N * (thread + 1) / num_threads;
-  for (long n = begin; n < end; n += BLOCK_ROWS) block(p, n, n + BLOCK_ROWS < end ? n + BLOCK_ROWS : end, bits);
-}
-
-__attribute__((target("avx2,fma"))) static void share_half(void *p) { share(p, 16); }
-__attribute__((target("avx2,fma"))) static void share_int8(void *p) { share(p, 8); }
-__attribute__((target("avx2,fma"))) static void share_int4(void *p) { share(p, 4); }
+__attribute__((target(ISA))) static void share_half(void *p) { share(p, 16); }
+__attribute__((target(ISA))) static void share_int8(void *p) { share(p, 8); }
+__attribute__((target(ISA))) static void share_int4(void *p) { share(p, 4); }
 
 /* A group of x as fixed point numbers. What is not finite makes the unit, and with it the result, a NaN. */
 INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *out, float *unit, float *sum) {
@@ -185,6 +133,7 @@ INLINE int multiply(struct product p, const void *x, const int halves, void (*wo
   return fixed && unit;
 }
 
+/* Without instructions for bfloat16. */
 INLINE int multiply_halves(struct product p, const uint16_t *x) {
   float *floats = malloc(p.M * p.K * sizeof *floats);
   if (floats) {
@@ -200,14 +149,19 @@ INLINE int multiply_halves(struct product p, const uint16_t *x) {
   return floats != NULL;
 }
 
-/* Returns 0 when there was no memory. K is a multiple of 16 for weights of 16 bits, which want halves, and of GROUP for
- * fewer bits; scales are what the number of bits says above. */
-__attribute__((target("avx2,fma"))) int product(int bits, int halves, const void *x, const void *w, const void *scales,
-                                                const void *bias, void *y, long M, long N, long K) {
+/* Returns 0 when there was no memory. `wide`: with AVX-512. K is a multiple of 16 for weights of 16 bits, which want
+ * halves, and of GROUP for fewer bits; scales are what the number of bits says above. */
+__attribute__((target(ISA))) int product(int wide, int bits, int halves, const void *x, const void *w,
+                                         const void *scales, const void *bias, void *y, long M, long N, long K) {
   const struct product p = {.w = w, .scale = scales, .scale_zero = scales, .bias = bias, .y = y, .halves = halves,
-                            .M = M, .N = N, .K = K};
-  if (bits == 16) return multiply_halves(p, x);
-  void (*work)(void *) = bits == 8 ? share_int8 : share_int4;
+                            .M = M, .N = N, .K = K, .x = x};
+  if (bits == 16) {
+    if (!wide) return multiply_halves(p, x);
+    run(share_wide_half, (void *)&p, M * N * K);
+    return 1;
+  }
+  void (*int8)(void *) = wide ? share_wide_int8 : share_int8, (*int4)(void *) = wide ? share_wide_int4 : share_int4;
+  void (*work)(void *) = bits == 8 ? int8 : int4;
   return halves ? multiply(p, x, 1, work) : multiply(p, x, 0, work);
 }
 #endif

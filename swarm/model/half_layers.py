@@ -1,7 +1,9 @@
-"""Layers in bfloat16 for processors that lack instructions for it, most of those in desktops among them.
+"""Layers in bfloat16 whose products and norms are computed by kernels of our own.
 
-There torch takes up to 6 times as long for products (docs/decisions/0011), minutes for their gradients, and a handful
-of calls for each norm. Such a layer is still of its class, with its weight; only how it computes is another.
+On processors that lack instructions for bfloat16, most of those in desktops among them, torch takes up to 6 times as
+long for products (docs/decisions/0011), and minutes for their gradients. On those that have them, it reads the weights
+for few rows, as decoding has, more slowly than memory gives them. Everywhere it takes a handful of calls for each norm.
+Such a layer is still of its class, with its weight; only how it computes is another.
 """
 
 # M rows of activations, K inputs, N outputs, D features
@@ -28,6 +30,9 @@ from swarm.model.weight_only import (
 COLUMNS = 16
 """The kernel for products takes a multiple of so many inputs."""
 
+TORCH_FROM_ROWS = 16
+"""From so many rows on torch is as fast, where the processor has instructions for bfloat16."""
+
 NORM_COLUMNS = 8
 """The kernel for norms takes a multiple of so many features."""
 
@@ -42,9 +47,15 @@ class HalfLinear(nn.Linear):
     """`nn.Linear` whose products, and gradients, are sums in float32, rounded once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16 or not x.is_cpu:
+        if x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16 or not x.is_cpu or self._is_for_torch(x):
             return super().forward(x)
         return layer_forward(x, self, self.weight, self.bias)
+
+    def _is_for_torch(self, x: Tensor) -> bool:
+        if not kernels.is_wide():
+            return False
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return needs_gradient or x.numel() >= TORCH_FROM_ROWS * self.in_features
 
     def biased_product(self, x_MK: Tensor) -> Tensor:
         """Multiply rows with the weights and add the bias; bfloat16, no gradient."""
@@ -112,8 +123,8 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def use_half_kernels(model: nn.Module) -> None:
-    """Give the layers of a model these kernels, if they are in bfloat16 on a processor that lacks it."""
-    if not kernels.is_compiled() or has_fast_floats():
+    """Give the layers of a model these kernels, if they are in bfloat16 on a processor where these are faster."""
+    if not kernels.is_compiled() or (has_fast_floats() and not kernels.is_wide()):
         return
     for module in model.modules():
         # The class alone changes, so that tied weights, hooks and names stay.

@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.is_supported():
         return None
-    library.product.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3
+    library.product.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3
     library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_float]
     library.rms_norm.restype = None
     library.attention.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_float]
@@ -50,6 +50,13 @@ def _library() -> ctypes.CDLL | None:
 def is_compiled() -> bool:
     """Whether the kernels were built and this processor has what they need."""
     return _library() is not None
+
+
+@functools.cache
+def is_wide() -> bool:
+    """Whether products are computed with AVX-512 and its instructions for bfloat16 and 16-bit integers."""
+    library = _library()
+    return library is not None and bool(library.is_wide())
 
 
 @functools.cache
@@ -83,7 +90,7 @@ def product(
     assert bias_N is None or bias_N.shape == (num_outputs,)
     bias_pointer = None if bias_N is None else bias_N.data_ptr()
     done = library.product(
-        bits, dtype == torch.bfloat16, x_MK.data_ptr(), weights.data_ptr(), scales_pointer, bias_pointer,
+        is_wide(), bits, dtype == torch.bfloat16, x_MK.data_ptr(), weights.data_ptr(), scales_pointer, bias_pointer,
         y_MN.data_ptr(), num_rows, num_outputs, num_inputs,
     )  # fmt: skip
     if not done:
