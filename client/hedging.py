@@ -21,18 +21,19 @@ LONGER = 3.0
 
 
 class StepTimes:
-    """How long the steps of one route take."""
+    """How long the steps of one route take, or the batches of one server."""
 
     def __init__(self) -> None:
         self._mean_s: float | None = None
         self._deviation_s = 0.0
         self._token_s = 0.0
-        """The longest that a token of a long step took."""
+        """The longest that a token of a long step took, forgotten little by little."""
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """Note how long a step of so many tokens per sequence took."""
         if num_tokens > FEW_TOKENS:
-            self._token_s = max(self._token_s, seconds / num_tokens)
+            token_s = seconds / num_tokens
+            self._token_s = max(token_s, self._token_s + GAIN * (token_s - self._token_s))
         elif self._mean_s is None:
             self._mean_s, self._deviation_s = seconds, seconds / 2
         else:

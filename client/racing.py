@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from swarm.errors import SwarmError
 
@@ -13,20 +14,31 @@ from .network import cancel_and_wait
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """How a race ended."""
+
+    result: T
+    is_second: bool
+    """Whether the second one gave it."""
+    left: Sequence[asyncio.Task[T]]
+    """Who still runs; for the caller to end."""
+
+
 async def race(
     first: Coroutine[Any, Any, T],
     second: Callable[[], Coroutine[Any, Any, T]],
     after_s: float | None,
     on_failure: Callable[[SwarmError], Awaitable[None]],
-) -> tuple[T, list[asyncio.Task[T]]]:
+) -> Outcome[T]:
     """Wait for `first`, and from `after_s` on (None: never) for `second` as well; the first result counts.
 
     Args:
         on_failure: told why one failed where the other gives the result, or fails later.
-    Returns: the result, and the task that still runs, if one does, for the caller to end.
     Raises: the error of the one that failed first, where both do; whatever is no SwarmError, at once.
     """
-    running = {asyncio.create_task(first)}
+    one = asyncio.create_task(first)
+    running = {one}
     failures: list[SwarmError] = []
     try:
         if not (await asyncio.wait(running, timeout=after_s))[0]:
@@ -45,7 +57,7 @@ async def race(
                 left, running = [*running, *results[1:]], set()
                 for failure in failures:
                     await on_failure(failure)
-                return results[0].result(), left
+                return Outcome(results[0].result(), results[0] is not one, left)
         for failure in failures[1:]:
             await on_failure(failure)
         raise failures[0]

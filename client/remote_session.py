@@ -87,25 +87,22 @@ class RemoteSession:
         """Feed the step; where that takes longer than it should, feed it on another route as well."""
         lane, other = self._lane, self._new_lane()
 
-        async def feed(lane: Lane, attempt: Attempt) -> tuple[Lane, Tensor]:
-            return lane, await lane.feed(step, record, attempt)
-
-        async def hedge() -> tuple[Lane, Tensor]:
+        async def hedge() -> Tensor:
             avoid = attempt.refused_by | lane.draining | await self._network.suspects(lane.hops)
             logger.info("a step takes long on %s", ", ".join(map(str, lane.hops)))
-            return await feed(other, replace(attempt, refused_by=avoid))
+            return await other.feed(step, record, replace(attempt, refused_by=avoid))
 
         bound_s = lane.times.bound_s(lane.num_tokens_for(step)) if lane.hops else None
         after_s = self._hedges.after_s(bound_s, record.length)
-        (winner, result), left = await race(feed(lane, attempt), hedge, after_s, self._network.note_failure)
-        if winner is other:
+        outcome = await race(lane.feed(step, record, attempt), hedge, after_s, self._network.note_failure)
+        if other.hops:
+            self._hedges.ended(record.length, won=outcome.is_second)
+        if outcome.is_second:
             logger.info("going on at %s", ", ".join(map(str, other.hops)))
-            self._lane = other
-        if winner is other or other.hops:
-            self._hedges.ended(record.length, won=winner is other)
-        for task in left:
-            (lane if winner is other else other).retire(task)
-        return result
+            self._lane, other = other, lane
+        for task in outcome.left:
+            other.retire(task)
+        return outcome.result
 
     def _leave_slow_hops(self) -> None:
         """Give up the lane if another route is worth the replay; the next step takes it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swarm.client.hedging import FEW_TOKENS, FLOOR_S, LONGER, Hedges, StepTimes
-from swarm.client.racing import race
+from swarm.client.racing import Outcome, race
 from swarm.errors import NoRoute, PeerUnavailable, SwarmError
 
 LONG = 10 * FEW_TOKENS
@@ -116,13 +116,12 @@ def run_race(first: object, second: object, *, first_rounds: int, second_rounds:
 
     async def test() -> tuple[Any, int]:
         try:
-            result, left = await race(
-                thing(first_rounds, first), lambda: thing(second_rounds, second), 0.0, note
-            )
-            for task in left:
+            outcome = await race(thing(first_rounds, first), lambda: thing(second_rounds, second), 0.0, note)
+            for task in outcome.left:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-            return result, len(left)
+            await asyncio.gather(*outcome.left, return_exceptions=True)
+            assert outcome.is_second == (outcome.result == "second")
+            return outcome.result, len(outcome.left)
         except (SwarmError, ZeroDivisionError) as exc:
             return exc, 0
         finally:
@@ -161,8 +160,8 @@ def test_a_quick_result_and_an_unknown_bound_start_nothing_else():
         never: Callable[[], Any] = lambda: pytest.fail("started")  # noqa: E731
         return await race(first, never, after_s, never)
 
-    assert asyncio.run(test(thing(5, "first"), 60.0)) == ("first", [])
-    assert asyncio.run(test(thing(500, "first"), None)) == ("first", [])
+    assert asyncio.run(test(thing(5, "first"), 60.0)) == Outcome("first", False, [])
+    assert asyncio.run(test(thing(500, "first"), None)) == Outcome("first", False, [])
     with pytest.raises(PeerUnavailable):
         asyncio.run(test(thing(5, LOST), 60.0))
 
