@@ -11,6 +11,7 @@ told to leave. The reference is the undisturbed local model: all tokens, and all
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import tempfile
@@ -199,17 +200,18 @@ def training_run(victims: Victims, remote: Any, local: Any, seed: int) -> tuple[
     return is_right, events
 
 
-def measure_pause(victims: Victims, remote: Any, seed: int, context: int) -> tuple[float, float]:
-    """Seconds that a kill costs at a length, and of one prefill of it."""
+def measure_pause(victims: Victims, remote: Any, event: str, seed: int, context: int) -> tuple[float, float]:
+    """The longest time between two tokens after something happened at a length, and that of one prefill of it."""
     ids = torch.randint(0, VOCAB_SIZE, (1, context), generator=torch.Generator().manual_seed(seed))
     started = time.monotonic()
     clock = At({})
     generate(remote, ids, 2, clock)
     prefill_s = clock.times_s[0] - started
     with remote.inference_session(max_length=context + 32) as session:
-        clock = At({8: lambda: victims.harm("kill", victims.slot_of(session.route[0]))})
-        generate(remote, ids, 16, clock)
-    return clock.times_s[9] - clock.times_s[8], prefill_s
+        clock = At({8: lambda: victims.harm(event, victims.slot_of(session.route[0]))})
+        generate(remote, ids, 24, clock)
+    after_s = clock.times_s[8:]
+    return max(later - earlier for earlier, later in itertools.pairwise(after_s)), prefill_s
 
 
 def repeat(
@@ -239,7 +241,8 @@ def main() -> None:
     parser.add_argument("--training-runs", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--pauses", type=int, default=0, help="how often to measure the pause after a kill")
+    parser.add_argument("--pauses", type=int, default=0, help="how often to measure the pause after an event")
+    parser.add_argument("--pause-event", default="kill", choices=EVENTS)
     parser.add_argument("--context", type=int, default=512, help="tokens of context at that")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -263,7 +266,7 @@ def main() -> None:
             )
             pauses = []
             for seed in range(arguments.pauses):
-                pauses.append(measure_pause(victims, remote, seed, arguments.context))
+                pauses.append(measure_pause(victims, remote, arguments.pause_event, seed, arguments.context))
                 say(f"a pause of {pauses[-1][0]:.2f} s, a prefill takes {pauses[-1][1]:.2f} s")
                 victims.heal()
             remote.close()
@@ -271,6 +274,7 @@ def main() -> None:
     if pauses:
         pause_s, prefill_s = (statistics.median(values) for values in zip(*pauses, strict=True))
         results["pause"] = {
+            "event": arguments.pause_event,
             "context": arguments.context,
             "pause_s": rounded(pause_s),
             "prefill_s": rounded(prefill_s),

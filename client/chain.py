@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -81,12 +81,22 @@ class StepOutput:
 class Chain:
     """The streams of a session over one route; made by `open_chain`."""
 
-    def __init__(self, network: Network, config: ChainConfig, hops: Sequence[Hop], tickets: Tickets) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: ChainConfig,
+        hops: Sequence[Hop],
+        tickets: Tickets,
+        on_draining: Callable[[], None],
+    ) -> None:
         self.hops = hops
+        self.draining: set[str] = set()
+        """Peers among the hops that said that they are about to leave."""
         self.max_step_tokens = 1
         self.position = 0
         """Tokens that all hops have still cached from an earlier chain of the same tickets."""
         self._tickets = tickets
+        self._on_draining = on_draining
         self._network = network
         self._config = config
         self._calls: list[grpc.aio.StreamStreamCall] = []
@@ -229,6 +239,10 @@ class Chain:
         try:
             async with self._errors_of(index):
                 while (message := await call.read()) is not grpc.aio.EOF:
+                    if message.WhichOneof("kind") == "draining":
+                        self.draining.add(hop.peer_id)
+                        self._on_draining()
+                        continue
                     if message.WhichOneof("kind") != "result" or index + 1 < len(self.hops):
                         raise ProtocolError(f"peer {hop} sent an unexpected message")
                     await self._take_result(message.result, call)
@@ -270,10 +284,18 @@ class Chain:
 
 @asynccontextmanager
 async def open_chain(
-    network: Network, config: ChainConfig, hops: Sequence[Hop], tickets: Tickets
+    network: Network,
+    config: ChainConfig,
+    hops: Sequence[Hop],
+    tickets: Tickets,
+    on_draining: Callable[[], None],
 ) -> AsyncIterator[Chain]:
-    """Open a session on every hop. Raises: PeerError: a hop cannot be reached or has no room; UserError."""
-    chain = Chain(network, config, hops, tickets)
+    """Open a session on every hop. Raises: PeerError: a hop cannot be reached or has no room; UserError.
+
+    Args:
+        on_draining: called when a hop says that it is about to leave.
+    """
+    chain = Chain(network, config, hops, tickets, on_draining)
     async with AsyncExitStack() as owned:
         try:
             await chain.open(owned)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 import torch
@@ -16,22 +18,29 @@ from torch import Tensor
 
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
-from swarm.errors import PromptTooLong, ProtocolError
+from swarm.errors import NoRoute, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .hedging import Hedges, StepTimes
 from .network import Attempt, Network, blame, cancel_and_wait
+from .racing import race
 from .routing import Hop, Needs
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MAX_PARALLEL = 4
 """Micro-batches on their way at once, so that the servers of a route work at the same time."""
+
+MAX_REMEMBERED = 1024
+"""Servers whose times are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,9 @@ class RemoteCompute:
     def __init__(self, network: Network, needs: Needs) -> None:
         self._network = network
         self._needs = needs
+        self._hedges = Hedges()
+        self._times: dict[tuple[str, bool], StepTimes] = {}
+        """(peer id, whether backward) -> how long its batches take; a token counts once for each block."""
 
     async def forward(self, batch: Batch, blocks: BlockRange, *, keep: bool) -> tuple[Tensor, list[Trace]]:
         """Return the hidden states that leave the blocks, and one trace per micro-batch.
@@ -147,12 +159,48 @@ class RemoteCompute:
         """Run the first hop of a route through the remaining blocks; say how far it went."""
 
         async def attempt(attempt: Attempt) -> tuple[Tensor, Segment]:
-            hop = (await self._network.route(self._needs_of(batch, rest), attempt))[0]
-            segment = Segment(hop, batch.x_BLD, secrets.token_bytes(16) if keep else b"")
-            y_BLD, _ = await self._call(hop, batch, None, segment.forward_id)
-            return y_BLD, segment
+            async def run(hop: Hop) -> tuple[Tensor, Segment]:
+                segment = Segment(hop, batch.x_BLD, secrets.token_bytes(16) if keep else b"")
+                y_BLD, _ = await self._call(hop, batch, None, segment.forward_id)
+                return y_BLD, segment
+
+            needs = self._needs_of(batch, rest)
+            hops = await self._network.route(needs, attempt)
+            return await self._raced(run, hops[0], needs, attempt, is_backward=False)
 
         return await self._network.retrying(attempt)
+
+    async def _raced(
+        self,
+        run: Callable[[Hop], Coroutine[Any, Any, T]],
+        hop: Hop,
+        needs: Needs,
+        attempt: Attempt,
+        *,
+        is_backward: bool,
+    ) -> T:
+        """Run a micro-batch on a hop; where that takes longer than it should, on another one as well."""
+        is_raced = False
+
+        async def elsewhere() -> T:
+            nonlocal is_raced
+            avoid = attempt.refused_by | await self._network.suspects([hop])
+            others = await self._network.route(needs, replace(attempt, refused_by=avoid))
+            if is_backward and len(others) > 1:
+                raise NoRoute(f"no other server has all of {hop.blocks}")
+            logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
+            is_raced = True
+            return await run(others[0])
+
+        size = needs.batch_tokens * len(hop.blocks)
+        times = self._times.get((hop.peer_id, is_backward))
+        self._hedges.fed(size)
+        after_s = None if times is None else self._hedges.after_s(times.bound_s(size), size)
+        outcome = await race(run(hop), elsewhere, after_s, self._network.note_failure)
+        await cancel_and_wait(outcome.left)
+        if is_raced:
+            self._hedges.ended(size, won=outcome.is_second)
+        return outcome.result
 
     async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
         prompts = batch.prompts_NBPD
@@ -169,7 +217,11 @@ class RemoteCompute:
                 hops = await self._network.route(needs, attempt, prefer=segment.hop.peer_id)
                 if len(hops) > 1:
                     return None
-                return await self._call(hops[0], replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
+
+                async def run(hop: Hop) -> tuple[Tensor, Tensor | None] | None:
+                    return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
+
+                return await self._raced(run, hops[0], needs, attempt, is_backward=True)
 
             result = await self._network.retrying(attempt)
             if result is None:
@@ -211,13 +263,22 @@ class RemoteCompute:
             forward_id=forward_id,
         )
         batch_size, length, _ = batch.x_BLD.shape
+        began_s = time.monotonic()
         with self._network.working(hop, batch_size * length):
             y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
         wanted = [batch.x_BLD.shape, None if prompts is None or grad_BLD is None else prompts.shape]
         if [None if each is None else each.shape for each in (y_BLD, dprompts)] != wanted or y_BLD is None:
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
         self._network.succeeded(hop.peer_id)
+        self._took(hop, grad_BLD is not None, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
         return y_BLD.to(batch.x_BLD.dtype), None if dprompts is None else dprompts.to(batch.x_BLD.dtype)
+
+    def _took(self, hop: Hop, is_backward: bool, size: int, seconds: float) -> None:
+        times = self._times.pop((hop.peer_id, is_backward), None) or StepTimes()
+        times.took(size, seconds)
+        self._times[hop.peer_id, is_backward] = times
+        if len(self._times) > MAX_REMEMBERED:
+            del self._times[next(iter(self._times))]
 
     async def _exchange(
         self, hop: Hop, opening: pb.ComputeOpen, more: list[bytes], *, is_backward: bool

@@ -7,7 +7,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from swarm.errors import (
     PeerUnavailable,
     PromptTooLong,
     SessionLost,
+    SwarmError,
     UserError,
 )
 from swarm.peers import Connector
@@ -57,6 +58,9 @@ STEPS_AHEAD = 64
 
 PROBE_TIMEOUT_S = 5.0
 """How long a peer may take to say that it is alive."""
+
+SUSPECT_S = 0.2
+"""A peer that takes longer to say it is the first to be suspected when a step stalls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +144,14 @@ class Network:
         self._tokens_under_way: collections.Counter[str] = collections.Counter()
         self._missing: dict[str, asyncio.Task[None]] = {}
         """Peers that could not be reached, and the task that looks for each."""
+        self._silent: set[str] = set()
+        """Peers that have not answered a question yet."""
+        self._trying: set[asyncio.Task[Any]] = set()
+        """What would be good to have done, and is given up when the client leaves."""
         self.farewells: set[Callable[[], Awaitable[None]]] = set()
         """What open sessions want done before the client leaves."""
-        self.leaving: set[asyncio.Task[None]] = set()
-        """What sessions that have left slow hops still do there."""
+        self._leaving: set[asyncio.Task[None]] = set()
+        """What sessions still do on hops that they have left."""
 
     async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
         """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
@@ -265,7 +273,7 @@ class Network:
         return explain(hops, self._roster, needs, self.view())
 
     def _avoided(self) -> set[str]:
-        return self._failures.avoided(time.monotonic()) | self._missing.keys()
+        return self._failures.avoided(time.monotonic()) | self._missing.keys() | self._silent
 
     async def check_model(self, needs: Needs, model_name: str) -> None:
         """Say early, and clearly, when the swarm serves something else than the model that was loaded.
@@ -316,7 +324,7 @@ class Network:
                     refusal = exc
                     attempt = replace(attempt, refused_by=attempt.refused_by | {exc.peer_id})
                 else:
-                    await self._note_failure(exc)
+                    await self.note_failure(exc)
                     attempt = replace(attempt, max_age_s=1.0 if num_failures > 1 else attempt.max_age_s)
 
     async def while_alive(self, work: Awaitable[T], hops: Sequence[Hop], timeout_s: float) -> T:
@@ -341,6 +349,29 @@ class Network:
             if not answers:
                 raise blame(PeerUnavailable(f"peer {hop} does not answer within {PROBE_TIMEOUT_S:.0f} s"), hop)
 
+    async def suspects(self, hops: Sequence[Hop]) -> frozenset[str]:
+        """Ask the hops of something that has stalled whether they are alive; return the peers to avoid.
+
+        These are those that are slow to answer, which count as failed if they never do; if none is, all of them.
+        """
+        asking = {hop.peer_id: self.try_in_background(self._ask(hop)) for hop in hops}
+        if asking:
+            await asyncio.wait(asking.values(), timeout=SUSPECT_S)
+        silent = frozenset(peer_id for peer_id, task in asking.items() if not (task.done() and task.result()))
+        return silent or frozenset(asking)
+
+    async def _ask(self, hop: Hop) -> bool:
+        """Say whether a peer is alive; take note if not."""
+        self._silent.add(hop.peer_id)
+        try:
+            await self._probe([hop])
+        except PeerUnavailable as exc:
+            await self.note_failure(exc)
+            return False
+        finally:
+            self._silent.discard(hop.peer_id)
+        return True
+
     async def _answers(self, hop: Hop) -> bool:
         try:
             async with self.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
@@ -355,7 +386,23 @@ class Network:
         """Forget a peer's failures after it did what was asked."""
         self._failures.succeeded(peer_id)
 
-    async def _note_failure(self, error: PeerError) -> None:
+    def finish_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what nobody waits for before the client leaves."""
+        task = asyncio.create_task(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def try_in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do what is given up when the client leaves."""
+        task = asyncio.create_task(work)
+        self._trying.add(task)
+        task.add_done_callback(self._trying.discard)
+        return task
+
+    async def note_failure(self, error: SwarmError) -> None:
+        """Avoid the peer that failed; errors that are no peer's say nothing about any."""
+        if not isinstance(error, PeerError):
+            return
         assert error.peer_id, f"an error of a peer does not say which: {error!r}"
         if isinstance(error, SessionLost):
             return
@@ -392,9 +439,10 @@ class Network:
 
     async def aclose(self) -> None:
         """Tell servers that open sessions end, and stop what runs in the background."""
+        await cancel_and_wait([*self._trying])
         await asyncio.gather(*(farewell() for farewell in self.farewells))
         surveying = [self._surveying] if self._surveying is not None else []
-        await asyncio.gather(*self.leaving)
+        await asyncio.gather(*self._leaving)
         await cancel_and_wait([*self._missing.values(), *surveying])
 
 

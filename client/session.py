@@ -1,18 +1,10 @@
-"""Inference sessions: what a person's generation needs to survive any server.
-
-A session keeps a record of every hidden state it has fed to the first block. The servers' caches are only ever a
-copy of what the record implies: after a failure, the next step finds a new route and replays the record there.
-"""
+"""Inference sessions as people use them: from ordinary code, one step after the other."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import threading
-import time
 import weakref
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import torch
@@ -21,14 +13,12 @@ from torch import Tensor
 from swarm.errors import BadRequest, PromptTooLong
 from swarm.streams import Step
 
-from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
+from .chain import ChainConfig
 from .loop import LoopThread
-from .network import Attempt, Network
+from .network import Network
 from .prompts import Prompts
-from .record import Record
+from .remote_session import RemoteSession
 from .routing import Hop, Needs
-
-logger = logging.getLogger(__name__)
 
 # B batch, L length, T all tokens so far, D hidden, N blocks, P virtual tokens
 
@@ -64,141 +54,6 @@ def _check_step(step: Step) -> None:
         raise BadRequest(f"beam_idx must name {batch_size} sequences, each below {batch_size}")
     if not 0 <= step.num_outputs <= length:
         raise BadRequest(f"a step of {length} tokens cannot return {step.num_outputs}")
-
-
-class RemoteSession:
-    """A session's state and its asynchronous steps; see InferenceSession for the API."""
-
-    def __init__(self, network: Network, needs: Needs, config: ChainConfig) -> None:
-        self._network = network
-        self._needs = needs
-        self._config = config
-        self._record = Record()
-        self._chain: Chain | None = None
-        self._chain_length = 0
-        """Leading tokens of the record that the caches of the chain are known to hold."""
-        self._tickets = Tickets()
-        self._valid_length = 0
-        """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
-        self._owned = AsyncExitStack()
-        self._num_moves, self._may_leave_at = 0, 0
-        """How often slow hops were left, and the length before which none is left again: it doubles each time."""
-
-    @property
-    def route(self) -> Sequence[Hop]:
-        """The hops in use; empty before the first step and after a failure."""
-        return () if self._chain is None else self._chain.hops
-
-    @property
-    def length(self) -> int:
-        """Tokens in the record."""
-        return self._record.length
-
-    async def step(self, step: Step) -> Tensor:
-        """Feed tokens and return the last `num_outputs` hidden states, on any route that works.
-
-        Raises: NoRoute, PeerError: see Network.retrying. The session is then as it was before the step.
-        """
-        record = self._record.followed_by(step)
-
-        async def attempt(attempt: Attempt) -> Tensor:
-            return await self._attempt(step, record, attempt)
-
-        result = await self._network.retrying(attempt)
-        self._record = record
-        self._leave_slow_hops()
-        return result
-
-    def _leave_slow_hops(self) -> None:
-        """End the chain if another route is worth the replay; the next step takes it."""
-        if self._chain is None or self.length < self._may_leave_at:
-            return
-        num_steps = self._config.max_tokens - self.length
-        hops = self._chain.hops
-        num_tokens = self.length * self._config.batch_size
-        if self._network.is_worth_leaving(hops, self._needs, num_tokens=num_tokens, num_steps=num_steps):
-            logger.info("leaving %s, where a hop is slower than it says", ", ".join(map(str, hops)))
-            self._num_moves += 1
-            self._may_leave_at = self.length + 2 ** min(self._num_moves + 2, 20)
-            # The hop that is slow would be slow to end its stream as well: nobody waits for that.
-            task = asyncio.create_task(_end(self._chain, self._owned))
-            self._network.leaving.add(task)
-            task.add_done_callback(self._network.leaving.discard)
-            self._chain, self._chain_length, self._owned = None, 0, AsyncExitStack()
-
-    async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
-        try:
-            chain = self._chain or await self._open_chain(attempt)
-            tokens, start = step, min(step.position, self._chain_length)
-            if step.beam_idx and (start < step.position or start == 0):
-                # The record has its beams in order already, the chain's caches have not: all is replayed.
-                tokens, start = replace(step, beam_idx=()), 0
-            # Until all is done, the caches may hold some of the old tokens from here on, or some of the new ones.
-            self._valid_length = 0 if tokens.beam_idx else min(self._valid_length, start)
-            result = await self._feed(chain, tokens, record, start)
-        except BaseException:
-            await self._drop_chain()
-            raise
-        self._chain_length = self._valid_length = record.length
-        return result
-
-    async def _feed(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
-        """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
-        length = max(1, chain.max_step_tokens // self._config.batch_size)
-        began_s = time.monotonic()
-        pending: list[asyncio.Future[StepOutput]] = []
-        for begin in range(start, record.length, length):
-            end = min(begin + length, record.length)
-            part = record.part(begin, end)
-            num_outputs = min(end - begin, max(0, step.num_outputs - (record.length - end)))
-            beam_idx = step.beam_idx if begin == start else ()
-            pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
-        outputs = [await chain.receive(result) for result in pending]
-        wanted = [output.y_BLD for output in outputs if output.y_BLD is not None]
-        if not step.num_outputs:
-            wanted.append(step.x_BLD[:, :0])
-        chain.check_outputs(wanted, step.num_outputs)
-        for hop in chain.hops:
-            self._network.succeeded(hop.peer_id)
-        if record.length - start == 1:
-            seconds = time.monotonic() - began_s
-            self._network.took(chain.hops, outputs[0].hop_us, self._config.batch_size, seconds)
-        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
-
-    async def _open_chain(self, attempt: Attempt) -> Chain:
-        hops = await self._network.route(self._needs, attempt)
-        self._tickets = self._tickets.following(hops)
-        opening = open_chain(self._network, self._config, hops, self._tickets)
-        self._chain = await self._owned.enter_async_context(opening)
-        self._chain_length = min(self._chain.position, self._valid_length)
-        return self._chain
-
-    async def _drop_chain(self) -> None:
-        self._chain, self._chain_length = None, 0
-        owned, self._owned = self._owned, AsyncExitStack()
-        await owned.aclose()
-
-    def preload(self, step: Step) -> None:
-        """Take a first step into the record alone; the next one replays it."""
-        self._record = self._record.followed_by(step)
-
-    async def select(self, rows: Sequence[int]) -> None:
-        """Let the sequences be those of these rows from now on; the next step replays them."""
-        self._record = self._record.rows(torch.tensor(rows))
-        self._config = replace(self._config, batch_size=len(rows))
-        await self.aclose()
-        self._tickets, self._valid_length = Tickets(epoch=self._tickets.epoch), 0
-
-    async def aclose(self) -> None:
-        """Close the streams; the servers free their caches."""
-        if self._chain is not None:
-            await self._chain.finish()
-        await self._drop_chain()
-
-
-async def _end(chain: Chain, owned: AsyncExitStack) -> None:
-    await chain.finish()
-    await owned.aclose()
 
 
 def _close_soon(loop: LoopThread, session: RemoteSession) -> None:

@@ -168,7 +168,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             )
             await _until_stopped(stop, dht, announcer.task, engine)
             await announcer.say("draining")
-            service.draining = True
+            service.drain()
             await _wait_idle(service, config.drain_timeout_s)
 
 

@@ -50,6 +50,11 @@ class Decoding:
         self._connector = connector
         self._limits = limits
         self._own_addresses = own_addresses()
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Tell the clients of all sessions, also of those that open from now on, to go on elsewhere."""
+        self._draining.set()
 
     @asynccontextmanager
     async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
@@ -92,6 +97,26 @@ class Decoding:
     def _is_here(self, target: str) -> bool:
         """Whether a "host:port" is on this machine."""
         return target.rpartition(":")[0].strip("[]") in self._own_addresses
+
+    async def serve(self, context: grpc.aio.ServicerContext, session: ServerSession) -> None:
+        """Run the steps of the client's own stream, and tell the client when this server is about to leave.
+
+        Raises: see `run`.
+        """
+
+        async def tell() -> None:
+            await self._draining.wait()
+            try:
+                await _answer(context, session, pb.SessionResponse(draining=pb.SessionDraining()), [])
+            except PeerUnavailable as exc:
+                session.fail(exc)
+
+        telling = asyncio.create_task(tell())
+        try:
+            await self.run(context.read, session, from_client=True)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
 
     async def run(self, read: Read, session: ServerSession, *, from_client: bool) -> None:
         """Run the steps of a stream until it ends, or until the session fails on whatever stream.
@@ -147,7 +172,7 @@ class Decoding:
             ) as link:
                 yield lambda y_BLD, step: _push(link, y_BLD, step)
         else:
-            yield lambda y_BLD, step: _reply(context, y_BLD, step)
+            yield lambda y_BLD, step: _reply(context, session, y_BLD, step)
 
     @asynccontextmanager
     async def _passing_on(self, session: ServerSession) -> AsyncIterator[None]:
@@ -235,15 +260,22 @@ def _unless_counting(ids_BL: Tensor | None, position: int) -> Tensor | None:
     return ids_BL
 
 
-async def _reply(context: grpc.aio.ServicerContext, y_BLD: Tensor, step: StepInput) -> None:
+async def _reply(context: grpc.aio.ServicerContext, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
     wanted = y_BLD[:, y_BLD.shape[1] - step.num_outputs :] if step.num_outputs else None
     packed = pack(wanted, codec=step.codec)
     result = pb.StepResult(
         step_id=step.step_id, hidden_states=packed.specs[0], data=packed.data, hop_us=step.hop_us_by_now()
     )
+    await _answer(context, session, pb.SessionResponse(result=result), packed.more)
+
+
+async def _answer(
+    context: grpc.aio.ServicerContext, session: ServerSession, first: pb.SessionResponse, more: list[bytes]
+) -> None:
+    """Send the client a message. Raises: PeerUnavailable: it does not take it."""
     try:
-        async with asyncio.timeout(PART_TIMEOUT_S):
-            await write_message(context.write, pb.SessionResponse(result=result), packed.more)
+        async with asyncio.timeout(PART_TIMEOUT_S), session.answering:
+            await write_message(context.write, first, more)
     except TimeoutError as exc:
         raise PeerUnavailable(f"the client does not take its results within {PART_TIMEOUT_S:.0f} s") from exc
 

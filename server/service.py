@@ -70,7 +70,12 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.draining = False
+        self._draining = False
+
+    def drain(self) -> None:
+        """Take no new work from now on, and tell the clients of open sessions to go on elsewhere."""
+        self._draining = True
+        self._decoding.drain()
 
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
@@ -112,7 +117,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                     position=session.cache.length,
                 )
                 await context.write(pb.SessionResponse(opened=opened))
-                await self._decoding.run(context.read, session, from_client=True)
+                await self._decoding.serve(context, session)
 
     async def Push(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PushResponse:
         """See the wire contract. What goes wrong here ends the session, whose client is told on its own stream."""
@@ -174,7 +179,7 @@ class BlocksService(pb_grpc.BlocksServicer):
     @asynccontextmanager
     async def _counted(self, *, admit: bool = False) -> AsyncIterator[None]:
         """Count the call while it runs; a draining server admits only what belongs to open sessions."""
-        if self.draining and not admit:
+        if self._draining and not admit:
             raise Draining("this server is about to leave: use another one")
         self._num_calls += 1
         self._idle.clear()

@@ -65,6 +65,8 @@ class ServerSession:
     """Passes a step's output on, to the next hop or to the client; None until the way there is open."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a step is put into the engine's queue, so that steps of two streams keep their order."""
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a message to the client is written, which may have several parts."""
     under_way: asyncio.Queue[tuple[StepInput, asyncio.Future[Tensor]]] = field(
         default_factory=lambda: asyncio.Queue(MAX_STEPS_UNDER_WAY)
     )

@@ -244,14 +244,20 @@ class Step(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("opened", "result", "more")
+    __slots__ = ("opened", "result", "more", "draining")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     opened: SessionOpened
     result: StepResult
     more: bytes
-    def __init__(self, opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
+    draining: SessionDraining
+    def __init__(self, opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., more: _Optional[bytes] = ..., draining: _Optional[_Union[SessionDraining, _Mapping]] = ...) -> None: ...
+
+class SessionDraining(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SessionOpened(_message.Message):
     __slots__ = ("max_tokens", "max_step_tokens", "position")

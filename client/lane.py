@@ -1,0 +1,161 @@
+"""A session's copy on one route: the chain in use, what its caches hold of the record, how long its steps take.
+
+A session has one lane. It has a second one while a step is raced, or while it moves away from a server that leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swarm.streams import Step
+
+from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
+from .hedging import StepTimes
+from .network import Attempt, Network, cancel_and_wait
+from .record import Record
+from .routing import Hop, Needs
+
+logger = logging.getLogger(__name__)
+
+# B batch, L length, D hidden
+
+
+class Lane:
+    """One route's copy of a session.
+
+    Args:
+        on_draining: called when a hop says that it is about to leave.
+    """
+
+    def __init__(
+        self, network: Network, needs: Needs, config: ChainConfig, on_draining: Callable[[Lane], None]
+    ) -> None:
+        self.times = StepTimes()
+        self._network = network
+        self._needs = needs
+        self._config = config
+        self._on_draining = on_draining
+        self._chain: Chain | None = None
+        self._chain_length = 0
+        """Leading tokens of the record that the caches of the chain are known to hold."""
+        self._tickets = Tickets()
+        self._valid_length = 0
+        """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
+        self._unchanged = 0
+        """Leading tokens of the record that did not change since the feeding that is under way began."""
+        self._owned = AsyncExitStack()
+        self._is_retired = False
+
+    @property
+    def hops(self) -> Sequence[Hop]:
+        """The hops in use; empty before the first step and after a failure."""
+        return () if self._chain is None else self._chain.hops
+
+    @property
+    def draining(self) -> frozenset[str]:
+        """Peers among them that are about to leave."""
+        return frozenset() if self._chain is None else frozenset(self._chain.draining)
+
+    def num_tokens_for(self, step: Step) -> int:
+        """Tokens per sequence that feeding a step takes, of the record's."""
+        return step.position + step.x_BLD.shape[1] - self._start_of(step)
+
+    def _start_of(self, step: Step) -> int:
+        start = min(step.position, self._chain_length)
+        # The record has its beams in order already, the chain's caches have not: unless they hold all, all is replayed.
+        return 0 if step.beam_idx and start < step.position else start
+
+    async def feed(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
+        """Feed a step, and before it what the caches lack of the record; open a chain first if there is none.
+
+        Args:
+            record: what the session holds after the step.
+        Returns: the last `num_outputs` hidden states, [B, num_outputs, D].
+        Raises: PeerError, NoRoute, UserError: the chain is gone then; the next call begins with another one.
+        """
+        self._unchanged = record.length
+        try:
+            chain = self._chain or await self._open_chain(attempt)
+            start = self._start_of(step)
+            tokens = replace(step, beam_idx=()) if start == 0 else step
+            # Until all is done, the caches may hold some of the old tokens from here on, or some of the new ones.
+            self._valid_length = 0 if tokens.beam_idx else min(self._valid_length, start)
+            result = await self._send(chain, tokens, record, start)
+        except BaseException:
+            if not self._is_retired:
+                await self._drop()
+            raise
+        self._chain_length = self._valid_length = self._unchanged
+        return result
+
+    def changed(self, step: Step) -> None:
+        """Note that the record takes another step meanwhile: of what it replaces, the caches may hold either."""
+        self._unchanged = 0 if step.beam_idx else min(self._unchanged, step.position)
+        self._chain_length = min(self._chain_length, self._unchanged)
+        self._valid_length = min(self._valid_length, self._unchanged)
+
+    async def _send(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
+        """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
+        length = max(1, chain.max_step_tokens // self._config.batch_size)
+        began_s = time.monotonic()
+        pending: list[asyncio.Future[StepOutput]] = []
+        for begin in range(start, record.length, length):
+            end = min(begin + length, record.length)
+            part = record.part(begin, end)
+            num_outputs = min(end - begin, max(0, step.num_outputs - (record.length - end)))
+            beam_idx = step.beam_idx if begin == start else ()
+            pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
+        outputs = [await chain.receive(result) for result in pending]
+        wanted = [output.y_BLD for output in outputs if output.y_BLD is not None]
+        if not step.num_outputs:
+            wanted.append(step.x_BLD[:, :0])
+        chain.check_outputs(wanted, step.num_outputs)
+        for hop in chain.hops:
+            self._network.succeeded(hop.peer_id)
+        seconds, num_tokens = time.monotonic() - began_s, record.length - start
+        self.times.took(num_tokens, seconds)
+        if num_tokens == 1:
+            self._network.took(chain.hops, outputs[0].hop_us, self._config.batch_size, seconds)
+        return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
+
+    async def _open_chain(self, attempt: Attempt) -> Chain:
+        hops = await self._network.route(self._needs, attempt)
+        self._tickets = self._tickets.following(hops)
+        self.times = StepTimes()
+        opening = open_chain(self._network, self._config, hops, self._tickets, lambda: self._on_draining(self))
+        self._chain = await self._owned.enter_async_context(opening)
+        self._chain_length = min(self._chain.position, self._valid_length)
+        return self._chain
+
+    async def _drop(self) -> None:
+        """Break the streams; the servers keep what they hold for a while."""
+        self._chain, self._chain_length = None, 0
+        owned, self._owned = self._owned, AsyncExitStack()
+        await owned.aclose()
+
+    def retire(self, feeding: asyncio.Task[Any] | None = None) -> None:
+        """End this lane in the background: its streams in order, and what may still be fed. It is not used again."""
+        self._is_retired = True
+        self._network.finish_in_background(self._end(feeding))
+
+    async def _end(self, feeding: asyncio.Task[Any] | None) -> None:
+        if feeding is not None and self._chain is None:  # it would open one
+            await cancel_and_wait([feeding])
+        await self.aclose()
+        if feeding is not None:
+            await cancel_and_wait([feeding])
+
+    async def aclose(self) -> None:
+        """Close the streams; the servers free their caches."""
+        if self._chain is not None:
+            await self._chain.finish()
+        await self._drop()

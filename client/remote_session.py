@@ -1,0 +1,167 @@
+"""What a person's generation needs to survive any server.
+
+A session keeps a record of every hidden state it has fed to the first block. The servers' caches are only ever a
+copy of what the record implies: after a failure, the next step finds a new route and replays the record there. Where
+that can be done before it is needed, it is: when a step stalls, and when a server says that it is about to leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swarm.errors import SwarmError
+from swarm.streams import Step
+
+from .chain import ChainConfig
+from .hedging import Hedges
+from .lane import Lane
+from .network import Attempt, Network, cancel_and_wait
+from .racing import race
+from .record import Record
+from .routing import Hop, Needs
+
+logger = logging.getLogger(__name__)
+
+# B batch, L length, D hidden
+
+
+class RemoteSession:
+    """A session's state and its asynchronous steps; see InferenceSession for the API."""
+
+    def __init__(self, network: Network, needs: Needs, config: ChainConfig) -> None:
+        self._network = network
+        self._needs = needs
+        self._config = config
+        self._record = Record()
+        self._lane = self._new_lane()
+        self._stepping = asyncio.Lock()
+        """Held while the record grows, or the session changes its lane."""
+        self._hedges = Hedges()
+        self._successor: Lane | None = None
+        """Where the session is moving to."""
+        self._moving: asyncio.Task[None] | None = None
+        self._num_slow, self._may_leave_at = 0, 0
+        """How often slow hops were left, and the length before which none is left again: it doubles each time."""
+
+    def _new_lane(self) -> Lane:
+        return Lane(self._network, self._needs, self._config, self._leave_draining_hops)
+
+    @property
+    def route(self) -> Sequence[Hop]:
+        """The hops in use; empty before the first step and after a failure."""
+        return self._lane.hops
+
+    @property
+    def length(self) -> int:
+        """Tokens in the record."""
+        return self._record.length
+
+    async def step(self, step: Step) -> Tensor:
+        """Feed tokens and return the last `num_outputs` hidden states, on any route that works.
+
+        Raises: NoRoute, PeerError: see Network.retrying. The session is then as it was before the step.
+        """
+        async with self._stepping:
+            if self._moving is not None and self._moving.done() and not self._moving.cancelled():
+                self._moving.result()  # an error would be our bug
+            if self._successor is not None:
+                self._successor.changed(step)
+            record = self._record.followed_by(step)
+            self._hedges.fed(step.x_BLD.shape[1])
+
+            async def attempt(attempt: Attempt) -> Tensor:
+                return await self._attempt(step, record, attempt)
+
+            result = await self._network.retrying(attempt)
+            self._record = record
+            self._leave_slow_hops()
+        return result
+
+    async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
+        """Feed the step; where that takes longer than it should, feed it on another route as well."""
+        lane, other = self._lane, self._new_lane()
+
+        async def hedge() -> Tensor:
+            avoid = attempt.refused_by | lane.draining | await self._network.suspects(lane.hops)
+            logger.info("a step takes long on %s", ", ".join(map(str, lane.hops)))
+            return await other.feed(step, record, replace(attempt, refused_by=avoid))
+
+        bound_s = lane.times.bound_s(lane.num_tokens_for(step)) if lane.hops else None
+        after_s = self._hedges.after_s(bound_s, record.length)
+        outcome = await race(lane.feed(step, record, attempt), hedge, after_s, self._network.note_failure)
+        if other.hops:
+            self._hedges.ended(record.length, won=outcome.is_second)
+        if outcome.is_second:
+            logger.info("going on at %s", ", ".join(map(str, other.hops)))
+            self._lane, other = other, lane
+        for task in outcome.left:
+            other.retire(task)
+        return outcome.result
+
+    def _leave_slow_hops(self) -> None:
+        """Give up the lane if another route is worth the replay; the next step takes it."""
+        if not self._lane.hops or self.length < self._may_leave_at:
+            return
+        num_steps = self._config.max_tokens - self.length
+        num_tokens = self.length * self._config.batch_size
+        if self._network.is_worth_leaving(self.route, self._needs, num_tokens=num_tokens, num_steps=num_steps):
+            logger.info("leaving %s, where a hop is slower than it says", ", ".join(map(str, self.route)))
+            self._num_slow += 1
+            self._may_leave_at = self.length + 2 ** min(self._num_slow + 2, 20)
+            # The hop that is slow would be slow to end its stream as well: nobody waits for that.
+            self._lane.retire()
+            self._lane = self._new_lane()
+
+    def _leave_draining_hops(self, lane: Lane) -> None:
+        """Move away from servers that are about to leave, between two steps; they run those that come until then."""
+        if lane is self._lane and (self._moving is None or self._moving.done()):
+            self._moving = self._network.try_in_background(self._move(lane))
+
+    async def _move(self, lane: Lane) -> None:
+        successor = self._new_lane()
+
+        async def feed(attempt: Attempt) -> None:
+            async with self._stepping:
+                record, self._successor = self._record, successor
+                if self._lane is not lane or not lane.draining:
+                    return
+            leaving = replace(attempt, refused_by=attempt.refused_by | lane.draining)
+            await successor.feed(record.part(0, record.length), record, leaving)
+
+        try:
+            await self._network.retrying(feed)
+            async with self._stepping:
+                if self._lane is lane and lane.draining:
+                    logger.info("moved from %s to %s", *(", ".join(map(str, each.hops)) for each in (lane, successor)))
+                    self._lane, successor = successor, lane
+        except SwarmError as exc:
+            logger.info("staying with servers that are about to leave: %s", exc)
+        finally:
+            self._successor = None
+            successor.retire()
+        if self._lane is not lane and self._lane.draining:
+            self._moving = None
+            self._leave_draining_hops(self._lane)
+
+    def preload(self, step: Step) -> None:
+        """Take a first step into the record alone; the next one replays it."""
+        self._record = self._record.followed_by(step)
+
+    async def select(self, rows: Sequence[int]) -> None:
+        """Let the sequences be those of these rows from now on; the next step replays them."""
+        await self.aclose()
+        self._record = self._record.rows(torch.tensor(rows))
+        self._config = replace(self._config, batch_size=len(rows))
+        self._lane = self._new_lane()
+
+    async def aclose(self) -> None:
+        """Close the streams; the servers free their caches."""
+        if self._moving is not None:
+            await cancel_and_wait([self._moving])
+        await self._lane.aclose()
