@@ -1,8 +1,8 @@
 /* y[M, N] = x[M, K] times the transposed weights w[N, K] plus a bias, where w is kept in 16, 8 or 4 bits. For x86-64
  * with AVX2; wide.c has the same for AVX-512.
  *
- * All sums of a row of x are made
- * in the same order whatever M is, so that a sequence computes the same alone and in a batch.
+ * All sums of a row of x are made in the same order whatever M is, so that a sequence computes the same alone and in a
+ * batch.
  *
  * In 16 bits all is bfloat16, and summed in floats: the halves of a 32-bit word become floats by a shift and a mask, so
  * x is laid out likewise, even columns of 16 before odd ones.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from marks import needs_compiled
+from marks import PRODUCTS_ARE_WIDE, needs_compiled
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from swarm.model import half_layers
+from swarm.model import half_layers, kernels
 from swarm.model.half_layers import HalfLinear, use_half_kernels
 
 
-@pytest.fixture(autouse=True)
-def processor_without_bfloat16(monkeypatch):
-    monkeypatch.setattr(half_layers, "has_fast_floats", lambda: False)
+@pytest.fixture(autouse=True, params=PRODUCTS_ARE_WIDE, ids=lambda wide: "AVX-512" if wide else "AVX2")
+def processor(request, monkeypatch):
+    monkeypatch.setattr(kernels, "is_wide", lambda: request.param)
+    monkeypatch.setattr(half_layers, "has_fast_floats", lambda: request.param)
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:

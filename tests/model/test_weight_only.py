@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from marks import needs_compiled
+from marks import PRODUCTS_ARE_WIDE, needs_compiled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
+from swarm.model import kernels
 from swarm.model.weight_only import (
     GROUP,
     CudaInt4Linear,
@@ -35,6 +36,12 @@ TOLERANCES = {
 }
 
 
+@pytest.fixture(params=PRODUCTS_ARE_WIDE, ids=lambda wide: "AVX-512" if wide else "AVX2")
+def instruction_set(request, monkeypatch):
+    """Let products be computed with each of the instruction sets of this machine."""
+    monkeypatch.setattr(kernels, "is_wide", lambda: request.param)
+
+
 def make_layer(linear_class: type[WeightOnlyLinear], num_outputs: int, num_inputs: int, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_outputs, num_inputs, generator=generator) * 0.05 + 0.01
@@ -50,6 +57,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.std())
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(
     "linear_class, kernel, dtype",
     [
@@ -69,6 +77,7 @@ def test_a_kernel_computes_the_product_of_the_rounded_weights(linear_class, kern
         assert y_MN.dtype == dtype and error(y_MN, exact) < TOLERANCES[kernel, dtype], num_rows
 
 
+@pytest.mark.usefixtures("instruction_set")
 @needs_compiled
 @pytest.mark.parametrize("linear_class", LINEARS)
 def test_products_by_several_threads_equal_those_by_one(linear_class):
@@ -84,6 +93,7 @@ def test_products_by_several_threads_equal_those_by_one(linear_class):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @needs_compiled
 @pytest.mark.parametrize("linear_class", LINEARS)
 def test_a_row_computes_the_same_alone_and_in_a_batch(linear_class):
@@ -93,6 +103,7 @@ def test_a_row_computes_the_same_alone_and_in_a_batch(linear_class):
         assert torch.equal(together[row], layer.biased_product(x_MK[row : row + 1], Kernel.COMPILED)[0])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("linear_class", LINEARS)
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_spoils_its_own_row_alone(linear_class, number):
@@ -104,6 +115,7 @@ def test_a_number_that_is_not_finite_spoils_its_own_row_alone(linear_class, numb
     assert torch.equal(y_MN[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @needs_compiled
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20])
 def test_rows_of_any_magnitude(scale):
