@@ -1,5 +1,5 @@
-"""What all tests share: quiet libraries, one torch thread (tiny models are slower with more), random numbers that are the
-same in each run, tiny models on disk."""
+"""What all tests share: quiet libraries, one torch thread (tiny models are slower with more), the same random numbers
+in each run, tiny models on disk."""
 
 from __future__ import annotations
 
