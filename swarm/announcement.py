@@ -2,21 +2,30 @@
 
 An announcement comes from a stranger: every string and list is bounded, text is printable (it ends on people's
 terminals), addresses are plain host:port (never a gRPC target such as "unix:…"), and numbers are finite.
+
+In the directory it is a `ServerEntry` (proto/swarm/v1/directory.proto) of about 250 bytes. Whose it is, of which
+model, and until when it counts is not in there: a reader knows who signed it, where it was found, and when.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from google.protobuf.message import DecodeError, Message
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from swarm.coordinates import Coordinates
 from swarm.errors import BadRequest, ProtocolError
+from swarm.identity import pack_certificate, unpack_certificate
 from swarm.ranges import BlockRange
+from swarm.v1 import blocks_pb2, directory_pb2
 
-MAX_ANNOUNCEMENT_BYTES = 8 * 1024
+MAX_ANNOUNCEMENT_BYTES = 4 * 1024
+
+M = TypeVar("M", bound=Message)
+B = TypeVar("B", bound=BaseModel)
 
 _TARGET_SCHEMES = {"dns", "google-c2p", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"}
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?):([0-9]{1,5})")
@@ -57,17 +66,43 @@ HostPort = Annotated[str, Field(max_length=300), AfterValidator(_check_host_port
 MultiaddrText = Annotated[str, Field(max_length=256), AfterValidator(_check_multiaddr)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
+Fingerprint = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_check_printable)]
+NumBlocks = Annotated[int, Field(ge=1, le=100_000)]
+HiddenSize = Annotated[int, Field(ge=1, le=2**24)]
 Rate = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelListing:
+_PLAIN_FIELDS = (
+    "protocol_version", "software_version", "server_name", "model_name", "num_model_blocks", "hidden_size", "start",
+    "end", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens",
+    "max_batch_size", "cache_free_tokens",
+)  # fmt: skip
+"""What an announcement and its entry in the directory call alike."""
+
+
+_checked_place = TypeAdapter(Coordinates).validate_python
+
+
+class ModelListing(BaseModel):
     """A model that a swarm serves, in whole or in part."""
 
-    name: str
-    fingerprint: str
-    num_blocks: int
-    hidden_size: int
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: RequiredText
+    fingerprint: Fingerprint
+    num_blocks: NumBlocks
+    hidden_size: HiddenSize
+
+    def to_bytes(self) -> bytes:
+        """A `ModelEntry`."""
+        return directory_pb2.ModelEntry(**self.model_dump()).SerializeToString()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read and check what a peer wrote. Raises: ProtocolError: anything about it is not allowed."""
+        entry = _parse(directory_pb2.ModelEntry(), data, "model listing")
+        names = ("name", "fingerprint", "num_blocks", "hidden_size")
+        return _checked(cls, {name: getattr(entry, name) for name in names}, "model listing")
 
 
 class AddressFields(BaseModel):
@@ -96,9 +131,7 @@ class Announcement(BaseModel):
     model_config = ConfigDict(
         strict=True,
         frozen=True,
-        extra="ignore",  # a newer peer may say more
         ser_json_bytes="base64",
-        val_json_bytes="base64",
         protected_namespaces=(),
     )
 
@@ -107,10 +140,10 @@ class Announcement(BaseModel):
     peer_id: PeerId
     server_name: ShortText
     model_name: RequiredText
-    model_fingerprint: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_check_printable)]
+    model_fingerprint: Fingerprint
     model_commit: ShortText | None = None
-    num_model_blocks: Annotated[int, Field(ge=1, le=100_000)]
-    hidden_size: Annotated[int, Field(ge=1, le=2**24)]
+    num_model_blocks: NumBlocks
+    hidden_size: HiddenSize
     start: Annotated[int, Field(ge=0, le=100_000)]
     end: Annotated[int, Field(ge=1, le=100_000)]
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -131,7 +164,7 @@ class Announcement(BaseModel):
     coordinates: Coordinates | None = None
     """Where the server is in the network; None: it has met nobody yet."""
     expires_at_s: Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
-    """Unix time; a server announces itself again well before."""
+    """Unix time by the clock of this machine; a server announces itself again well before."""
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
@@ -147,14 +180,31 @@ class Announcement(BaseModel):
 
     @property
     def listing(self) -> ModelListing:
-        return ModelListing(self.model_name, self.model_fingerprint, self.num_model_blocks, self.hidden_size)
+        return ModelListing(
+            name=self.model_name,
+            fingerprint=self.model_fingerprint,
+            num_blocks=self.num_model_blocks,
+            hidden_size=self.hidden_size,
+        )
 
     def to_bytes(self) -> bytes:
-        """Compact JSON.
+        """A `ServerEntry`.
 
         Raises: BadRequest: it would be larger than readers accept.
         """
-        data = self.model_dump_json(exclude_none=True).encode()
+        own_suffix = f"/p2p/{self.peer_id}"
+        place = self.coordinates
+        data = directory_pb2.ServerEntry(
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            model_commit=self.model_commit or "",
+            dtype=blocks_pb2.DType.Value(f"DTYPE_{self.dtype.upper()}"),
+            quantization=self.quantization or "",
+            state=directory_pb2.ServerState.Value(f"SERVER_STATE_{self.state.upper()}"),
+            direct=self.direct,
+            tls_certificate=pack_certificate(self.tls_certificate),
+            multiaddrs=[address.removesuffix(own_suffix) for address in self.multiaddrs],
+            coordinates=[] if place is None else [place.x_s, place.y_s, place.height_s, place.error],
+        ).SerializeToString()
         if len(data) > MAX_ANNOUNCEMENT_BYTES:
             raise BadRequest(
                 f"an announcement of {len(data)} bytes exceeds the {MAX_ANNOUNCEMENT_BYTES} that readers accept: "
@@ -163,16 +213,54 @@ class Announcement(BaseModel):
         return data
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: bytes, *, peer_id: str, model_fingerprint: str, expires_at_s: float) -> Self:
         """Read and check what a peer wrote.
 
+        Args:
+            peer_id: who signed it.
+            model_fingerprint: where it was found.
+            expires_at_s: until when it counts for the reader.
         Raises: ProtocolError: anything about it is not allowed.
         """
-        if len(data) > MAX_ANNOUNCEMENT_BYTES:
-            raise ProtocolError(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
+        entry = _parse(directory_pb2.ServerEntry(), data, "announcement")
         try:
-            return cls.model_validate_json(data)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "announcement"
-            raise ProtocolError(f"a malformed announcement: {where}: {first['msg']}") from exc
+            fields = {name: getattr(entry, name) for name in _PLAIN_FIELDS} | {
+                "peer_id": peer_id,
+                "model_fingerprint": model_fingerprint,
+                "expires_at_s": expires_at_s,
+                "model_commit": entry.model_commit or None,
+                "dtype": blocks_pb2.DType.Name(entry.dtype).removeprefix("DTYPE_").lower(),
+                "quantization": entry.quantization or None,
+                "state": directory_pb2.ServerState.Name(entry.state).removeprefix("SERVER_STATE_").lower(),
+                "direct": list(entry.direct),
+                "tls_certificate": unpack_certificate(entry.tls_certificate),
+                "multiaddrs": [f"{address}/p2p/{peer_id}" for address in entry.multiaddrs],
+                "coordinates": _place(entry.coordinates) if entry.coordinates else None,
+            }
+        except (ValueError, TypeError) as exc:  # a number without a name, a certificate without a point
+            raise ProtocolError(f"a malformed announcement: {exc}") from exc
+        return _checked(cls, fields, "announcement")
+
+
+def _place(numbers: Iterable[float]) -> Coordinates:
+    names = ("x_s", "y_s", "height_s", "error")
+    return _checked_place(dict(zip(names, numbers, strict=True)))
+
+
+def _parse(message: M, data: bytes, what: str) -> M:
+    if len(data) > MAX_ANNOUNCEMENT_BYTES:
+        raise ProtocolError(f"a {what} has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
+    try:
+        message.ParseFromString(data)
+    except DecodeError as exc:
+        raise ProtocolError(f"a malformed {what}: {exc}") from exc
+    return message
+
+
+def _checked(cls: type[B], fields: dict[str, Any], what: str) -> B:
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or what
+        raise ProtocolError(f"a malformed {what}: {where}: {first['msg']}") from exc

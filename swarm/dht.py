@@ -1,7 +1,7 @@
 """A node of the swarm's hivemind DHT on our own event loop: the one door to hivemind and libp2p.
 
 `open_dht` starts a p2pd, connects it to the initial peers and runs hivemind's `DHTNode` (not `hivemind.DHT`, which
-forks). What the records look like is described in swarm/dht_records.py. hivemind takes a second to import and pulls
+forks). How buckets lie in it is described in swarm/dht_records.py. hivemind takes a second to import and pulls
 in torch, so it is imported when a DHT is opened, not with this module.
 """
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
 from swarm.dht_contacts import Contacts, KnownPeers
+from swarm.directory import BucketDirectory, SwarmClock
 from swarm.errors import PeerUnavailable, ResourceError
 from swarm.identity import Identity
 from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
@@ -25,8 +26,6 @@ from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
 if TYPE_CHECKING:
     from hivemind.dht import DHTNode
     from hivemind.p2p import P2P
-
-    from swarm.dht_records import HivemindDirectory, SwarmClock
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _CLOCK_WARNING_S = 60.0
 class Dht:
     """An open DHT node; get one from `open_dht`."""
 
-    directory: HivemindDirectory
+    directory: BucketDirectory
     p2p: P2P
 
     def __init__(self, config: DhtConfig, identity: Identity, daemon: P2pd) -> None:
@@ -48,6 +47,7 @@ class Dht:
         self.peer_id = identity.peer_id
         self._daemon = daemon
         self._known = KnownPeers(parse_initial_peers(config.initial_peers, identity.peer_id), identity.peer_id)
+        self._measuring = asyncio.Lock()
         self._node: DHTNode
         self._clock: SwarmClock
 
@@ -148,24 +148,35 @@ class Dht:
             if writer is not None:
                 writer.close()
 
+    async def _keep_time(self) -> None:
+        """Measure the clock again if it was set, and now and then; a swarm's first node is its own measure."""
+        async with self._measuring:
+            if self._known.initial and self._clock.is_doubtful(self._clock.steady_s()):
+                await self._measure_clock(list(self._known.initial))
+
     async def _measure_clock(self, peer_ids: Sequence[str]) -> None:
-        """Compare this machine's clock with the initial peers'."""
+        """Compare this machine's clock with those of some peers; if nobody answers, leave it at that."""
+        self._clock.check_again()
+        answers = await asyncio.gather(*map(self._clock_offset_s, peer_ids[:5]))
+        offsets_s = [offset_s for offset_s in answers if offset_s is not None]
+        if not offsets_s:
+            return
+        offset_s = median(offsets_s)
+        self._clock.offset_s = offset_s if abs(offset_s) > _CLOCK_NOTICE_S else 0.0
+        if abs(offset_s) > _CLOCK_WARNING_S:
+            logger.warning("this machine's clock differs from the swarm's by %.0f s: set it right", offset_s)
+
+    async def _clock_offset_s(self, peer_id: str) -> float | None:
         from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
         from hivemind.proto import dht_pb2
 
-        offsets_s = []
-        for peer_id in peer_ids[:5]:
-            stub = self._node.protocol.get_stub(PeerID.from_base58(peer_id))
-            asked_s = self._clock.local_now_s()
-            try:
-                response = await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_RPC_TIMEOUT_S)
-            except (TimeoutError, P2PDaemonError, P2PHandlerError):
-                continue
-            offsets_s.append(response.dht_time - (asked_s + self._clock.local_now_s()) / 2)
-        if offsets_s and abs(offset_s := median(offsets_s)) > _CLOCK_NOTICE_S:
-            self._clock.offset_s = offset_s
-            if abs(offset_s) > _CLOCK_WARNING_S:
-                logger.warning("this machine's clock differs from the swarm's by %.0f s: set it right", offset_s)
+        stub = self._node.protocol.get_stub(PeerID.from_base58(peer_id))
+        asked_s = self._clock.wall_s()
+        try:
+            response = await stub.rpc_ping(dht_pb2.PingRequest(), timeout=_RPC_TIMEOUT_S)
+        except (TimeoutError, P2PDaemonError, P2PHandlerError):
+            return None
+        return float(response.dht_time) - (asked_s + self._clock.wall_s()) / 2
 
     async def _join(self, deadline_s: float) -> None:
         from hivemind.dht import DHTNode
@@ -173,19 +184,19 @@ class Dht:
         from hivemind.p2p import P2P
         from hivemind.utils.multiaddr import Multiaddr
 
-        from swarm.dht_records import AnnouncementValidator, HivemindDirectory, SwarmClock, signing_key
+        from swarm.dht_records import RecordValidator
+        from swarm.dht_shelves import DhtShelves
 
         class PrivateP2P(P2P):  # hivemind puts its sockets into /tmp; ours go into our private directory
             _UNIX_SOCKET_PREFIX = f"/unix{self._daemon.control_socket.parent}/"
 
         self._clock = SwarmClock()
-        validator = AnnouncementValidator(signing_key(self.identity), self._clock)
         self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
         self._node = await DHTNode.create(
             p2p=self.p2p,
             node_id=DHTID.generate(source=self.peer_id),
             client_mode=self.config.client_mode,
-            record_validator=validator,
+            record_validator=RecordValidator(),
             wait_timeout=_RPC_TIMEOUT_S,
             cache_locally=False,
             cache_nearest=0,
@@ -193,6 +204,8 @@ class Dht:
             reuse_get_requests=False,
         )
         self._contacts = Contacts(self._node, self, self._known)
+        shelves = DhtShelves(self._node, self.identity, self._clock, self._contacts, self._keep_time)
+        self.directory = BucketDirectory(shelves, self.peer_id, self._clock, self._known.meet)
         if self._known.initial:
             timeout_s = deadline_s - asyncio.get_running_loop().time() - 0.1
             joined = await self._contacts.join(self._known.initial, timeout_s=timeout_s)
@@ -200,7 +213,6 @@ class Dht:
                 raise self._known.unreachable()
             await self._measure_clock(joined)
             await self._node.find_nearest_nodes([self._node.node_id])  # makes this node known to its neighbours
-        self.directory = HivemindDirectory(self._node, validator, self.identity, self._clock, self._contacts)
 
     async def _aclose(self) -> None:
         """Stop hivemind's tasks, which it cancels but does not wait for."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from swarm.errors import PeerUnavailable
 
 if TYPE_CHECKING:
     from hivemind.dht import DHTNode
+    from hivemind.p2p import PeerID
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ MAX_DIALS = 16
 """How many of those are dialled at once."""
 MAX_ADDRESSES = 8
 """Addresses that are remembered of one peer."""
+
+ENOUGH = 8
+"""A node that is in contact with fewer gets to know those that it hears of: it would be lost with them."""
 
 _CONNECT_TIMEOUT_S = 5.0
 _STRAGGLER_TIMEOUT_S = 0.5
@@ -129,6 +133,12 @@ class Contacts:
         logger.debug("%d of %d dialled peers answer", len(joined), len(peers))
         return joined
 
+    async def get_to_know(self, peers: Iterable[PeerID]) -> None:
+        """Call peers that others have named, while there are too few."""
+        strangers = [peer for peer in peers if peer not in self._table and peer not in self._node.blacklist]
+        if self.known.initial and strangers and len(self._table) < ENOUGH:
+            await asyncio.gather(*(self._greet(peer.to_base58()) for peer in strangers[: ENOUGH - len(self._table)]))
+
     async def aclose(self) -> None:
         """Stop looking."""
         if self._looking is not None:
@@ -182,6 +192,7 @@ class Contacts:
         node_id = await self._node.protocol.call_ping(peer)
         if node_id is None:
             self.known.try_last(peer_id)
+            self._node.blacklist.register_failure(peer)
             return False
         self._node.blacklist.register_success(peer)  # or hivemind would not ask it anything for a while
         await self._node.protocol.update_routing_table(node_id, peer)  # hivemind does it too, a moment later

@@ -1,21 +1,44 @@
 """Who serves what: the port through which servers announce themselves and clients find them.
 
-`HivemindDirectory` (swarm/dht.py) is the real one; `MemoryDirectory` here stands in for it in tests and passes
-the same contract suite (tests/network/test_directory_contract.py).
+`BucketDirectory` does it on top of anything that keeps buckets (`Shelves`): the DHT (swarm/dht_shelves.py), or
+a dictionary in this process (swarm/memory_directory.py), for tests. Both pass tests/network/test_directory_contract.py.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from swarm.announcement import Announcement, ModelListing
-from swarm.errors import BadRequest, ProtocolError
+from swarm.buckets import MAX_DEPTH, MODELS, Bucket, path_of_model, path_of_server, servers_root
+from swarm.errors import BadRequest, PeerUnavailable, ProtocolError
+from swarm.listing import Entry, Listing, Page
+
+logger = logging.getLogger(__name__)
+
+V = TypeVar("V", Announcement, ModelListing)
 
 MAX_LIFETIME_S = 600.0
 """How far ahead `expires_at_s` may lie; a server announces itself again well before."""
+
+MAX_READ_BYTES = 1_000_000
+"""What one call reads at most where the caller does not say: all of a swarm of 2,000 servers."""
+
+PARALLEL_READS = 8
+
+UPWARD_EVERY = 8
+"""A server in a lower bucket tries the one above with every so many announcements: there may be room again."""
+
+CLOCK_JUMP_S, CLOCK_CHECK_PERIOD_S = 2.0, 600.0
+"""A clock that has moved so much against a steady one was set; it is looked at so often anyway."""
+
+MAX_LISTINGS = 16
+"""Models whose servers are remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +48,10 @@ class DirectoryStatistics:
     num_announced: int = 0
     num_withdrawn: int = 0
     num_reads: int = 0
+    """Buckets read."""
+    num_read_bytes: int = 0
     num_dropped: int = 0
-    """Records that a read met and refused: malformed, oversized, or announced by somebody else than they name."""
+    """Entries that a read met and refused as malformed."""
 
 
 class Directory(Protocol):
@@ -38,8 +63,18 @@ class Directory(Protocol):
     async def withdraw(self, announcement: Announcement) -> None:
         """Take this peer's announcement back; readers stop seeing it at once."""
 
-    async def servers(self, model_fingerprint: str) -> list[Announcement]:
-        """The live servers of a model, one announcement per peer, ordered by peer id; bad records are left out."""
+    async def servers(
+        self, model_fingerprint: str, *, max_bytes: float = MAX_READ_BYTES, blocks: Collection[int] = ()
+    ) -> list[Announcement]:
+        """The live servers of a model, one announcement per peer, ordered by peer id; bad entries are left out.
+
+        In a swarm too large to be read with max_bytes it returns those that it has read, now and before; each call
+        goes on where the last one ended.
+
+        Args:
+            max_bytes: about how much to read; with 0, it returns what is known.
+            blocks: for which servers are looked for first.
+        """
 
     async def models(self) -> list[ModelListing]:
         """The models that live servers of this swarm serve, ordered by name."""
@@ -48,71 +83,231 @@ class Directory(Protocol):
         """Counts since this object was opened."""
 
 
-def check_lifetime(announcement: Announcement, now_s: float) -> None:
-    """Raise BadRequest unless the announcement expires within the next MAX_LIFETIME_S."""
+class Shelves(Protocol):
+    """Something that keeps buckets."""
+
+    async def write(self, bucket: Bucket, data: bytes, lifetime_s: float) -> bool:
+        """Put this peer's entry into a bucket, in place of its earlier one there; False: the bucket is full.
+
+        Raises: PeerUnavailable: nobody keeps it.
+        """
+
+    async def read(self, bucket: Bucket) -> Page:
+        """What lies in a bucket. Raises: PeerUnavailable: there is nobody to ask."""
+
+
+class SwarmClock:
+    """This machine's clock, corrected by its distance to the clocks of the initial peers."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
+        self.wall_s = wall
+        self.steady_s = steady
+        """It only goes forward, whatever is done to the clock."""
+        self.offset_s = 0.0
+        self.check_again()
+
+    def now_s(self) -> float:
+        """The swarm's time."""
+        return self.wall_s() + self.offset_s
+
+    def check_again(self) -> None:
+        """Note that the offset is about to be measured."""
+        self._checked_at_s = self.steady_s()
+        self._difference_s = self.wall_s() - self._checked_at_s
+
+    def is_doubtful(self, now_s: float) -> bool:
+        """Whether the clock was set since the offset was measured, or that was long ago."""
+        was_set = abs(self.wall_s() - now_s - self._difference_s) > CLOCK_JUMP_S
+        return was_set or now_s - self._checked_at_s > CLOCK_CHECK_PERIOD_S
+
+
+def check_lifetime(announcement: Announcement, now_s: float) -> float:
+    """Return how long the announcement counts. Raises: BadRequest: not at all, or longer than MAX_LIFETIME_S."""
     lifetime_s = announcement.expires_at_s - now_s
     if not 0 < lifetime_s <= MAX_LIFETIME_S:
         raise BadRequest(
             f"an announcement that expires in {lifetime_s:.0f} s cannot be published: "
             f"choose expires_at_s between 0 and {MAX_LIFETIME_S:.0f} s from now"
         )
-
-
-def distinct_models(listings: Iterable[ModelListing]) -> list[ModelListing]:
-    """One listing per fingerprint, ordered by name."""
-    by_fingerprint = {listing.fingerprint: listing for listing in sorted(listings, key=lambda x: x.name, reverse=True)}
-    return sorted(by_fingerprint.values(), key=lambda x: (x.name, x.fingerprint))
+    return lifetime_s
 
 
 @dataclass(slots=True)
-class MemoryStore:
-    """What several MemoryDirectory objects share: the encoded record of each peer, as the network would hold it."""
+class _Place:
+    """Where this peer's entry of one tree lies."""
 
-    records: dict[str, bytes] = field(default_factory=dict)
+    path: tuple[int, ...]
+    depth: int = 0
 
 
-class MemoryDirectory:
-    """A directory in this process; objects over one store see each other."""
+class BucketDirectory:
+    """The directory as one peer sees it.
 
-    def __init__(self, store: MemoryStore | None = None, *, clock: Callable[[], float] = time.time) -> None:
-        self.store = store if store is not None else MemoryStore()
+    Args:
+        met: told of servers that were found, and where they are.
+    """
+
+    def __init__(
+        self,
+        shelves: Shelves,
+        peer_id: str,
+        clock: SwarmClock,
+        met: Callable[[str, Sequence[str]], None] = lambda peer_id, multiaddrs: None,
+    ) -> None:
+        self._shelves = shelves
+        self._peer_id = peer_id
         self._clock = clock
-        self._num_announced = self._num_withdrawn = self._num_reads = self._num_dropped = 0
+        self._met = met
+        self._places: dict[str, _Place] = {}
+        """Tree -> where we are in it."""
+        self._listings: dict[str, Listing[Announcement]] = {}
+        """Fingerprint -> what we know, the one read last at the end."""
+        self._models: Listing[ModelListing] = Listing(
+            MODELS, self._counting_dropped(lambda entry, _: ModelListing.from_bytes(entry.data))
+        )
+        self._statistics = DirectoryStatistics()
 
     async def announce(self, announcement: Announcement) -> None:
-        check_lifetime(announcement, self._clock())
-        self.store.records[announcement.peer_id] = announcement.to_bytes()
-        self._num_announced += 1
+        """Publish; see Directory.
+
+        Raises:
+            BadRequest: another peer's, too long-lived, or too large.
+            PeerUnavailable: nobody took it.
+        """
+        self._check_own(announcement)
+        lifetime_s = check_lifetime(announcement, self._clock.wall_s())
+        root = servers_root(announcement.model_fingerprint)
+        path = path_of_server(self._peer_id, announcement.start, announcement.num_model_blocks)
+        data, listing = announcement.to_bytes(), announcement.listing.to_bytes()
+        await self._leave_others(root, path)
+        found_room, _ = await asyncio.gather(
+            self._put(root, path, data, lifetime_s),
+            self._put(MODELS, path_of_model(announcement.model_fingerprint), listing, lifetime_s),
+        )
+        if not found_room:
+            raise PeerUnavailable(
+                "the nodes of the DHT refuse this announcement: the directory of this model is full, or this "
+                "machine's clock is wrong by many minutes"
+            )
+        self._count(num_announced=1)
 
     async def withdraw(self, announcement: Announcement) -> None:
-        self.store.records.pop(announcement.peer_id, None)
-        self._num_withdrawn += 1
+        """Write over this peer's entries that they no longer count.
 
-    async def servers(self, model_fingerprint: str) -> list[Announcement]:
-        return [live for live in self._read() if live.model_fingerprint == model_fingerprint]
+        Raises: PeerUnavailable: nobody took it.
+        """
+        self._check_own(announcement)
+        root = servers_root(announcement.model_fingerprint)
+        for each in (root, MODELS):
+            place = self._places.pop(each.tree, None) or _Place(())
+            await self._shelves.write(Bucket(each.tree, place.path[: place.depth]), b"", 0.0)
+        self._count(num_withdrawn=1)
+
+    async def servers(
+        self, model_fingerprint: str, *, max_bytes: float = MAX_READ_BYTES, blocks: Collection[int] = ()
+    ) -> list[Announcement]:
+        """Live announcements; see Directory.
+
+        Raises: PeerUnavailable: contact with the swarm is lost and none of the initial peers answers.
+        """
+        listing = self._listings.pop(model_fingerprint, None) or self._servers_listing(model_fingerprint)
+        self._listings[model_fingerprint] = listing
+        if len(self._listings) > MAX_LISTINGS:
+            del self._listings[next(iter(self._listings))]
+        return await self._read(listing, max_bytes, blocks)
 
     async def models(self) -> list[ModelListing]:
-        return distinct_models(live.listing for live in self._read())
+        """What live servers serve.
+
+        Raises: PeerUnavailable: as for `servers`.
+        """
+        found = await self._read(self._models, MAX_READ_BYTES)
+        by_fingerprint = {each.fingerprint: each for each in sorted(found, key=lambda each: each.name, reverse=True)}
+        return sorted(by_fingerprint.values(), key=lambda each: (each.name, each.fingerprint))
 
     def statistics(self) -> DirectoryStatistics:
-        return DirectoryStatistics(
-            num_announced=self._num_announced,
-            num_withdrawn=self._num_withdrawn,
-            num_reads=self._num_reads,
-            num_dropped=self._num_dropped,
-        )
+        """Counts since this directory was opened."""
+        return self._statistics
 
-    def _read(self) -> list[Announcement]:
-        self._num_reads += 1
-        live = []
-        for peer_id, data in sorted(self.store.records.items()):
+    def _servers_listing(self, model_fingerprint: str) -> Listing[Announcement]:
+        def parse(entry: Entry, seconds: float) -> Announcement:
+            expires_at_s = max(1.0, self._clock.wall_s() + seconds)
+            found = Announcement.from_bytes(
+                entry.data, peer_id=entry.peer_id, model_fingerprint=model_fingerprint, expires_at_s=expires_at_s
+            )
+            if seconds > 0:
+                self._met(found.peer_id, found.multiaddrs)
+            return found
+
+        return Listing(servers_root(model_fingerprint), self._counting_dropped(parse))
+
+    def _counting_dropped(self, parse: Callable[[Entry, float], V]) -> Callable[[Entry, float], V | None]:
+        def parse_or_none(entry: Entry, seconds: float) -> V | None:
             try:
-                announcement = Announcement.from_bytes(data)
-            except ProtocolError:
-                self._num_dropped += 1
+                return parse(entry, seconds)
+            except ProtocolError as exc:
+                logger.debug("peer %s: %s", entry.peer_id, exc)
+                self._count(num_dropped=1)
+                return None
+
+        return parse_or_none
+
+    async def _read(self, listing: Listing[V], max_bytes: float, blocks: Collection[int] = ()) -> list[V]:
+        """Read what is due and fits, level by level; return what is known then."""
+        started_s = self._clock.steady_s()
+        while True:
+            found = listing.live(self._clock.steady_s())
+            sizes = [each.num_model_blocks for each in found if isinstance(each, Announcement)] if blocks else [0]
+            planned = listing.plan(
+                max_bytes=max_bytes,
+                since_s=started_s,
+                blocks=blocks,
+                num_model_blocks=statistics.mode(sizes or [0]),
+            )
+            if not planned:
+                return found
+            read_bytes = await asyncio.gather(*(self._read_bucket(listing, each) for each in planned[:PARALLEL_READS]))
+            max_bytes -= sum(read_bytes)
+
+    async def _read_bucket(self, listing: Listing[V], bucket: Bucket) -> int:
+        """Read one bucket, of another node if the first one is behind; return the bytes that it took."""
+        num_bytes = 0
+        for _ in range(2):
+            page = await self._shelves.read(bucket)
+            num_bytes += page.num_bytes
+            self._count(num_reads=1, num_read_bytes=page.num_bytes)
+            now_s, swarm_now_s = self._clock.steady_s(), self._clock.now_s()
+            if listing.observe(bucket, page, now_s=now_s, swarm_now_s=swarm_now_s):
+                break
+        return num_bytes
+
+    def _check_own(self, announcement: Announcement) -> None:
+        if announcement.peer_id != self._peer_id:
+            raise BadRequest(f"peer {self._peer_id} cannot announce for {announcement.peer_id}")
+
+    async def _leave_others(self, root: Bucket, path: tuple[int, ...]) -> None:
+        """Take back what we wrote about another model, or where our range has begun before."""
+        for tree, place in list(self._places.items()):
+            if tree == MODELS.tree:
                 continue
-            if announcement.peer_id != peer_id:
-                self._num_dropped += 1
-            elif announcement.expires_at_s > self._clock():
-                live.append(announcement)
-        return live
+            if tree != root.tree or path[: place.depth] != place.path[: place.depth]:
+                del self._places[tree]
+                await self._shelves.write(Bucket(tree, place.path[: place.depth]), b"", 0.0)
+
+    async def _put(self, root: Bucket, path: tuple[int, ...], data: bytes, lifetime_s: float) -> bool:
+        """Write into the first bucket on the path that has room; now and then look whether there is some above."""
+        place = self._places.setdefault(root.tree, _Place(path))
+        if place.path != path:
+            place.path, place.depth = path, 0
+        if place.depth and self._statistics.num_announced % UPWARD_EVERY == 0:
+            place.depth -= 1
+        for depth in range(place.depth, MAX_DEPTH + 1):
+            place.depth = depth
+            if await self._shelves.write(Bucket(root.tree, path[:depth]), data, lifetime_s):
+                return True
+        place.depth = 0
+        return False
+
+    def _count(self, **changes: int) -> None:
+        counts = {name: getattr(self._statistics, name) + number for name, number in changes.items()}
+        self._statistics = replace(self._statistics, **counts)

@@ -19,7 +19,9 @@ import pytest
 
 from swarm.announcement import Announcement
 from swarm.bootstrap import run_bootstrap
+from swarm.buckets import servers_root
 from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.directory import SwarmClock
 from swarm.errors import BadRequest, PeerUnavailable, ResourceError
 from swarm.identity import Identity
 
@@ -156,7 +158,7 @@ async def test_others_learn_of_a_restarted_bootstrap_node(identities: list[Ident
                     break
                 await asyncio.sleep(0.5)
             async with open_dht(DhtConfig(initial_peers=peers, client_mode=True)) as client:
-                assert await client.directory.servers(MODEL) == [announcement]
+                assert [each.peer_id for each in await client.directory.servers(MODEL)] == [server.peer_id]
     finally:
         await opened.__aexit__(None, None, None)
 
@@ -228,50 +230,94 @@ async def test_end_of_p2pd_is_noticed(identity_paths: list[Path]) -> None:
 
 
 async def test_nobody_can_write_for_another_peer(identities: list[Identity], make_announcement: Make) -> None:
-    from swarm.dht_records import RECORD_LIFETIME_S, AnnouncementValidator, model_key, signing_key
+    from hivemind.dht.routing import DHTID
 
+    from swarm.dht_records import RECORD_LIFETIME_S, sign_record
+
+    key = DHTID.generate(servers_root(MODEL).key)
     async with open_dht(DhtConfig(identity_path=identities[0].path)) as honest:
         peers = tuple(await honest.multiaddrs())
         async with open_dht(DhtConfig(initial_peers=peers, identity_path=identities[1].path)) as attacker:
             await honest.directory.announce(make_announcement(honest.peer_id))
-            victim = AnnouncementValidator(signing_key(identities[0]), honest._clock).local_public_key
-            forged = make_announcement(honest.peer_id, state="draining").to_bytes()
-            own = attacker.directory._validator.local_public_key
-            now_s = time.time() + RECORD_LIFETIME_S
-            attacker._node.protocol.record_validator = None  # a peer that does as it pleases
-            for subkey, value, expiration_s in (
-                (victim, forged, now_s + 10),  # unsigned
-                (victim, forged + b"[signature:AAAA]", now_s + 10),
-                (None, forged, now_s + 10),  # a plain value in place of the dictionary
-                ("anything", forged, now_s + 10),
-                (b"[owner:ssh-rsa AAAA]", forged, now_s + 10),
-                (own, {"not": "bytes"}, now_s + 10),
-                (own, forged, now_s + 10_000),
-            ):
-                arguments = ([model_key(MODEL)], [value], expiration_s, [subkey])
-                await attacker._node.store_many(*arguments, exclude_self=True)
-                [found] = await honest.directory.servers(MODEL)
-                assert (found.peer_id, found.state) == (honest.peer_id, "online")
-            await attacker._node.store_many(*arguments)  # the attacker's own node hands out the forgeries, too
-            found = await honest.directory.servers(MODEL)
-            assert [(announcement.peer_id, announcement.state) for announcement in found] == [
-                (honest.peer_id, "online")
+            victim, own = identities[0].public_key, identities[1].public_key
+            data = make_announcement(state="draining").to_bytes()
+            now_s = time.time() + 10
+
+            def signed(in_bucket: bytes = key.to_bytes(), written_at_s: float = now_s) -> bytes:
+                return sign_record(identities[1], in_bucket, data, written_at_s=written_at_s, lifetime_s=60)
+
+            forgeries: list[tuple[object, bytes, float]] = [
+                (victim, data, now_s),  # not a record
+                (victim, signed(), now_s),  # signed by somebody else
+                (own, signed(in_bucket=b"\0" * 20), now_s),  # for another bucket
+                (own, signed(), now_s + 1),  # of another time
+                (own, signed()[:-1] + b"x", now_s),  # changed
+                (None, signed(), now_s),  # a plain value in place of the dictionary
+                ("anything", signed(), now_s),
+                (own, signed(written_at_s=now_s + 10_000), now_s + 10_000),  # it would stay for hours
             ]
+            for subkey, value, written_at_s in forgeries:
+                expiration_s = written_at_s + RECORD_LIFETIME_S
+                stored = await attacker._node.protocol.call_store(
+                    honest.p2p.peer_id, [key], [value], expiration_s, subkeys=[subkey]
+                )
+                assert stored == [False]
+            [found] = await honest.directory.servers(MODEL)
+            assert (found.peer_id, found.state) == (honest.peer_id, "online")
+
+
+async def test_a_bucket_keeps_no_more_than_it_has_room_for(
+    identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.dht_records.CAPACITY", 2)
+    monkeypatch.setattr("swarm.dht_records.MAX_BUCKETS_HELD", 2)
+    from hivemind.dht.routing import DHTID
+
+    from swarm.dht_records import RECORD_LIFETIME_S, BucketStorage, sign_record
+
+    clock = SwarmClock()
+    storage = BucketStorage(clock.now_s)
+
+    def store(writer: int, name: str = "bucket", *, age_s: float = 0.0, lifetime_s: float = 60.0) -> bool:
+        key, written_at_s = DHTID.generate(name), time.time() - age_s
+        value = sign_record(identities[writer], key.to_bytes(), b"", written_at_s=written_at_s, lifetime_s=lifetime_s)
+        return storage.store_subkey(key, identities[writer].public_key, value, written_at_s + RECORD_LIFETIME_S)
+
+    assert store(0, age_s=50) and store(1)
+    assert not store(2)
+    assert store(0) and store(1)  # who is in there can go on
+    assert store(1, age_s=-1, lifetime_s=0)  # and leave
+    clock.offset_s = 2
+    assert store(2)
+    assert not store(3)
+    assert store(3, "another") and not store(3, "one too many")
+    assert not store(3, "another", age_s=-400)
 
 
 async def test_wrong_clocks_do_not_hide_servers(identities: list[Identity], make_announcement: Make) -> None:
     async with open_dht(DhtConfig(identity_path=identities[0].path)) as bootstrap:
         peers = tuple(await bootstrap.multiaddrs())
         async with open_dht(DhtConfig(initial_peers=peers, identity_path=identities[1].path)) as server:
-            server._clock._clock = lambda: time.time() - 200
+            server._clock.wall_s = lambda: time.time() - 200
             await server._measure_clock([bootstrap.peer_id])
             announcement = make_announcement(server.peer_id, expires_at_s=time.time() - 200 + 60)
             await server.directory.announce(announcement)
             [found] = await bootstrap.directory.servers(MODEL)
             assert found.expires_at_s == pytest.approx(time.time() + 60, abs=5)
-            assert await server.directory.servers(MODEL) == [
-                announcement.model_copy(update={"expires_at_s": pytest.approx(announcement.expires_at_s, abs=0.01)})
-            ]
+            [found] = await server.directory.servers(MODEL)
+            assert found.expires_at_s == pytest.approx(announcement.expires_at_s, abs=5)
+
+
+async def test_a_clock_that_is_set_while_a_node_runs_is_measured_again(
+    identities: list[Identity], make_announcement: Make
+) -> None:
+    async with open_dht(DhtConfig(identity_path=identities[0].path)) as bootstrap:
+        peers = tuple(await bootstrap.multiaddrs())
+        async with open_dht(DhtConfig(initial_peers=peers, identity_path=identities[1].path)) as server:
+            server._clock.wall_s = lambda: time.time() + 2000
+            await server.directory.announce(make_announcement(server.peer_id, expires_at_s=time.time() + 2060))
+            [found] = await bootstrap.directory.servers(MODEL)
+            assert found.expires_at_s == pytest.approx(time.time() + 60, abs=5)
 
 
 async def test_bootstrap_runs_until_it_is_stopped(identities: list[Identity]) -> None:

@@ -6,8 +6,17 @@ from pathlib import Path
 import grpc
 import pytest
 
+from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest, ResourceError
-from swarm.identity import TLS_NAME, Identity, TlsCertificate, certificate_pem
+from swarm.identity import (
+    TLS_NAME,
+    Identity,
+    TlsCertificate,
+    certificate_pem,
+    is_signed_by,
+    pack_certificate,
+    unpack_certificate,
+)
 
 
 def test_identity_is_the_same_after_loading_its_file_again(tmp_path: Path) -> None:
@@ -17,11 +26,24 @@ def test_identity_is_the_same_after_loading_its_file_again(tmp_path: Path) -> No
     assert [path.name for path in first.path.parent.iterdir()] == ["identity.key"]
 
 
-def test_peer_id_is_what_libp2p_derives_from_the_file(identities: list[Identity]) -> None:
-    from hivemind.p2p import PeerID
+async def test_peer_id_is_what_libp2p_derives_from_the_file(identities: list[Identity]) -> None:
+    async with open_dht(DhtConfig(identity_path=identities[0].path)) as dht:
+        assert str(dht.p2p.peer_id) == identities[0].peer_id
 
-    for identity in identities:
-        assert PeerID.from_identity(identity.path.read_bytes()).to_base58() == identity.peer_id
+
+def test_rsa_identity_of_an_earlier_release_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "identity.key"
+    path.write_bytes(b"\x08\x00\x12\xa8\x09" + b"\x30" * 1192)
+    with pytest.raises(BadRequest, match="RSA key"):
+        Identity.load_or_create(path)
+
+
+def test_only_the_holder_of_the_key_can_sign(identities: list[Identity]) -> None:
+    signature = identities[0].sign(b"words")
+    assert is_signed_by(identities[0].public_key, signature, b"words")
+    assert not is_signed_by(identities[0].public_key, signature, b"other words")
+    assert not is_signed_by(identities[1].public_key, signature, b"words")
+    assert not is_signed_by(b"no key", signature, b"words")
 
 
 def test_representation_shows_no_key(identities: list[Identity]) -> None:
@@ -59,7 +81,15 @@ def test_certificate_stays_the_same_and_differs_between_peers(identities: list[I
     assert first == identities[0].tls_certificate()
     assert first.certificate_der != identities[1].tls_certificate().certificate_der
     assert certificate_pem(first.certificate_der) == first.certificate_pem
-    assert len(first.certificate_der) < 1024
+    packed = pack_certificate(first.certificate_der)
+    assert len(packed) < 100
+    assert unpack_certificate(packed) == first.certificate_der
+
+
+def test_other_certificates_are_not_packed_and_garbage_is_a_value_error() -> None:
+    assert pack_certificate(b"whatever") == unpack_certificate(b"whatever") == b"whatever"
+    with pytest.raises(ValueError):
+        unpack_certificate(b"\x09" * 97)
 
 
 async def _call(server: TlsCertificate, pinned_pem: bytes) -> bytes:

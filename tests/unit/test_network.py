@@ -12,7 +12,6 @@ from fakes import FINGERPRINT, announcement, peer_id
 
 from swarm.client.network import Attempt, ClientConfig, Network
 from swarm.client.routing import Needs
-from swarm.directory import MemoryDirectory
 from swarm.errors import (
     BadLink,
     BadRequest,
@@ -24,6 +23,7 @@ from swarm.errors import (
     PromptTooLong,
     SessionLost,
 )
+from swarm.memory_directory import MemoryDirectory
 from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange
 
