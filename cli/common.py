@@ -48,16 +48,18 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def exit_with_parent(grace_s: float) -> None:
+def exit_with_parent(grace_s: float, on_line: Callable[[str], None] = lambda line: None) -> None:
     """End this process when its standard input closes, which its parent holds open: first politely, then for good.
 
     Args:
         grace_s: time between the two.
+        on_line: called, in a thread of its own, with each line that the parent writes there.
     """
 
     def watch() -> None:
-        while os.read(0, 1024):
-            pass
+        with os.fdopen(0, errors="replace", closefd=False) as lines:
+            for line in lines:
+                on_line(line.strip())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace_s)
         os._exit(1)

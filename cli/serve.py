@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from swarm.errors import BadRequest, SwarmError
 from swarm.ranges import BlockRange
 
 from .common import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 def serve_command(
     model: Annotated[str, typer.Argument(help="Hub repository or local directory.")],
     blocks: Annotated[str, typer.Option(help="Exactly these blocks, START:END.", show_default=False)] = "",
+    move: Annotated[bool, typer.Option(help="Go to other blocks when the swarm needs that.")] = True,
     num_blocks: Annotated[int, typer.Option(help="How many blocks; default: what fits.", show_default=False)] = 0,
     join: JoinOption = "",
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
@@ -62,8 +65,9 @@ def serve_command(
 
     Example: swarm serve Qwen/Qwen3-8B --host 0.0.0.0
     """
+    orders = Orders()
     if with_parent:
-        exit_with_parent(grace_s=drain_timeout + 5)
+        exit_with_parent(drain_timeout + 5, orders.take)
     link = parse_join(join)
     block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
@@ -74,6 +78,7 @@ def serve_command(
         source=CheckpointSource(model, revision, token, cache_dir),
         blocks=block_range,
         num_blocks=num_blocks or None,
+        moves=move,
         initial_peers=link.initial_peers if link else (),
         identity_path=identity,
         name=name,
@@ -95,10 +100,37 @@ def serve_command(
         announce_period_s=announce_period,
         num_threads=threads or None,
     )
-    _serve_until_signal(config, link_file)
+    _serve_until_signal(config, link_file, orders)
 
 
-def _serve_until_signal(config: ServerConfig, link_file: Path | None) -> None:
+class Orders:
+    """What a parent process writes into our standard input, a line each: `move START:END`."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: Running | None = None
+
+    def begin(self, running: Running) -> None:
+        """Carry out orders from now on; called in the event loop."""
+        self._loop, self._running = asyncio.get_running_loop(), running
+
+    def take(self, line: str) -> None:
+        """Have an order carried out; called in any thread."""
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self._obey(line), self._loop)
+
+    async def _obey(self, line: str) -> None:
+        assert self._running is not None
+        verb, _, blocks = line.partition(" ")
+        try:
+            if verb != "move":
+                raise BadRequest(f"{line!r} is no order: write `move START:END`")
+            await self._running.move(BlockRange.parse(blocks))
+        except SwarmError as exc:
+            console.print(f"Did not move: {exc}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Orders) -> None:
     """Run the server behind a loading bar; say, and write into `link_file`, how others join when it is ready."""
     from swarm.server.app import serve
 
@@ -115,8 +147,9 @@ def _serve_until_signal(config: ServerConfig, link_file: Path | None) -> None:
             if link_file is not None:
                 write_atomically(link_file, running.link + "\n")
             _print_ready(running)
+            orders.begin(running)
 
-        await serve(replace(config, on_progress=on_progress), lifetime.stop, on_ready)
+        await serve(replace(config, on_progress=on_progress, on_moved=_print_moved), lifetime.stop, on_ready)
 
     with progress:
         run_until_signal(work)
@@ -142,3 +175,7 @@ def _print_ready(running: Running) -> None:
         highlight=False,
     )
     console.print(f"Join link: {running.link}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_moved(blocks: BlockRange) -> None:
+    console.print(f"Now serving blocks [bold]{blocks}[/].", highlight=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swarm import PROTOCOL_VERSION
 from swarm.codec import FLOAT_DTYPES
-from swarm.errors import BadRequest, PromptTooLong, ProtocolError
+from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.v1 import blocks_pb2 as pb
 
@@ -70,11 +70,15 @@ def check_fingerprint(wanted: str, served: str, model_name: str) -> None:
         )
 
 
-def check_blocks(wire: pb.BlockRange, served: BlockRange) -> BlockRange:
-    """Return the wanted blocks, all of which are served here."""
+def check_blocks(wire: pb.BlockRange, served: BlockRange, num_model_blocks: int) -> BlockRange:
+    """Return the wanted blocks, all of which are served here.
+
+    Raises: BadRequest: there are no such blocks. Draining: others are served here by now.
+    """
     blocks = BlockRange(wire.start, wire.end)
+    blocks.check_inside(num_model_blocks)
     if not served.covers(blocks):
-        raise BadRequest(f"blocks {blocks} were asked for, this server holds {served}")
+        raise Draining(f"blocks {blocks} were asked for, this server holds {served}: look up who holds them now")
     return blocks
 
 

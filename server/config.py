@@ -30,6 +30,8 @@ class ServerConfig:
     """Exactly these blocks; None: those that the swarm lacks."""
     num_blocks: int | None = None
     """How many blocks; None: as many as the free memory holds."""
+    moves: bool = True
+    """Whether it goes to other blocks when the swarm needs that; never if `blocks` says which."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs to join through; empty: start a new swarm."""
     identity_path: Path | None = None
@@ -73,6 +75,8 @@ class ServerConfig:
     """CPU threads of the compute thread; None: torch's default."""
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
     """Called with (bytes loaded, bytes in all) while the blocks load."""
+    on_moved: Callable[[BlockRange], None] | None = field(default=None, repr=False)
+    """Called with the blocks in service after each move."""
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.num_blocks is not None:

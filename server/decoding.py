@@ -59,7 +59,7 @@ class Decoding:
     @asynccontextmanager
     async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
         """Check what is asked for, take it in when there is room, and open the way to the next hop."""
-        blocks = checks.check_blocks(opening.blocks, self._span.blocks)
+        blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
         prompts = await self._read_prompts(context.read, opening, blocks)
         key = SessionKey(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from .config import ServerConfig
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+
+_MOVED = re.compile(r"Now serving blocks (?P<blocks>\d+:\d+)|Did not move: .*")
+"""What `swarm serve` says after an order to move."""
 
 _THREAD_SETTINGS = {"drain_timeout_s": 0.2, "cache_bytes": 1 << 30, "session_grace_s": 1.0}
 
@@ -47,6 +51,9 @@ class LocalServer(Protocol):
     def resume(self) -> None:
         """Let it go on after `pause`."""
 
+    def move(self, blocks: tuple[int, int]) -> None:
+        """Let it serve these blocks instead, and wait until it has left the others."""
+
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
@@ -55,7 +62,8 @@ class LocalServer(Protocol):
 class ProcessServer:
     """A `swarm serve` process with a process group of its own.
 
-    We hold the other end of its standard input. It ends when that closes, so also when we are killed ourselves.
+    We hold the other end of its standard input: orders go there, and it ends when that closes, so also when we are
+    killed ourselves.
     """
 
     def __init__(self, model: str, blocks: BlockRange, join: str | None, arguments: Sequence[str]) -> None:
@@ -120,6 +128,21 @@ class ProcessServer:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    def move(self, blocks: tuple[int, int]) -> None:
+        """See LocalServer. Raises: ResourceError: it did not, and why; it still serves what it did."""
+        wanted, seen = BlockRange(*blocks), len(self.log)
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"move {wanted}\n".encode())
+        self.process.stdin.flush()
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while (found := _MOVED.search(self.log, seen)) is None:
+            if not self.alive or time.monotonic() > deadline_s:
+                raise ResourceError(f"the local server of blocks {self.blocks} did not move: {self.log[seen:].strip()}")
+            time.sleep(0.02)
+        if found["blocks"] != str(wanted):
+            raise ResourceError(f"the local server of blocks {self.blocks} did not move: {found[0]}")
+        self.blocks = wanted
+
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:  # once it was waited for, its number may belong to somebody else
             os.killpg(self.process.pid, number)
@@ -179,6 +202,12 @@ class ThreadServer:
 
     def resume(self) -> None:
         """Nothing to resume."""
+
+    def move(self, blocks: tuple[int, int]) -> None:
+        assert self.running is not None
+        wanted = BlockRange(*blocks)
+        asyncio.run_coroutine_threadsafe(self.running.move(wanted), self._loop).result(START_TIMEOUT_S)
+        self.blocks = wanted
 
 
 class LocalSwarm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -11,30 +11,33 @@ from prometheus_client.registry import Collector
 
 from swarm.errors import ResourceError
 
-from .batches import KeptActivations
-from .engine import Engine
-from .sessions import SessionTable
+from .engine import EngineStatistics
+from .sessions import SessionTableStatistics
+from .tenure import Tenure
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of the histogram's buckets."""
 
 
 class ServerCollector(Collector):
-    """Reads the statistics of a server's parts each time that Prometheus asks."""
+    """Reads the statistics of the blocks in service each time that Prometheus asks; counts begin anew with others.
 
-    def __init__(self, engine: Engine, sessions: SessionTable, kept: KeptActivations) -> None:
-        self._engine = engine
-        self._sessions = sessions
-        self._kept = kept
+    Args:
+        tenure: gives what is in service; None while there is nothing.
+    """
+
+    def __init__(self, tenure: Callable[[], Tenure | None]) -> None:
+        self._tenure = tenure
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._of_engine()
-        yield from self._of_sessions()
-        yield _gauge("kept_activation_bytes", "Activations that wait for their Backward.", self._kept.used_bytes)
-        yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", self._kept.num_hits)
+        if (tenure := self._tenure()) is None:
+            return
+        yield from self._of_engine(tenure.engine.statistics())
+        yield from self._of_sessions(tenure.sessions.statistics())
+        yield _gauge("kept_activation_bytes", "Activations that wait for their Backward.", tenure.kept.used_bytes)
+        yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", tenure.kept.num_hits)
 
-    def _of_engine(self) -> Iterator[Metric]:
-        statistics = self._engine.statistics()
+    def _of_engine(self, statistics: EngineStatistics) -> Iterator[Metric]:
         counters = statistics.counters
         tokens = CounterMetricFamily("swarm_tokens", "Tokens that ran through the blocks.", labels=["kind"])
         for kind, value in (
@@ -57,8 +60,7 @@ class ServerCollector(Collector):
         yield _gauge("queue_length", "Steps and batches that wait.", statistics.queue_length)
         yield _batch_sizes(statistics.batch_sizes)
 
-    def _of_sessions(self) -> Iterator[Metric]:
-        statistics = self._sessions.statistics()
+    def _of_sessions(self, statistics: SessionTableStatistics) -> Iterator[Metric]:
         yield _gauge("sessions", "Open sessions.", statistics.num_sessions)
         yield _gauge("kept_sessions", "Caches kept for clients whose connection broke.", statistics.num_kept)
         yield _gauge("oldest_session_seconds", "Age of the oldest open session.", statistics.oldest_session_s)

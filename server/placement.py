@@ -73,6 +73,11 @@ def plan_memory(
     return MemoryPlan(wanted, cache_bytes)
 
 
+def fits(needs: MemoryNeeds, memory: MemoryPlan, *, free_bytes: int) -> bool:
+    """Whether blocks and their cache fit into what is free now."""
+    return memory.num_blocks * needs.bytes_per_block + memory.cache_bytes <= _usable(free_bytes)
+
+
 def choose_blocks(servers: Sequence[Announcement], num_model_blocks: int, num_blocks: int) -> BlockRange:
     """Return the range of `num_blocks` blocks that the swarm lacks most.
 

@@ -161,7 +161,7 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def _read_batch(self, context: grpc.aio.ServicerContext) -> Batch:
         wire: pb.ComputeOpen = (await _first_message(context, "open")).open
         self._check_caller(wire)
-        blocks = checks.check_blocks(wire.blocks, self._span.blocks)
+        blocks = checks.check_blocks(wire.blocks, self._span.blocks, self._span.num_model_blocks)
         specs = optional(wire, "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs")
         max_tokens, hidden_size = self._limits.max_batch_tokens, self._span.hidden_size
         checks.check_batch_spec(specs[0], hidden_size, self._limits, max_tokens=max_tokens)

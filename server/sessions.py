@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost
+from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost, SwarmError
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
@@ -224,10 +224,17 @@ class SessionTable:
         return self.pool.num_free * self.pool.page_tokens
 
     def drop_kept(self) -> None:
-        """Free what is kept for sessions whose stream broke."""
+        """Free what is kept for sessions whose stream broke; called in the event loop."""
         with self.guard:
+            for kept in self._kept.values():
+                kept.timer.cancel()
             while self.give_way():
                 pass
+
+    def fail_all(self, error: SwarmError) -> None:
+        """End all open sessions with an error, which their clients are told."""
+        for session in self._sessions.values():
+            session.fail(error)
 
     # Opening.
 

@@ -149,6 +149,11 @@ class Announcement(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"]
     quantization: ShortText | None = None
     state: Literal["joining", "online", "draining"]
+    next_start: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """First of the blocks that it is about to serve instead; None: it stays."""
+    next_end: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    mobility: Literal["fixed", "settled", "free"] = "fixed"
+    """Whether it moves by itself: never; only where blocks are missing; whenever that helps."""
     direct: Annotated[list[HostPort], Field(max_length=8)] = []
     """Addresses of the gRPC port, best first; empty for a peer that only the tunnel reaches."""
     tls_certificate: Annotated[bytes, Field(max_length=4096)]
@@ -170,6 +175,8 @@ class Announcement(BaseModel):
     def _check_blocks(self) -> Self:
         try:
             self.blocks.check_inside(self.num_model_blocks)
+            if self.next_blocks is not None:
+                self.next_blocks.check_inside(self.num_model_blocks)
         except BadRequest as exc:
             raise ValueError(str(exc)) from exc
         return self
@@ -177,6 +184,13 @@ class Announcement(BaseModel):
     @property
     def blocks(self) -> BlockRange:
         return BlockRange(self.start, self.end)
+
+    @property
+    def next_blocks(self) -> BlockRange | None:
+        """What it is about to serve instead of `blocks`; None: it stays."""
+        if self.next_start is None or self.next_end is None:
+            return None
+        return BlockRange(self.next_start, self.next_end)
 
     @property
     def listing(self) -> ModelListing:
@@ -193,7 +207,7 @@ class Announcement(BaseModel):
         Raises: BadRequest: it would be larger than readers accept.
         """
         own_suffix = f"/p2p/{self.peer_id}"
-        place = self.coordinates
+        place, following = self.coordinates, self.next_blocks
         data = directory_pb2.ServerEntry(
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             model_commit=self.model_commit or "",
@@ -204,6 +218,8 @@ class Announcement(BaseModel):
             tls_certificate=pack_certificate(self.tls_certificate),
             multiaddrs=[address.removesuffix(own_suffix) for address in self.multiaddrs],
             coordinates=[] if place is None else [place.x_s, place.y_s, place.height_s, place.error],
+            next_blocks=None if following is None else blocks_pb2.BlockRange(start=following.start, end=following.end),
+            mobility=directory_pb2.Mobility.Value(f"MOBILITY_{self.mobility.upper()}"),
         ).SerializeToString()
         if len(data) > MAX_ANNOUNCEMENT_BYTES:
             raise BadRequest(
@@ -223,6 +239,7 @@ class Announcement(BaseModel):
         Raises: ProtocolError: anything about it is not allowed.
         """
         entry = _parse(directory_pb2.ServerEntry(), data, "announcement")
+        moves = entry.HasField("next_blocks")
         try:
             fields = {name: getattr(entry, name) for name in _PLAIN_FIELDS} | {
                 "peer_id": peer_id,
@@ -236,6 +253,9 @@ class Announcement(BaseModel):
                 "tls_certificate": unpack_certificate(entry.tls_certificate),
                 "multiaddrs": [f"{address}/p2p/{peer_id}" for address in entry.multiaddrs],
                 "coordinates": _place(entry.coordinates) if entry.coordinates else None,
+                "next_start": entry.next_blocks.start if moves else None,
+                "next_end": entry.next_blocks.end if moves else None,
+                "mobility": directory_pb2.Mobility.Name(entry.mobility).removeprefix("MOBILITY_").lower(),
             }
         except (ValueError, TypeError) as exc:  # a number without a name, a certificate without a point
             raise ProtocolError(f"a malformed announcement: {exc}") from exc

@@ -12,7 +12,7 @@
     │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
     │   ├── SessionLost            it no longer holds the session's cache
     │   ├── CacheFull              it has no room for this session now
-    │   ├── Draining               it is about to leave
+    │   ├── Draining               it is about to leave, or has left these blocks for others
     │   └── ProtocolError          it sent something that the wire contract does not allow
     ├── NoRoute                    no set of live peers covers all blocks
     └── PeerBug                    a peer reported a failure of its own code; another peer may do better
@@ -96,7 +96,7 @@ class CacheFull(PeerError):
 
 
 class Draining(PeerError):
-    """The peer is about to leave and takes no new work."""
+    """The peer is about to leave and takes no new work, or it serves other blocks by now."""
 
     code = pb.ERROR_CODE_DRAINING
 

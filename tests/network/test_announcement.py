@@ -34,6 +34,13 @@ def test_announcement_survives_the_wire(make_announcement: Make) -> None:
     assert len(announcement.to_bytes()) < 260
 
 
+def test_where_a_server_is_about_to_move_survives_the_wire(make_announcement: Make) -> None:
+    announcement = make_announcement(next_start=1, next_end=3, mobility="free")
+    known = announcement.model_dump(include={"peer_id", "model_fingerprint", "expires_at_s"})
+    assert read(announcement.to_bytes(), **known) == announcement
+    assert announcement.next_blocks == BlockRange(1, 3)
+
+
 def test_names_of_a_newer_release_are_ignored(make_announcement: Make) -> None:
     field_100 = b"\xa2\x06\x04blue"
     assert read(make_announcement().to_bytes() + field_100).server_name == "a server"

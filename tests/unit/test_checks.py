@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swarm import PROTOCOL_VERSION
-from swarm.errors import BadRequest, PromptTooLong, ProtocolError
+from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.server import checks
 from swarm.server.checks import ServiceLimits
@@ -33,14 +33,20 @@ def test_another_model_is_told_which_one_is_here():
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("start, end", [(0, 4), (2, 9), (8, 9), (5, 5), (6, 3)])
-def test_blocks_that_are_not_here_are_refused(start, end):
+@pytest.mark.parametrize("start, end", [(2, 13), (12, 14), (5, 5), (6, 3)])
+def test_blocks_that_do_not_exist_are_refused(start, end):
     with pytest.raises(BadRequest):
-        checks.check_blocks(pb.BlockRange(start=start, end=end), BlockRange(2, 8))
+        checks.check_blocks(pb.BlockRange(start=start, end=end), BlockRange(2, 8), 12)
+
+
+@pytest.mark.parametrize("start, end", [(0, 4), (2, 9), (8, 9), (0, 12)])
+def test_blocks_that_are_elsewhere_by_now_are_to_be_looked_up(start, end):
+    with pytest.raises(Draining, match="look up who holds them now"):
+        checks.check_blocks(pb.BlockRange(start=start, end=end), BlockRange(2, 8), 12)
 
 
 def test_blocks_that_are_here_are_returned():
-    assert checks.check_blocks(pb.BlockRange(start=3, end=5), BlockRange(2, 8)) == BlockRange(3, 5)
+    assert checks.check_blocks(pb.BlockRange(start=3, end=5), BlockRange(2, 8), 12) == BlockRange(3, 5)
 
 
 def check(*shape: int, **kwargs: object) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_engine import open_bench
+from test_engine import Bench, open_bench
 
 from swarm.errors import ResourceError
 from swarm.server.batches import KeptActivations
@@ -31,9 +33,14 @@ def read_metrics(port: int) -> dict[tuple[str, str], float]:
     }
 
 
+def in_service(bench: Bench) -> Any:
+    """What a collector reads of a tenure."""
+    return SimpleNamespace(engine=bench.engine, sessions=bench.table, kept=KeptActivations(1 << 20))
+
+
 async def test_metrics_follow_what_the_engine_does():
     async with open_bench() as bench:
-        collector = ServerCollector(bench.engine, bench.table, KeptActivations(1 << 20))
+        collector = ServerCollector(lambda: in_service(bench))
         with serve_metrics(("127.0.0.1", free_port()), collector) as port:
             async with bench.session() as session, bench.session(batch_size=2) as other:
                 await bench.step(session, 6)
@@ -51,9 +58,14 @@ async def test_metrics_follow_what_the_engine_does():
             assert read_metrics(port)["swarm_cache_bytes", "used"] == 0
 
 
+async def test_a_server_on_its_way_to_other_blocks_has_nothing_to_report():
+    with serve_metrics(("127.0.0.1", free_port()), ServerCollector(lambda: None)) as port:
+        assert read_metrics(port) == {}
+
+
 async def test_a_port_in_use_is_a_clear_error():
     async with open_bench() as bench:
-        collector = ServerCollector(bench.engine, bench.table, KeptActivations(0))
+        collector = ServerCollector(lambda: in_service(bench))
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

@@ -1,0 +1,107 @@
+"""Keeps what a server says about itself in the directory up to date, and its place in the network."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from swarm.announcement import Announcement
+from swarm.directory import Directory
+from swarm.errors import SwarmError
+from swarm.survey import Survey
+
+from .config import PERIODS_ALIVE
+
+logger = logging.getLogger(__name__)
+
+SURVEYED, SURVEY_PERIODS = 8, 8
+"""How many other servers are called to see how far they are, and every how many announcements."""
+
+WITHDRAW_TIMEOUT_S = 5.0
+
+
+class Announcer:
+    """One server's announcement; see `announced`."""
+
+    def __init__(self, directory: Directory, announcement: Announcement, survey: Survey, period_s: float) -> None:
+        self._directory = directory
+        self._survey = survey
+        self._period_s = period_s
+        self.current = announcement
+        self.measure: Callable[[], dict[str, Any]] = dict
+        """Gives the fields that change by themselves, each time that they are announced."""
+
+    async def say(self, **changes: Any) -> None:
+        """Announce the present state; a directory that cannot be reached is tried again with the next period.
+
+        Args:
+            changes: fields of the announcement, from now on.
+        """
+        expires_at_s = time.time() + PERIODS_ALIVE * self._period_s
+        update = {"expires_at_s": expires_at_s, "coordinates": self._survey.here} | self.measure() | changes
+        self.current = self.current.model_copy(update=update)
+        try:
+            await self._directory.announce(self.current)
+        except SwarmError as exc:
+            logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
+
+    async def others(self) -> list[Announcement]:
+        """What the other servers of the model announce. Raises: PeerUnavailable: the directory cannot be reached."""
+        servers = await self._directory.servers(self.current.model_fingerprint)
+        return [each for each in servers if each.peer_id != self.current.peer_id]
+
+    async def run(self) -> None:
+        """Announce once a period, and look around, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_announcing())
+            group.create_task(self._keep_looking_around())
+
+    async def _keep_announcing(self) -> None:
+        while True:
+            await asyncio.sleep(self._period_s)
+            await self.say()
+
+    async def _keep_looking_around(self) -> None:
+        """See now and then how far other servers are."""
+        while True:
+            await self._look_around()
+            await asyncio.sleep(SURVEY_PERIODS * self._period_s)
+
+    async def _look_around(self) -> None:
+        try:
+            servers = await self.others()
+        except SwarmError as exc:
+            logger.debug("no other servers can be looked up: %s", exc)
+            return
+        before = self._survey.here
+        await self._survey.visit([each for each in servers if each.state == "online"], SURVEYED)
+        if before is None and self._survey.here is not None:
+            await self.say()
+
+    async def withdraw(self) -> None:
+        """Take the announcement back, if the directory answers soon; it expires anyway."""
+        try:
+            async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
+                await self._directory.withdraw(self.current)
+        except (SwarmError, TimeoutError) as exc:
+            logger.warning("could not withdraw from the directory, the announcement will expire: %s", exc)
+
+
+@asynccontextmanager
+async def announced(
+    directory: Directory, announcement: Announcement, survey: Survey, period_s: float
+) -> AsyncIterator[tuple[Announcer, asyncio.Task[None]]]:
+    """Be in the directory while the body runs; yield what changes the announcement, and what renews it."""
+    announcer = Announcer(directory, announcement, survey, period_s)
+    await announcer.say()
+    task = asyncio.create_task(announcer.run())
+    try:
+        yield announcer, task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await announcer.withdraw()

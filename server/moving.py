@@ -1,0 +1,179 @@
+"""Which tenure is in service, and how a server goes from one to the next while it stays in its swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from swarm.errors import BadRequest, ResourceError, SwarmError
+from swarm.ranges import BlockRange
+
+from .announcer import Announcer
+from .config import ServerConfig
+from .front import Front
+from .hardware import free_bytes
+from .placement import MemoryPlan, fits
+from .tenure import Holding, Tenure
+
+logger = logging.getLogger(__name__)
+
+OpenTenure = Callable[[Holding], AbstractAsyncContextManager[Tenure]]
+
+
+@dataclass(slots=True)
+class _Order:
+    blocks: BlockRange
+    done: asyncio.Future[None]
+
+
+class Mover:
+    """Has one tenure in service, and replaces it. A context manager: at its end, whatever is in service is closed."""
+
+    def __init__(self, open_tenure: OpenTenure, front: Front, config: ServerConfig) -> None:
+        self._open_tenure = open_tenure
+        self._front = front
+        self._config = config
+        self._announcer: Announcer
+        self.present: Tenure | None = None
+        """What is in service; None: nothing at the moment."""
+        self._owned = AsyncExitStack()
+        self._orders: asyncio.Queue[_Order] = asyncio.Queue(1)
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def tenure(self) -> Tenure:
+        """What is in service. Raises: ResourceError: nothing at the moment."""
+        if self.present is None:
+            raise ResourceError("this server holds no blocks at the moment: it is on its way to others")
+        return self.present
+
+    async def settle(self, announcer: Announcer, holding: Holding) -> None:
+        """Take the first blocks into service. Raises: what opening the tenure raises."""
+        self._announcer = announcer
+        announcer.measure = lambda: {} if self.present is None else self.present.announced()
+        await self._take(holding)
+
+    async def move(self, blocks: BlockRange) -> None:
+        """Serve these blocks instead; returns when they are in service and the old ones are gone.
+
+        Raises: BadRequest: the model has no such blocks. ResourceError: they do not fit, the server stays as it is.
+        """
+        blocks.check_inside(self._announcer.current.num_model_blocks)
+        order = _Order(blocks, asyncio.get_running_loop().create_future())
+        try:
+            self._orders.put_nowait(order)
+        except asyncio.QueueFull:
+            raise BadRequest("this server is about to move already: wait until it has") from None
+        await order.done
+
+    async def run(self) -> None:
+        """Carry out moves one after the other, until cancelled."""
+        while True:
+            order = await self._orders.get()
+            try:
+                await self._move(order.blocks)
+            except SwarmError as exc:
+                order.done.set_exception(exc)
+                if self.present is None:
+                    raise
+            else:
+                order.done.set_result(None)
+            finally:
+                order.done.cancel()
+
+    async def drain(self) -> None:
+        """Take no new calls, and let running ones finish for a while."""
+        if self.present is not None:
+            await self.present.drain(self._config.drain_timeout_s)
+
+    async def wait_failed(self) -> None:
+        """Wait until the engine of the tenure in service has ended by itself. Raises: the error that ended it."""
+        await self._failed
+
+    async def _move(self, blocks: BlockRange) -> None:
+        old = self.tenure.holding
+        if blocks == old.blocks:
+            return
+        share = len(blocks) / len(old.blocks)
+        new = replace(old, blocks=blocks, memory=MemoryPlan(len(blocks), int(old.memory.cache_bytes * share)))
+        beside = fits(new.precision.needs, new.memory, free_bytes=free_bytes(new.device))
+        logger.info(
+            "moving from blocks %s to %s, %s", old.blocks, blocks, "loading first" if beside else "leaving first"
+        )
+        if beside:
+            await self._make_before_break(new)
+        else:
+            await self._break_before_make(new)
+        if self._config.on_moved is not None:
+            self._config.on_moved(blocks)
+
+    async def _make_before_break(self, holding: Holding) -> None:
+        old, owned = self.tenure, self._owned
+        await self._announcer.say(next_start=holding.blocks.start, next_end=holding.blocks.end)
+        try:
+            await self._take(holding)
+        except SwarmError:
+            await self._announcer.say(next_start=None, next_end=None)
+            raise
+        try:
+            await old.drain(self._config.drain_timeout_s)
+        finally:
+            await owned.aclose()
+
+    async def _break_before_make(self, holding: Holding) -> None:
+        old = self.tenure
+        await self._announcer.say(state="draining", next_start=holding.blocks.start, next_end=holding.blocks.end)
+        await old.drain(self._config.drain_timeout_s)
+        await self._leave()
+        before = old.holding
+        del old
+        await asyncio.to_thread(_give_memory_back, before.device)
+        where = {"start": holding.blocks.start, "end": holding.blocks.end, "next_start": None, "next_end": None}
+        await self._announcer.say(state="joining", **where)
+        try:
+            await self._take(holding)
+        except SwarmError as exc:
+            logger.warning("going back to blocks %s: %s", before.blocks, exc)
+            await self._take(before)
+            raise
+
+    async def _take(self, holding: Holding) -> None:
+        """Put a tenure into service; nothing has changed if that fails."""
+        async with AsyncExitStack() as owned:
+            tenure = await owned.enter_async_context(self._open_tenure(holding))
+            watch = asyncio.create_task(tenure.engine.wait_ended())
+            watch.add_done_callback(self._note_end)
+            owned.callback(watch.cancel)
+            self.present, self._owned = tenure, owned.pop_all()
+        await self._front.serve(tenure.service)
+        await self._announcer.say(state="online", next_start=None, next_end=None)
+
+    def _note_end(self, watch: asyncio.Task[None]) -> None:
+        if not watch.cancelled() and (error := watch.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _leave(self) -> None:
+        await self._front.serve(None)
+        owned, self._owned, self.present = self._owned, AsyncExitStack(), None
+        await owned.aclose()
+
+    async def __aenter__(self) -> Mover:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._failed.cancel()
+        await self._owned.aclose()
+        self.present = None
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """Modules refer to one another in circles: what is no longer used is found, and given back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,171 @@
+"""A tenure: one range of blocks in service, with everything that goes when the server leaves that range.
+
+The process, its identity, its ports and its announcement outlast it; see app.py and moving.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swarm.errors import Draining, ResourceError
+from swarm.model.checkpoint import Checkpoint
+from swarm.model.kv_store import KVStore, kv_layout
+from swarm.model.narrow import SpanViews
+from swarm.model.ragged import is_packable
+from swarm.model.span import Span, load_span
+from swarm.peers import Connector
+from swarm.ranges import BlockRange
+
+from .batches import KeptActivations
+from .compute import ComputeThread
+from .config import ServerConfig
+from .cores import Cores, cores_path
+from .engine import Engine
+from .execution import Executor, PackedExecutor, SessionExecutor
+from .hardware import SPEED_TOKENS, Speed, measure_speed
+from .pages import PagePool
+from .placement import MemoryPlan
+from .precision import Precision
+from .service import BlocksService, ServedModel
+from .sessions import SessionTable
+from .timing import CostModel
+
+logger = logging.getLogger(__name__)
+
+PAGE_TOKENS = 16
+"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway."""
+
+CUDA_PAGE_TOKENS = 256
+"""On CUDA, where attention reads page by page."""
+
+FAREWELL_S = 2.0
+"""How long the calls of sessions that were ended may take to tell their clients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Which blocks are held, where, and in which form."""
+
+    device: torch.device
+    precision: Precision
+    blocks: BlockRange
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """A range of blocks in service."""
+
+    holding: Holding
+    service: BlocksService
+    sessions: SessionTable
+    engine: Engine
+    kept: KeptActivations
+
+    @property
+    def blocks(self) -> BlockRange:
+        return self.holding.blocks
+
+    def announced(self) -> dict[str, Any]:
+        """The fields of an announcement that change with the tenure, or while it lasts."""
+        return {
+            "start": self.blocks.start,
+            "end": self.blocks.end,
+            "cache_free_tokens": self.sessions.cache_free_tokens,
+            "decode_tokens_per_s": 1 / self.engine.costs.iteration_s(1),
+            "forward_tokens_per_s": SPEED_TOKENS / self.engine.costs.iteration_s(SPEED_TOKENS),
+        }
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new calls, let running ones finish, and end what still runs then; its clients go elsewhere."""
+        self.service.drain()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.service.wait_idle()
+        except TimeoutError:
+            logger.info("sessions still run after %.0f s; their clients continue elsewhere", timeout_s)
+        else:
+            return
+        self.sessions.fail_all(Draining(f"this server leaves blocks {self.blocks}: use another one"))
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                await self.service.wait_idle()
+        except TimeoutError:
+            logger.info("calls that do not end are broken off")
+
+
+@asynccontextmanager
+async def open_tenure(
+    config: ServerConfig, checkpoint: Checkpoint, holding: Holding, model: ServedModel, connector: Connector
+) -> AsyncIterator[Tenure]:
+    """Load blocks and have all that serves them, while the body runs.
+
+    Raises: BadCheckpoint, UnsupportedModel, ResourceError: they cannot be loaded, or leave no room for a cache.
+    """
+    num_threads = config.num_threads or torch.get_num_threads()
+    async with AsyncExitStack() as owned:
+        cores = owned.enter_context(closing(Cores(cores_path(holding.device, num_threads))))
+        thread = owned.enter_context(ComputeThread(num_threads=config.num_threads))
+        logger.info("loading blocks %s of %s", holding.blocks, checkpoint.name)
+        span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
+        speed = await thread.run(lambda: measure_speed(span))
+        sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
+        owned.callback(sessions.drop_kept)
+        engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
+        kept = KeptActivations(config.kept_activation_bytes)
+        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept)
+        yield Tenure(holding, service, sessions, engine, kept)
+
+
+def _load(config: ServerConfig, checkpoint: Checkpoint, holding: Holding, thread: ComputeThread) -> Span:
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        if thread.closed:
+            raise asyncio.CancelledError("loading was interrupted")
+        if config.on_progress is not None:
+            config.on_progress(done_bytes, total_bytes)
+
+    precision = holding.precision
+    return load_span(
+        checkpoint,
+        holding.blocks,
+        dtype=precision.dtype,
+        device=holding.device,
+        scheme=precision.scheme,
+        progress=progress,
+    )
+
+
+def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[SessionTable, Executor]:
+    """Divide the cache budget into pages; choose how sessions run.
+
+    Raises: ResourceError: it has not room for one page.
+    """
+    page_tokens = CUDA_PAGE_TOKENS if span.device.type == "cuda" else PAGE_TOKENS
+    packed = is_packable(span)
+    layout = kv_layout(span) if packed else None
+    bytes_per_page = page_tokens * (span.cache_bytes_per_token() if layout is None else layout.bytes_per_slot)
+    num_pages = cache_bytes // max(1, bytes_per_page)
+    if num_pages < 1:
+        raise ResourceError(
+            f"a KV cache of {cache_bytes} bytes has not room for one page of {bytes_per_page}: give it more"
+        )
+    pool = PagePool(num_pages, page_tokens)
+    sessions = SessionTable(SpanViews(span), pool, bytes_per_page, packed=packed, grace_s=config.session_grace_s)
+    if layout is None:
+        return sessions, SessionExecutor()
+    return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
+
+
+def _costs(speed: Speed) -> CostModel:
+    """What iterations cost, as measured at start."""
+    costs = CostModel()
+    costs.observe(1, 1 / speed.decode_tokens_per_s)
+    costs.observe(SPEED_TOKENS, SPEED_TOKENS / speed.forward_tokens_per_s)
+    return costs

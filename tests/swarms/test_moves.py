@@ -1,0 +1,94 @@
+"""Servers that go to other blocks: what runs goes on with equal results, and gaps are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import load_local, random_ids
+
+from swarm import AutoDistributedModelForCausalLM
+from swarm.client import ClientConfig
+from swarm.errors import BadRequest
+from swarm.link import JoinLink
+from swarm.ranges import BlockRange
+from swarm.server import LocalSwarm, moving
+
+RANGES = [(0, 3), (0, 3), (3, 6)]
+NUM_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def path(tiny_model: Callable[..., Path]) -> str:
+    return str(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def local(path: str) -> Any:
+    return load_local(Path(path))
+
+
+def join(path: str, link: str, **config: Any) -> Any:
+    options = {"initial_peers": JoinLink.parse(link).initial_peers} | config
+    return AutoDistributedModelForCausalLM.from_pretrained(path, client_config=ClientConfig(**options)).eval()
+
+
+def generate(model: Any, ids: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    return model.generate(ids, **{"max_new_tokens": NUM_TOKENS, "do_sample": False} | kwargs)
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["loading first", "leaving first"])
+def test_a_generation_goes_on_while_a_server_of_its_route_moves(path, local, room, monkeypatch):
+    """The first server goes to blocks 3:6, where it serves the rest of the text after the last one has left as well."""
+    monkeypatch.setattr(moving, "fits", lambda *_, **__: room)
+    ids = random_ids(1, 8)
+    with LocalSwarm(path, RANGES, dtype="float32", in_process=True) as swarm:
+        remote = join(path, swarm.link)
+        try:
+            servers = {server.running.peer_id: server for server in swarm.servers}
+            with remote.inference_session(max_length=64) as session:
+                text = generate(remote, ids, max_new_tokens=5)
+                mover = servers[session.route[0].peer_id]
+                mover.move((3, 6))
+                assert mover.running.blocks == BlockRange(3, 6)
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+                assert mover.running.peer_id != session.route[0].peer_id
+                swarm.servers[2].stop()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+                assert session.route[1].peer_id == mover.running.peer_id
+            assert torch.equal(text, generate(local, ids, max_new_tokens=15))
+        finally:
+            remote.close()
+
+
+def test_a_batch_that_runs_while_its_server_moves_has_equal_gradients(path, local):
+    ids = random_ids(4, 8)
+    with LocalSwarm(path, RANGES, dtype="float32", in_process=True) as swarm:
+        remote = join(path, swarm.link)
+        try:
+            ours, wanted = [_forward(each, ids) for each in (remote, local)]
+            swarm.servers[0].move((3, 6))
+            swarm.servers[2].move((0, 3))
+            ours, wanted = (torch.autograd.grad(loss, x_BLD)[0] for x_BLD, loss in (ours, wanted))
+            assert (ours - wanted).abs().max() <= 1e-4
+        finally:
+            remote.close()
+
+
+def _forward(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x_BLD = model.get_input_embeddings()(ids).detach().requires_grad_()
+    return x_BLD, model(inputs_embeds=x_BLD, labels=ids, use_cache=False).loss
+
+
+def test_a_server_that_cannot_move_stays_as_it_is(path, local):
+    with LocalSwarm(path, [(0, 6)], dtype="float32", in_process=True) as swarm:
+        with pytest.raises(BadRequest, match="outside the model, which has 6 blocks"):
+            swarm.servers[0].move((4, 8))
+        remote = join(path, swarm.link)
+        try:
+            assert torch.equal(generate(remote, random_ids(1, 4)), generate(local, random_ids(1, 4)))
+        finally:
+            remote.close()
