@@ -209,9 +209,9 @@ class Announcement(BaseModel):
         data = directory_pb2.ServerEntry(
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             model_commit=self.model_commit or "",
-            dtype=blocks_pb2.DType.Value(f"DTYPE_{self.dtype.upper()}"),
+            dtype=f"DTYPE_{self.dtype.upper()}",
             quantization=self.quantization or "",
-            state=directory_pb2.ServerState.Value(f"SERVER_STATE_{self.state.upper()}"),
+            state=f"SERVER_STATE_{self.state.upper()}",
             direct=self.direct,
             tls_certificate=pack_certificate(self.tls_certificate),
             multiaddrs=[address.removesuffix(own_suffix) for address in self.multiaddrs],

@@ -64,7 +64,7 @@ def read_record(subkey: object, value: bytes, expiration_s: float) -> Entry | No
     return Entry(peer_id_of(subkey), expiration_s - RECORD_LIFETIME_S, lifetime_s, content[2:])
 
 
-class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
+class RecordValidator(RecordValidatorBase):
     """What any node of the swarm stores or believes: signed records of bounded size, nothing else."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         return True
 
 
-class BucketStorage(DHTLocalStorage):  # type: ignore[misc]
+class BucketStorage(DHTLocalStorage):
     """What a node keeps: so many buckets, so many records in each, none for longer than it should.
 
     Args:

@@ -257,7 +257,7 @@ class BucketDirectory:
         started_s = self._clock.steady_s()
         while True:
             found = listing.live(self._clock.steady_s())
-            sizes = [each.num_model_blocks for each in found if isinstance(each, Announcement)] if blocks else [0]
+            sizes = _model_sizes(found) if blocks else [0]
             planned = listing.plan(
                 max_bytes=max_bytes,
                 since_s=started_s,
@@ -311,3 +311,8 @@ class BucketDirectory:
     def _count(self, **changes: int) -> None:
         counts = {name: getattr(self._statistics, name) + number for name, number in changes.items()}
         self._statistics = replace(self._statistics, **counts)
+
+
+def _model_sizes(found: Sequence[Announcement] | Sequence[ModelListing]) -> list[int]:
+    """How many blocks the model of each announcement has."""
+    return [each.num_model_blocks for each in found if isinstance(each, Announcement)]
