@@ -210,6 +210,8 @@ class Decoding:
                 if step.step_id <= session.last_step_id:
                     logger.debug("dropped a repeated step")
                     continue
+                if step.step_id > session.last_step_id + 1:
+                    raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
                 session.last_step_id = step.step_id
                 output = self._engine.step(session, step, begins_round=from_client)
                 await session.under_way.put((step, output))

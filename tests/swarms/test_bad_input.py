@@ -336,6 +336,26 @@ async def test_repeated_steps_are_dropped(server):
         call.cancel()
 
 
+async def test_a_step_before_its_turn_ends_the_session(server):
+    """Whatever its position: the one that is missing was meant to come before it."""
+    async with open_stub(server) as stub:
+        opened = pb.SessionRequest(open=opening(server))
+        await assert_refused(SessionLost, "step 2 came after step 0", stub.Session(), opened, make_step(step_id=2))
+        session, opened = stub.Session(), opening(server)
+        await talk(session, pb.SessionRequest(open=opened), make_step(), num_answers=2)
+        attach = pb.SessionAttach(protocol_version=PROTOCOL_VERSION, session_id=opened.session_id)
+        steps = [make_step(step_id=1), make_step(step_id=3, position=1)]
+        with pytest.raises(SessionLost, match="step 3 came after step 1"):
+            await push(stub.Push(), pb.SessionRequest(attach=attach), *steps)
+        await assert_refused(SessionLost, "step 3 came after step 1", session)
+
+
+async def test_a_position_that_is_not_reached_yet_ends_the_session(server):
+    async with open_stub(server) as stub:
+        opened = pb.SessionRequest(open=opening(server))
+        await assert_refused(SessionLost, "ends at 0, a step at 2 came", stub.Session(), opened, make_step(position=2))
+
+
 async def test_a_stream_that_ends_within_a_tensor(server):
     async with open_stub(server) as stub:
         whole = compute(server, torch.zeros(4, 20, HIDDEN))

@@ -1,4 +1,5 @@
-"""A second route before the first one is given up: when a step stalls, and when a server is about to leave."""
+"""A second route before the first one is given up: when a step stalls, and when a server is about to leave. And what
+servers push to each other, come twice or in another order."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from swarms_help import wait_until
-from tiny import load_local, random_ids
+from tiny import HIDDEN, load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.server import LocalSwarm
+from swarm.server.pushing import PushLink
 
 DRAIN_TIMEOUT_S = 60.0
 RANGES = ((0, 3), (3, 6), (0, 6))
@@ -206,3 +208,39 @@ def test_a_session_stays_with_a_server_that_leaves_while_it_is_the_only_one(path
         assert not thread.is_alive(), "the session moves as soon as there is another server"
         text = torch.cat([text, generate(remote)], dim=1)
     assert torch.equal(text, generate(local, ids, 24))
+
+
+class Mischief:
+    """Sends every push twice, and once two of them in the wrong order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_repeated = self.num_swapped = 0
+        self._held: tuple[Any, Any] | None = None
+        self._send = PushLink.send
+        monkeypatch.setattr(PushLink, "send", lambda link, first, more: self.send(link, first, more))
+
+    async def send(self, link: PushLink, first: Any, more: Any) -> None:
+        if first.step.step_id == 2 and not self.num_swapped:
+            self._held, self.num_swapped = (first, more), 1
+            return
+        for _ in range(2):
+            await self._send(link, first, more)
+            self.num_repeated += 1
+        if self._held is not None:
+            held, self._held = self._held, None
+            await self._send(link, *held)
+
+
+def test_pushes_that_come_twice_or_in_another_order_change_nothing(path, local, monkeypatch):
+    x_BLD = torch.randn(1, 1400, HIDDEN, generator=torch.Generator().manual_seed(1))  # a server takes 512 at once
+    with swarm_of(path, (0, 3), (3, 6)) as (_, remote):
+        with remote.inference_session(max_length=1500) as session:
+            wanted = session.step(x_BLD)
+        mischief = Mischief(monkeypatch)
+        with remote.inference_session(max_length=1500) as session:
+            ours = [session.step(x_BLD[:, :1390])]
+            ours += [session.step(x_BLD[:, at : at + 1]) for at in range(1390, 1400)]
+        assert (torch.cat(ours, dim=1) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert mischief.num_swapped == 1 and mischief.num_repeated > 20
+        ids = random_ids(1, 6)
+        assert torch.equal(generate(remote, ids), generate(local, ids))
