@@ -76,6 +76,10 @@ class Needs:
     """Tokens (batch x length) of the batch, for forward and backward."""
     batch_size: int = 0
     """Sequences in the batch, for forward and backward."""
+    allowed: Collection[str] | None = None
+    """Peer ids of the only servers that the user permits; None: all."""
+    blocked: Collection[str] = frozenset()
+    """Peer ids of those that the user does not permit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,10 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"speaks protocol version {server.protocol_version} (ours is {PROTOCOL_VERSION})"
     if server.model_fingerprint != needs.fingerprint:
         return "serves another model"
+    if needs.allowed is not None and server.peer_id not in needs.allowed:
+        return "left out because allowed_servers does not name it"
+    if server.peer_id in needs.blocked:
+        return "left out because blocked_servers names it"
     if needs.commit and server.model_commit and server.model_commit != needs.commit:
         return f"serves revision {server.model_commit[:12]} (ours is {needs.commit[:12]})"
     if server.state != "online":
@@ -197,7 +205,7 @@ class Roster:
         self.height_s: Floats = np.array([place.height_s for place in places], dtype=np.float32)
         direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
         self.handing_over_s: Floats = np.where(direct_S, HOP_COST_S, HOP_COST_S + TUNNEL_COST_S).astype(np.float32)
-        self._speaking_S: dict[tuple[str, str | None], npt.NDArray[np.bool_]] = {}
+        self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
 
     def _integers(self, name: str) -> Integers:
         return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
@@ -208,10 +216,9 @@ class Roster:
 
     def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
         """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
-        wanted = needs.fingerprint, needs.commit
-        if wanted not in self._speaking_S:
-            any_size = replace(needs, session_tokens=0, batch_tokens=0, batch_size=0)
-            self._speaking_S[wanted] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
+        any_size = replace(needs, blocks=_ANY_BLOCKS, session_tokens=0, batch_tokens=0, batch_size=0)
+        if any_size not in self._speaking_S:
+            self._speaking_S[any_size] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
         usable_S = (
             self._speaking_S[wanted]
             & (self.max_session_tokens_S >= needs.session_tokens)
@@ -223,6 +230,17 @@ class Roster:
         usable_S[[self.indices[peer_id] for peer_id in avoid if peer_id in self.indices]] = False
         return np.flatnonzero(usable_S)
 
+
+    def missing(self, needs: Needs, avoid: Collection[str]) -> set[int]:
+        """The blocks that no usable server has."""
+        rows = self.usable(needs, avoid)
+        missing = set(needs.blocks)
+        for start, end in {(int(self.start_S[row]), int(self.end_S[row])) for row in rows}:
+            missing.difference_update(range(start, end))
+        return missing
+
+
+_ANY_BLOCKS = BlockRange(0, 1)
 
 _NOWHERE = Coordinates(height_s=0.0)
 """An unknown place is taken to be in the middle of all: what is not known costs nothing."""
@@ -447,7 +465,7 @@ def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collectio
             missing -= set(server.blocks)
         else:
             reasons[reason] = reasons.get(reason, 0) + 1
-    known = "; ".join(f"{count} known server{'s' * (count > 1)} {reason}" for reason, count in sorted(reasons.items()))
+    known = "; ".join(f"{count} known server{'s' * (count > 1)} {_in_the_plural(reason, count)}" for reason, count in sorted(reasons.items()))
     return (
         f"no server is available for block{'s' * (len(missing) > 1)} {describe_blocks(missing)} of "
         f"{needs.blocks}{f' ({known})' if known else ''}: start a server for them with `swarm serve`"
