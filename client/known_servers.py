@@ -70,7 +70,7 @@ class KnownServers:
         return self.roster.servers
 
     async def read(self, fingerprint: str, *, max_age_s: float, blocks: Collection[int] = ()) -> list[Announcement]:
-        """Return the announced servers of the model, looked for at most `max_age_s` ago if the directory can be reached.
+        """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
 
         Args:
             blocks: for which servers are looked for first.

@@ -81,9 +81,9 @@ class ClientConfig:
     idle_refresh_period_s: float = 60.0
     """The same for a client that asks for no route: it meets new servers before all those that it knows are gone."""
     directory_bytes_per_min: int = 200_000
-    """How much of the directory it reads at most; of a large swarm it then knows a part, and learns more as time goes."""
+    """How much of the directory it reads at most; of a large swarm it learns more as time goes on."""
     allowed_servers: Collection[str] | None = None
-    """Peer ids of the only servers that may be on a route; None: all may. Names are nobody's proof, ids are."""
+    """Peer ids of the only servers that may be on a route; None: all may. Names prove nothing."""
     blocked_servers: Collection[str] = ()
     """Peer ids of servers that are never on a route."""
     max_attempts: int = 20

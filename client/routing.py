@@ -81,6 +81,10 @@ class Needs:
     blocked: Collection[str] = frozenset()
     """Peer ids of those that the user does not permit."""
 
+    def permits(self, peer_id: str) -> bool:
+        """Whether the user lets a server be on the route."""
+        return peer_id not in self.blocked and (self.allowed is None or peer_id in self.allowed)
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -154,6 +158,8 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
         name = f"{server.blocks} at {server.server_name or 'peer'} ({server.peer_id[-8:]})"
         if server.peer_id in view.avoid:
             remarks.append(f"not used: {name} failed a moment ago")
+        elif not needs.permits(server.peer_id):
+            remarks.append(f"not used: {name} {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
@@ -165,10 +171,8 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"speaks protocol version {server.protocol_version} (ours is {PROTOCOL_VERSION})"
     if server.model_fingerprint != needs.fingerprint:
         return "serves another model"
-    if needs.allowed is not None and server.peer_id not in needs.allowed:
-        return "left out because allowed_servers does not name it"
-    if server.peer_id in needs.blocked:
-        return "left out because blocked_servers names it"
+    if not needs.permits(server.peer_id):
+        return "is named in blocked_servers" if server.peer_id in needs.blocked else "is not named in allowed_servers"
     if needs.commit and server.model_commit and server.model_commit != needs.commit:
         return f"serves revision {server.model_commit[:12]} (ours is {needs.commit[:12]})"
     if server.state != "online":
@@ -220,7 +224,7 @@ class Roster:
         if any_size not in self._speaking_S:
             self._speaking_S[any_size] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
         usable_S = (
-            self._speaking_S[wanted]
+            self._speaking_S[any_size]
             & (self.max_session_tokens_S >= needs.session_tokens)
             & (self.max_batch_tokens_S >= needs.batch_tokens)
             & (self.max_batch_size_S >= needs.batch_size)
@@ -229,7 +233,6 @@ class Roster:
         )
         usable_S[[self.indices[peer_id] for peer_id in avoid if peer_id in self.indices]] = False
         return np.flatnonzero(usable_S)
-
 
     def missing(self, needs: Needs, avoid: Collection[str]) -> set[int]:
         """The blocks that no usable server has."""
@@ -465,7 +468,7 @@ def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collectio
             missing -= set(server.blocks)
         else:
             reasons[reason] = reasons.get(reason, 0) + 1
-    known = "; ".join(f"{count} known server{'s' * (count > 1)} {_in_the_plural(reason, count)}" for reason, count in sorted(reasons.items()))
+    known = "; ".join(f"{count} known server{'s' * (count > 1)} {reason}" for reason, count in sorted(reasons.items()))
     return (
         f"no server is available for block{'s' * (len(missing) > 1)} {describe_blocks(missing)} of "
         f"{needs.blocks}{f' ({known})' if known else ''}: start a server for them with `swarm serve`"
