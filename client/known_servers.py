@@ -53,13 +53,15 @@ class KnownServers:
         *,
         bytes_per_min: float,
         use_direct: bool,
-        on_found: Callable[[Sequence[Announcement]], None],
+        on_found: Callable[[Sequence[Announcement]], None] = lambda found: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.roster = Roster()
         self.fingerprint = ""
         """The model that was asked for last; "" before that."""
         self._directory = directory
-        self._budget = ReadBudget(bytes_per_min, time.monotonic())
+        self._clock = clock
+        self._budget = ReadBudget(bytes_per_min, clock())
         self._use_direct = use_direct
         self._on_found = on_found
         self._refreshed_at_s = -float("inf")
@@ -88,16 +90,16 @@ class KnownServers:
                     if not self.servers:
                         raise NoRoute(f"the directory of the swarm cannot be reached: {exc}") from exc
                     logger.info("the directory cannot be reached, known servers are used on: %s", exc)
-                self._refreshed_at_s = time.monotonic()
+                self._refreshed_at_s = self._clock()
         return self.servers
 
     @property
     def _age_s(self) -> float:
-        return time.monotonic() - self._refreshed_at_s
+        return self._clock() - self._refreshed_at_s
 
     async def _read_within_budget(self, fingerprint: str, blocks: Collection[int]) -> list[Announcement]:
         before = self._directory.statistics().num_read_bytes
-        max_bytes = max(0.0, self._budget.bytes_at(time.monotonic()))
+        max_bytes = max(0.0, self._budget.bytes_at(self._clock()))
         try:
             return await self._directory.servers(fingerprint, max_bytes=max_bytes, blocks=blocks)
         finally:
