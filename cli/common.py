@@ -27,6 +27,11 @@ JoinOption = Annotated[
     typer.Option("--join", "-j", envvar="SWARM_JOIN", help="Join link of the swarm, swarm://…", show_default=False),
 ]
 
+AllowOption = Annotated[
+    list[str] | None, typer.Option("--allow", help="Peer id of a server to use, and no others; repeatable.")
+]
+BlockOption = Annotated[list[str] | None, typer.Option("--block", help="Peer id of a server not to use; repeatable.")]
+
 
 def parse_join(text: str) -> JoinLink | None:
     """Return the link of --join or SWARM_JOIN; None where neither is set. Raises: BadLink."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import JoinOption, need_join
+from .common import AllowOption, BlockOption, JoinOption, need_join
 
 
 def generate_command(
@@ -20,6 +20,8 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="For --sample.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
+    allow: AllowOption = None,
+    block: BlockOption = None,
 ) -> None:
     """Continue a text, printing it as it comes.
 
@@ -32,7 +34,12 @@ def generate_command(
     from swarm.client import AutoDistributedModelForCausalLM
 
     distributed = AutoDistributedModelForCausalLM.from_pretrained(
-        model, initial_peers=link.initial_peers, revision=revision, token=token
+        model,
+        initial_peers=link.initial_peers,
+        revision=revision,
+        token=token,
+        allowed_servers=allow or None,
+        blocked_servers=block or (),
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, token=token)
     if seed is not None:

@@ -14,13 +14,15 @@ from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest, NoRoute
 from swarm.ranges import BlockRange, describe_blocks
 
-from .common import JoinOption, console, need_join
+from .common import AllowOption, BlockOption, JoinOption, console, need_join
 
 
 def status_command(
     join: JoinOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     route: Annotated[bool, typer.Option("--route", help="Also the fastest route from here, and why.")] = False,
+    allow: AllowOption = None,
+    block: BlockOption = None,
 ) -> None:
     """Show the models of a swarm and the servers that hold their blocks.
 
@@ -28,6 +30,8 @@ def status_command(
     """
     if as_json and route:
         raise BadRequest("--route is for people to read: leave out --json")
+    if (allow or block) and not route:
+        raise BadRequest("--allow and --block are about the route: add --route")
     initial_peers = need_join(join).initial_peers
     models = asyncio.run(_read(initial_peers))
     if as_json:
@@ -38,15 +42,23 @@ def status_command(
     for listing, servers in models:
         _print_model(listing, servers)
         if route and not _missing(listing, servers):
-            console.print(asyncio.run(_explain(initial_peers, listing)), highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                asyncio.run(_explain(initial_peers, listing, allow, block)),
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
-async def _explain(initial_peers: tuple[str, ...], listing: ModelListing) -> str:
+async def _explain(
+    initial_peers: tuple[str, ...], listing: ModelListing, allow: list[str] | None, block: list[str] | None
+) -> str:
     from swarm.client.network import ClientConfig, open_network
     from swarm.client.routing import Needs
 
+    config = ClientConfig(initial_peers=initial_peers, allowed_servers=allow or None, blocked_servers=block or ())
     needs = Needs(BlockRange(0, listing.num_blocks), listing.fingerprint)
-    async with open_network(ClientConfig(initial_peers=initial_peers)) as network:
+    async with open_network(config) as network:
         try:
             return str(await network.explain_route(needs))
         except NoRoute as exc:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,8 @@ class _AutoDistributed:
         join: str | None = None,
         initial_peers: Sequence[str] = (),
         client_config: ClientConfig | None = None,
+        allowed_servers: Collection[str] | None = None,
+        blocked_servers: Collection[str] = (),
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
         dtype: torch.dtype | str | None = None,
@@ -76,14 +79,20 @@ class _AutoDistributed:
             join: a join link, swarm://…
             initial_peers: instead of a link: libp2p multiaddrs of peers to join through.
             client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
+            allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
+            blocked_servers: peer ids of servers that are not used.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
             dtype: of the client's weights; None or "auto": that of the checkpoint.
             device: where the client's part lies.
             hf_kwargs: config entries such as num_labels, and what Hugging Face's from_pretrained takes.
         Returns: an instance of the model's Hugging Face class.
-        Raises: BadLink, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
+        Raises: BadLink, BadRequest, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
         """
         config = _client_config(join, initial_peers, client_config)
+        if allowed_servers is not None:
+            config = replace(config, allowed_servers=allowed_servers)
+        if blocked_servers:
+            config = replace(config, blocked_servers=blocked_servers)
         checkpoint = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir))
         anatomy = anatomy_of(checkpoint.config)
         needs = Needs(BlockRange(0, anatomy.num_blocks), checkpoint.fingerprint, checkpoint.commit)
@@ -134,8 +143,6 @@ def _client_config(join: str | None, initial_peers: Sequence[str], config: Clien
     peers = JoinLink.parse(join).initial_peers if join is not None else tuple(initial_peers)
     if config is None:
         return ClientConfig(initial_peers=peers)
-    from dataclasses import replace
-
     return replace(config, initial_peers=peers) if peers else config
 
 

@@ -7,7 +7,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement
+from swarm.announcement import Announcement, is_peer_id
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
@@ -36,6 +36,7 @@ from swarm.tunnel import open_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
 
@@ -83,6 +84,12 @@ class ClientConfig:
     """How old the known announcements may be before the next new route reads the directory again."""
     idle_refresh_period_s: float = 60.0
     """The same for a client that asks for no route: it meets new servers before all those that it knows are gone."""
+    directory_bytes_per_min: int = 200_000
+    """How much of the directory it reads at most; of a large swarm it learns more as time goes on."""
+    allowed_servers: Collection[str] | None = None
+    """Peer ids of the only servers that may be on a route; None: all may. Names prove nothing."""
+    blocked_servers: Collection[str] = ()
+    """Peer ids of servers that are never on a route."""
     max_attempts: int = 20
     """How many peers may fail one request before it fails."""
     avoid_s: float = 1.0
@@ -109,10 +116,23 @@ class ClientConfig:
             raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
         for name in (
             "route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s",
-            "idle_refresh_period_s",
+            "idle_refresh_period_s", "directory_bytes_per_min",
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
+        for name in ("allowed_servers", "blocked_servers"):
+            object.__setattr__(self, name, _peer_ids(name, getattr(self, name)))
+
+
+def _peer_ids(name: str, given: Collection[str] | None) -> frozenset[str] | None:
+    """Raises: BadRequest: something among them is no peer id."""
+    if given is None:
+        return None
+    given = (given,) if isinstance(given, str) else given
+    for each in given:
+        if not is_peer_id(each):
+            raise BadRequest(f"{each!r} in {name} is not a peer id: `swarm status --json` shows the servers' ids")
+    return frozenset(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +152,12 @@ class Network:
         self.config = config
         self.connector = connector
         self._directory = directory
-        self._roster = Roster()
-        self._fingerprint = ""
-        """The model that was asked for last; "" before that."""
-        self._refreshed_at_s = -float("inf")
-        self._refreshing = asyncio.Lock()
+        self._known = KnownServers(
+            directory,
+            bytes_per_min=config.directory_bytes_per_min,
+            use_direct=config.use_direct,
+            on_found=self._forgive_moved,
+        )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
         self._survey = Survey(connector)
@@ -153,44 +174,34 @@ class Network:
         self._leaving: set[asyncio.Task[None]] = set()
         """What sessions still do on hops that they have left."""
 
-    async def servers(self, fingerprint: str, *, max_age_s: float | None = None) -> list[Announcement]:
+    async def servers(
+        self, fingerprint: str, *, max_age_s: float | None = None, blocks: Collection[int] = ()
+    ) -> list[Announcement]:
         """Return the announced servers of the model, at most `max_age_s` old while the directory can be reached.
 
+        Args:
+            blocks: for which servers are looked for first, where the swarm is too large to be read at once.
         Raises: NoRoute: it cannot be reached, and never could.
         """
-        self._fingerprint = fingerprint
         max_age_s = self.config.refresh_period_s if max_age_s is None else max_age_s
-        if self._age_s <= max_age_s:
-            return self._servers
-        async with self._refreshing:
-            if self._age_s > max_age_s:
-                try:
-                    found = await self._directory.servers(fingerprint)
-                    self._forgive_moved(found)
-                    self._roster = Roster(found if self.config.use_direct else map(_without_direct, found))
-                except PeerUnavailable as exc:
-                    if not self._servers:
-                        raise NoRoute(f"the directory of the swarm cannot be reached: {exc}") from exc
-                    logger.info("the directory cannot be reached, known servers are used on: %s", exc)
-                self._refreshed_at_s = time.monotonic()
-        return self._servers
+        return await self._known.read(fingerprint, max_age_s=max_age_s, blocks=blocks)
 
     @property
     def _servers(self) -> list[Announcement]:
-        return self._roster.servers
+        return self._known.servers
 
     @property
-    def _age_s(self) -> float:
-        return time.monotonic() - self._refreshed_at_s
+    def _roster(self) -> Roster:
+        return self._known.roster
 
     async def keep_in_touch(self) -> None:
         """Read the directory now and then, until cancelled, also while nobody asks for a route."""
         period_s = self.config.idle_refresh_period_s
         while True:
             await asyncio.sleep(period_s)
-            if self._fingerprint:
+            if self._known.fingerprint:
                 with contextlib.suppress(NoRoute):
-                    await self.servers(self._fingerprint, max_age_s=period_s / 2)
+                    await self.servers(self._known.fingerprint, max_age_s=period_s / 2)
                 await self._survey.visit(self._servers, SURVEYED_LATER)
 
     async def route(self, needs: Needs, attempt: Attempt, *, prefer: str = "") -> list[Hop]:
@@ -200,9 +211,14 @@ class Network:
             prefer: id of a peer to take alone if it can do all of it.
         Raises: NoRoute.
         """
-        await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s)
+        missing = self._roster.missing(self._permitted(needs), self._avoided() | attempt.refused_by)
+        await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s, blocks=missing)
         await self._look_around()
-        return plan_route(self._roster, needs, self.view(attempt), prefer=prefer)
+        return plan_route(self._roster, self._permitted(needs), self.view(attempt), prefer=prefer)
+
+    def _permitted(self, needs: Needs) -> Needs:
+        """The same, of the servers that the user wants."""
+        return replace(needs, allowed=self.config.allowed_servers, blocked=self.config.blocked_servers)
 
     def view(self, attempt: Attempt | None = None) -> View:
         """What is known of the peers now."""
@@ -233,7 +249,7 @@ class Network:
             return False
         view = replace(self.view(), holding={hop.peer_id for hop in hops})
         try:
-            others = plan_route(self._roster, needs, view)
+            others = plan_route(self._roster, self._permitted(needs), view)
         except (NoRoute, PromptTooLong):  # those that are left could not do it
             return False
         if [(hop.peer_id, hop.blocks) for hop in others] == [(hop.peer_id, hop.blocks) for hop in hops]:
@@ -270,7 +286,7 @@ class Network:
     async def explain_route(self, needs: Needs) -> ExplainedRoute:
         """The route that a request would take now. Raises: NoRoute."""
         hops = await self.route(needs, Attempt())
-        return explain(hops, self._roster, needs, self.view())
+        return explain(hops, self._roster, self._permitted(needs), self.view())
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys() | self._silent
@@ -444,10 +460,6 @@ class Network:
         surveying = [self._surveying] if self._surveying is not None else []
         await asyncio.gather(*self._leaving)
         await cancel_and_wait([*self._missing.values(), *surveying])
-
-
-def _without_direct(server: Announcement) -> Announcement:
-    return server.model_copy(update={"direct": []})
 
 
 def blame(error: E, hop: Hop) -> E:

@@ -76,6 +76,14 @@ class Needs:
     """Tokens (batch x length) of the batch, for forward and backward."""
     batch_size: int = 0
     """Sequences in the batch, for forward and backward."""
+    allowed: Collection[str] | None = None
+    """Peer ids of the only servers that the user permits; None: all."""
+    blocked: Collection[str] = frozenset()
+    """Peer ids of those that the user does not permit."""
+
+    def permits(self, peer_id: str) -> bool:
+        """Whether the user lets a server be on the route."""
+        return peer_id not in self.blocked and (self.allowed is None or peer_id in self.allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +158,8 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
         name = f"{server.blocks} at {server.server_name or 'peer'} ({server.peer_id[-8:]})"
         if server.peer_id in view.avoid:
             remarks.append(f"not used: {name} failed a moment ago")
+        elif not needs.permits(server.peer_id):
+            remarks.append(f"not used: {name} {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
@@ -161,6 +171,8 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"speaks protocol version {server.protocol_version} (ours is {PROTOCOL_VERSION})"
     if server.model_fingerprint != needs.fingerprint:
         return "serves another model"
+    if not needs.permits(server.peer_id):
+        return "is named in blocked_servers" if server.peer_id in needs.blocked else "is not named in allowed_servers"
     if needs.commit and server.model_commit and server.model_commit != needs.commit:
         return f"serves revision {server.model_commit[:12]} (ours is {needs.commit[:12]})"
     if server.state != "online":
@@ -197,7 +209,7 @@ class Roster:
         self.height_s: Floats = np.array([place.height_s for place in places], dtype=np.float32)
         direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
         self.handing_over_s: Floats = np.where(direct_S, HOP_COST_S, HOP_COST_S + TUNNEL_COST_S).astype(np.float32)
-        self._speaking_S: dict[tuple[str, str | None], npt.NDArray[np.bool_]] = {}
+        self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
 
     def _integers(self, name: str) -> Integers:
         return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
@@ -208,12 +220,11 @@ class Roster:
 
     def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
         """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
-        wanted = needs.fingerprint, needs.commit
-        if wanted not in self._speaking_S:
-            any_size = replace(needs, session_tokens=0, batch_tokens=0, batch_size=0)
-            self._speaking_S[wanted] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
+        any_size = replace(needs, blocks=_ANY_BLOCKS, session_tokens=0, batch_tokens=0, batch_size=0)
+        if any_size not in self._speaking_S:
+            self._speaking_S[any_size] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
         usable_S = (
-            self._speaking_S[wanted]
+            self._speaking_S[any_size]
             & (self.max_session_tokens_S >= needs.session_tokens)
             & (self.max_batch_tokens_S >= needs.batch_tokens)
             & (self.max_batch_size_S >= needs.batch_size)
@@ -223,6 +234,16 @@ class Roster:
         usable_S[[self.indices[peer_id] for peer_id in avoid if peer_id in self.indices]] = False
         return np.flatnonzero(usable_S)
 
+    def missing(self, needs: Needs, avoid: Collection[str]) -> set[int]:
+        """The blocks that no usable server has."""
+        rows = self.usable(needs, avoid)
+        missing = set(needs.blocks)
+        for start, end in {(int(self.start_S[row]), int(self.end_S[row])) for row in rows}:
+            missing.difference_update(range(start, end))
+        return missing
+
+
+_ANY_BLOCKS = BlockRange(0, 1)
 
 _NOWHERE = Coordinates(height_s=0.0)
 """An unknown place is taken to be in the middle of all: what is not known costs nothing."""

@@ -52,8 +52,13 @@ def _check_multiaddr(text: str) -> str:
     return text
 
 
+def is_peer_id(text: object) -> bool:
+    """Whether this could be the id of a peer."""
+    return isinstance(text, str) and _PEER_ID.fullmatch(text) is not None
+
+
 def _check_peer_id(text: str) -> str:
-    if not _PEER_ID.fullmatch(text):
+    if not is_peer_id(text):
         raise ValueError("must be a base58 peer id")
     return text
 

@@ -184,7 +184,7 @@ class Dht:
         from hivemind.p2p import P2P
         from hivemind.utils.multiaddr import Multiaddr
 
-        from swarm.dht_records import RecordValidator
+        from swarm.dht_records import BucketStorage, RecordValidator
         from swarm.dht_shelves import DhtShelves
 
         class PrivateP2P(P2P):  # hivemind puts its sockets into /tmp; ours go into our private directory
@@ -203,6 +203,8 @@ class Dht:
             cache_on_store=False,
             reuse_get_requests=False,
         )
+        # One storage, with our bounds, for what others store here and for what they call a cache.
+        self._node.protocol.storage = self._node.protocol.cache = BucketStorage(self._clock.now_s)
         self._contacts = Contacts(self._node, self, self._known)
         shelves = DhtShelves(self._node, self.identity, self._clock, self._contacts, self._keep_time)
         self.directory = BucketDirectory(shelves, self.peer_id, self._clock, self._known.meet)

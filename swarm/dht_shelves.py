@@ -21,7 +21,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 
 from swarm.buckets import Bucket
 from swarm.dht_contacts import Contacts
-from swarm.dht_records import RECORD_LIFETIME_S, BucketStorage, read_record, sign_record
+from swarm.dht_records import RECORD_LIFETIME_S, read_record, sign_record
 from swarm.directory import SwarmClock
 from swarm.errors import PeerUnavailable
 from swarm.identity import Identity
@@ -82,8 +82,6 @@ class DhtShelves:
         self._keep_time = keep_time
         self._last_write_s = 0.0
         self._near_by_key: dict[DHTID, _Near] = {}
-        # One storage, with our bounds, for what others store here and for what they call a cache.
-        self._protocol.storage = self._protocol.cache = BucketStorage(clock.now_s)
 
     async def write(self, bucket: Bucket, data: bytes, lifetime_s: float) -> bool:
         """See swarm.directory.Shelves."""

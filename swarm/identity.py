@@ -108,6 +108,7 @@ class Identity:
         return f"Identity({self.peer_id})"
 
 
+@functools.lru_cache(maxsize=8192)
 def peer_id_of(public_key: bytes) -> str:
     """The libp2p peer id of an Ed25519 public key of PUBLIC_KEY_BYTES."""
     return _base58(_PEER_ID_HEADER + public_key)

@@ -87,6 +87,7 @@ class Listing(Generic[V]):
     """(entry, for how many seconds it counts from now) -> what it says, or None if that is nothing."""
     _states: dict[Bucket, _State] = field(default_factory=dict)
     _seen: dict[str, _Seen[V]] = field(default_factory=dict)
+    _forgot_at_s: float = -float("inf")
 
     def __post_init__(self) -> None:
         self._states[self.root] = _State()
@@ -127,6 +128,9 @@ class Listing(Generic[V]):
         self._seen[entry.peer_id] = _Seen(entry, value, until_s, bucket)
 
     def _forget(self, now_s: float) -> None:
+        if now_s < self._forgot_at_s + STALE_S:
+            return
+        self._forgot_at_s = now_s
         ended_s = now_s - 2 * MAX_UNREAD_S
         for peer_id in [each for each, seen in self._seen.items() if self._end_s(seen) < ended_s]:
             del self._seen[peer_id]

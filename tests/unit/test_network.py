@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 
+from swarm.client.known_servers import ReadBudget
 from swarm.client.network import Attempt, ClientConfig, Network
 from swarm.client.routing import Needs
 from swarm.errors import (
@@ -303,3 +304,40 @@ def test_a_client_needs_somebody_to_join_through():
         ClientConfig(initial_peers=())
     with pytest.raises(BadRequest, match="silence_s must be positive"):
         ClientConfig(initial_peers=("/ip4/127.0.0.1/tcp/1",), silence_s=0)
+
+
+def test_only_permitted_servers_are_on_routes_and_no_route_counts_the_others():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "ABC":
+            await directory.announce(announcement(name, 0, 12))
+        allowed = make_network(directory, allowed_servers=[peer_id("B")])
+        assert [hop.peer_id for hop in await allowed.route(NEEDS, Attempt())] == [peer_id("B")]
+        assert str(await allowed.explain_route(NEEDS)).count("is not named in allowed_servers") == 2
+        blocked = make_network(directory, blocked_servers=[peer_id("A"), peer_id("B")])
+        assert [hop.peer_id for hop in await blocked.route(NEEDS, Attempt())] == [peer_id("C")]
+        nobody = make_network(directory, allowed_servers=[peer_id("A")], blocked_servers=[peer_id("A")])
+        with pytest.raises(NoRoute, match=r"1 known server is named in blocked_servers; 2 known .* allowed_servers"):
+            await nobody.route(NEEDS, Attempt())
+
+    run(test)
+
+
+@pytest.mark.parametrize("given", ["my-server", ["A" * 20], [7], [""], ["O" * 46]])
+def test_servers_are_permitted_by_peer_id_only(given):
+    for name in ("allowed_servers", "blocked_servers"):
+        with pytest.raises(BadRequest, match=f"in {name} is not a peer id"):
+            make_network(**{name: given})
+
+
+def test_a_client_reads_no_more_of_a_large_directory_than_it_may_in_any_minute():
+    budget, now_s, read = ReadBudget(200_000, 0.0), 0.0, []
+    while now_s < 300:
+        if (budget_bytes := budget.bytes_at(now_s)) >= 26_000:
+            budget.spend(26_000)
+            read.append((now_s, 26_000))
+            assert budget_bytes <= 40_000
+        now_s += 0.5
+    for begun_s in range(240):
+        assert sum(size for at_s, size in read if begun_s <= at_s < begun_s + 60) <= 200_000
+    assert sum(size for _, size in read) > 300 * 150_000 / 60
