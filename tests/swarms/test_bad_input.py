@@ -10,7 +10,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,6 +28,7 @@ from tiny import HIDDEN, random_ids, save_tiny
 
 from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.codec import pack
+from swarm.directory import DirectoryStatistics
 from swarm.errors import (
     BadCheckpoint,
     BadLink,
@@ -482,11 +483,14 @@ def test_peers_of_another_version_or_revision_are_not_used(llama, swarms, monkey
     others = [hop.server.model_copy(update={field: value}) for hop in llama.remote.explain_route()]
 
     class Directory:
-        async def servers(self, fingerprint: str) -> list[Any]:
+        async def servers(self, fingerprint: str, *, max_bytes: float, blocks: Collection[int]) -> list[Any]:
             return others
 
-    monkeypatch.setattr(network, "_directory", Directory())
-    monkeypatch.setattr(network, "_refreshed_at_s", -float("inf"))
+        def statistics(self) -> DirectoryStatistics:
+            return DirectoryStatistics()
+
+    monkeypatch.setattr(network._known, "_directory", Directory())
+    monkeypatch.setattr(network._known, "_refreshed_at_s", -float("inf"))
     reason = "speaks protocol version 9" if field == "protocol_version" else "serves revision bbbbbbbbbbbb"
     with pytest.raises(NoRoute, match=f"3 known servers {reason}"):
         client.generate(random_ids(1, 3), max_new_tokens=2)

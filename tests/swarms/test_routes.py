@@ -151,8 +151,8 @@ def test_parts_of_a_batch_go_to_all_servers_that_are_equally_fast(tiny_model):
             remote.explain_route()
             network = remote._swarm.connection.network
             # As if computing took long enough for chance not to decide.
-            slow = [server.model_copy(update={"forward_tokens_per_s": 50.0}) for server in network._roster.servers]
-            network._roster = Roster(slow)
+            slow = [server.model_copy(update={"forward_tokens_per_s": 50.0}) for server in network._known.servers]
+            network._known.roster = Roster(slow)
             ids = random_ids(8, 16)
             ours, theirs = gradient(remote, ids), gradient(load_local(path), ids)
             assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp(1)
