@@ -38,6 +38,7 @@ from .metrics import ServerCollector, serve_metrics
 from .moving import Mover
 from .placement import choose_blocks, plan_memory
 from .precision import Precision, choose_precision
+from .reachability import Reachability, open_reachability
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
 from .tenure import Holding, open_tenure
@@ -131,11 +132,15 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             owned.enter_context(serve_metrics(address, ServerCollector(lambda: mover.present)))
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(open_grpc(config, front, certificate))
-        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
-        announcement = await _announcement(config, checkpoint, holding, dht, certificate, port)
+        reachability = await owned.enter_async_context(
+            open_reachability(dht, config, port, certificate.certificate_der)
+        )
+        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays))
+        announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)
         announcer, announcing = await owned.enter_async_context(
             announced(dht.directory, announcement, Survey(connector), config.announce_period_s)
         )
+        await owned.enter_async_context(reachability.telling(announcer.say))
         await mover.settle(announcer, holding)
         initial_peers = tuple(await _link_peers(config, dht))
         link = JoinLink(initial_peers=initial_peers, model_name=public_name(checkpoint)).encode()
