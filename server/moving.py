@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from .config import ServerConfig
 from .front import Front
 from .hardware import free_bytes
 from .placement import MemoryPlan, fits
+from .rebalancing import ASK_S, CHECKS_PER_PERIOD, Population, mobility, own_move, reconsider
 from .tenure import Holding, Tenure
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,10 @@ class Mover:
         self.present: Tenure | None = None
         """What is in service; None: nothing at the moment."""
         self._owned = AsyncExitStack()
+        self._moves_by_itself = config.moves and config.blocks is None
+        self._settled_s = time.monotonic()
+        """When it moved last, or failed to."""
+        self._num_moves = 0
         self._orders: asyncio.Queue[_Order] = asyncio.Queue(1)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -56,8 +63,14 @@ class Mover:
     async def settle(self, announcer: Announcer, holding: Holding) -> None:
         """Take the first blocks into service. Raises: what opening the tenure raises."""
         self._announcer = announcer
-        announcer.measure = lambda: {} if self.present is None else self.present.announced()
+        announcer.measure = self._announced
         await self._take(holding)
+
+    def _announced(self) -> dict[str, Any]:
+        fields = {} if self.present is None else self.present.announced()
+        return fields | {
+            "mobility": mobility(self._moves_by_itself, time.monotonic() - self._settled_s, self._num_moves)
+        }
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead; returns when they are in service and the old ones are gone.
@@ -73,19 +86,54 @@ class Mover:
         await order.done
 
     async def run(self) -> None:
-        """Carry out moves one after the other, until cancelled."""
+        """Carry out moves one after the other, and look now and then whether to move, until cancelled."""
+        period_s = self._config.announce_period_s / CHECKS_PER_PERIOD
         while True:
-            order = await self._orders.get()
             try:
-                await self._move(order.blocks)
-            except SwarmError as exc:
-                order.done.set_exception(exc)
-                if self.present is None:
-                    raise
+                async with asyncio.timeout(period_s if self._moves_by_itself else None):
+                    order = await self._orders.get()
+            except TimeoutError:
+                await self._move_by_itself()
             else:
-                order.done.set_result(None)
-            finally:
-                order.done.cancel()
+                await self._obey(order)
+
+    async def _obey(self, order: _Order) -> None:
+        try:
+            await self._move(order.blocks)
+        except SwarmError as exc:
+            order.done.set_exception(exc)
+            if self.present is None:
+                raise
+        else:
+            order.done.set_result(None)
+        finally:
+            order.done.cancel()
+
+    async def _move_by_itself(self) -> None:
+        """Go where the swarm lacks this server more; see rebalancing.py."""
+        here = self.tenure.blocks
+        try:
+            if (blocks := await self._plan(own_move)) is None:
+                return
+            await self._announcer.say(next_start=blocks.start, next_end=blocks.end)
+            await asyncio.sleep(min(ASK_S, self._config.announce_period_s / 3))
+            blocks = await self._plan(lambda population, server: reconsider(population, server, here.start))
+            if blocks is None:
+                await self._announcer.say(next_start=None, next_end=None)
+                return
+            await self._move(blocks)
+        except SwarmError as exc:
+            if self.present is None:
+                raise
+            logger.warning("blocks %s stay here: %s", here, exc)
+            self._settled_s = time.monotonic()
+            await self._announcer.say(next_start=None, next_end=None)
+
+    async def _plan(self, decide: Callable[[Population, int], BlockRange | None]) -> BlockRange | None:
+        """Decide by what everybody announces now. Raises: PeerUnavailable: the directory cannot be reached."""
+        own = self._announcer.current
+        population = Population.of([own, *await self._announcer.others()], own.num_model_blocks)
+        return await asyncio.to_thread(decide, population, 0)
 
     async def drain(self) -> None:
         """Take no new calls, and let running ones finish for a while."""
@@ -110,6 +158,7 @@ class Mover:
             await self._make_before_break(new)
         else:
             await self._break_before_make(new)
+        self._num_moves += 1
         if self._config.on_moved is not None:
             self._config.on_moved(blocks)
 
@@ -150,7 +199,7 @@ class Mover:
             watch = asyncio.create_task(tenure.engine.wait_ended())
             watch.add_done_callback(self._note_end)
             owned.callback(watch.cancel)
-            self.present, self._owned = tenure, owned.pop_all()
+            self.present, self._owned, self._settled_s = tenure, owned.pop_all(), time.monotonic()
         await self._front.serve(tenure.service)
         await self._announcer.say(state="online", next_start=None, next_end=None)
 

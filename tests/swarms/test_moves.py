@@ -12,7 +12,7 @@ from tiny import load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.client import ClientConfig
-from swarm.errors import BadRequest
+from swarm.errors import BadRequest, ResourceError
 from swarm.link import JoinLink
 from swarm.ranges import BlockRange
 from swarm.server import LocalSwarm, moving
@@ -90,5 +90,33 @@ def test_a_server_that_cannot_move_stays_as_it_is(path, local):
         remote = join(path, swarm.link)
         try:
             assert torch.equal(generate(remote, random_ids(1, 4)), generate(local, random_ids(1, 4)))
+        finally:
+            remote.close()
+
+
+def test_a_server_that_chose_its_blocks_fills_the_gap_that_a_killed_one_leaves(path, local):
+    """The client waits meanwhile and then goes on; servers that were told their blocks move only when they are told."""
+    ids = random_ids(1, 8)
+    arguments = ("--announce-period", "1", "--cache-mib", "64", "--threads", "1", "--drain-timeout", "0.5")
+    with LocalSwarm(path, [(0, 3), (3, 6)], dtype="float32", arguments=arguments) as swarm:
+        chooser = swarm.add(3)
+        there = chooser.blocks
+        assert there in (BlockRange(0, 3), BlockRange(3, 6))
+        stays, killed = sorted(swarm.servers[:2], key=lambda server: server.blocks != there)
+        remote = join(path, swarm.link)
+        try:
+            with remote.inference_session(max_length=64):
+                text = generate(remote, ids, max_new_tokens=5)
+                killed.kill()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+                assert chooser.blocks == killed.blocks != there
+                assert stays.blocks == there
+                stays.move((0, 6))
+                chooser.kill()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+                assert stays.blocks == BlockRange(0, 6)
+            assert torch.equal(text, generate(local, ids, max_new_tokens=15))
+            with pytest.raises(ResourceError, match="Did not move: block range 4:9 is outside the model"):
+                stays.move((4, 9))
         finally:
             remote.close()
