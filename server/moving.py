@@ -68,9 +68,8 @@ class Mover:
 
     def _announced(self) -> dict[str, Any]:
         fields = {} if self.present is None else self.present.announced()
-        return fields | {
-            "mobility": mobility(self._moves_by_itself, time.monotonic() - self._settled_s, self._num_moves)
-        }
+        settled_s = time.monotonic() - self._settled_s
+        return fields | {"mobility": mobility(self._moves_by_itself, settled_s, self._num_moves)}
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead; returns when they are in service and the old ones are gone.

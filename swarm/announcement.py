@@ -157,6 +157,8 @@ class Announcement(BaseModel):
     next_start: Annotated[int, Field(ge=0, le=100_000)] | None = None
     """First of the blocks that it is about to serve instead; None: it stays."""
     next_end: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    mobility: Literal["fixed", "settled", "free"] = "fixed"
+    """Whether it moves by itself: never; only where blocks are missing; whenever that helps."""
     direct: Annotated[list[HostPort], Field(max_length=8)] = []
     """Addresses of the gRPC port, best first; empty for a peer that only the tunnel reaches."""
     tls_certificate: Annotated[bytes, Field(max_length=4096)]
@@ -221,6 +223,7 @@ class Announcement(BaseModel):
             tls_certificate=pack_certificate(self.tls_certificate),
             multiaddrs=[address.removesuffix(own_suffix) for address in self.multiaddrs],
             coordinates=[] if place is None else [place.x_s, place.y_s, place.height_s, place.error],
+            mobility=f"MOBILITY_{self.mobility.upper()}",
             next_blocks=None if following is None else blocks_pb2.BlockRange(start=following.start, end=following.end),
         ).SerializeToString()
         if len(data) > MAX_ANNOUNCEMENT_BYTES:
@@ -257,6 +260,7 @@ class Announcement(BaseModel):
                 "coordinates": _place(entry.coordinates) if entry.coordinates else None,
                 "next_start": entry.next_blocks.start if moves else None,
                 "next_end": entry.next_blocks.end if moves else None,
+                "mobility": directory_pb2.Mobility.Name(entry.mobility).removeprefix("MOBILITY_").lower(),
             }
         except (ValueError, TypeError) as exc:  # a number without a name, a certificate without a point
             raise ProtocolError(f"a malformed announcement: {exc}") from exc
