@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
@@ -90,6 +90,11 @@ class Dht:
         )
         _, writer = await self._ask_daemon(request, peer_id, timeout_s)
         writer.close()
+
+    @property
+    def initial_peer_ids(self) -> Collection[str]:
+        """The peers that this node has joined through, or tried to."""
+        return self._known.initial.keys()
 
     def known_peers(self) -> dict[str, list[str]]:
         """Peers of this swarm, the initial ones first, and where each may be."""
