@@ -76,6 +76,7 @@ def _print_own(own: OwnCheck) -> None:
         f"This machine: seen as {seen}{', behind a router' * own.is_translated}; TCP port {own.port} reachable from "
         f"outside: {state}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -97,8 +98,8 @@ def _print_peers(peers: tuple[PeerCheck, ...]) -> None:
 
 def _print_model(model: ModelCheck) -> None:
     table = Table(title=f"{model.name}: {model.num_blocks} blocks", title_justify="left")
-    for column in ("server", "blocks", "state", "way", "round trip", "up", "down", "clock", "protocol", "peer"):
-        table.add_column(column)
+    for column in ("server", "blocks", "state", "way", "round trip", "Mbit/s up, down", "clock", "protocol", "peer"):
+        table.add_column(column, overflow="fold")
     for server in model.servers:
         way = f"relay {server.relay_id[-8:]}" if server.relay_id else server.way
         table.add_row(
@@ -107,8 +108,7 @@ def _print_model(model: ModelCheck) -> None:
             server.state,
             way or "[red]none[/]",
             _milliseconds(server.rtt_s),
-            _speed(server.upload_bytes_per_s),
-            _speed(server.download_bytes_per_s),
+            ", ".join(_megabits(each) for each in (server.upload_bytes_per_s, server.download_bytes_per_s)),
             _clock(server.clock_offset_s),
             str(server.protocol_version),
             server.peer_id[-8:],
@@ -120,8 +120,8 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
-def _speed(bytes_per_s: float | None) -> str:
-    return "" if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:.0f} Mbit/s"
+def _megabits(bytes_per_s: float | None) -> str:
+    return "?" if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:.0f}"
 
 
 def _clock(offset_s: float | None) -> str:

@@ -106,8 +106,10 @@ class Reachability:
             await self.check()
 
     async def aclose(self) -> None:
+        """Leave the relays."""
         if self._registering is not None:
             await cancel_all({self._registering})
+        await self._registrations.aclose()
 
     def _relays_changed(self) -> None:
         through = circuits(self._registrations.addresses, self._dht.peer_id)[:MAX_RELAY_ADDRESSES]

@@ -276,6 +276,7 @@ def advice(report: Report) -> list[str]:
 def _advice_on_this_machine(report: Report) -> list[str]:
     own = report.own
     router = " This machine is behind a router." if own.is_translated else ""
+    forward = " and forward them on the router" if own.is_translated else ""
     if own.reach.reached:
         where = ", ".join(own.reach.reached)
         return [f"Others can dial this machine ({where}, TCP port {own.port}): a server here serves directly.{router}"]
@@ -283,9 +284,8 @@ def _advice_on_this_machine(report: Report) -> list[str]:
         return [f"Nobody could try whether this machine can be dialled.{router}"]
     ports = f"TCP port {own.port}" if own.is_chosen else "two TCP ports, one for --port and one for --dht-port"
     sentences = [
-        f"Others cannot dial this machine ({', '.join(own.reach.missed)}, TCP port {own.port}).{router} To let a server "
-        f"here serve directly, open {ports} in its firewall{' and forward them on the router' if router else ''}; "
-        "otherwise clients come through a relay."
+        f"Others cannot dial this machine ({', '.join(own.reach.missed)}, TCP port {own.port}).{router} To let a "
+        f"server here serve directly, open {ports} in its firewall{forward}; otherwise clients come through a relay."
     ]
     if not any(peer.relays for peer in report.peers):
         sentences.append("No peer of the join link relays: run `swarm dht` on a machine that others can dial.")
@@ -313,7 +313,8 @@ def _advice_on_model(model: ModelCheck) -> list[str]:
         who = f"Server {server.name} (blocks {server.blocks}, {server.peer_id[-8:]})"
         if server.protocol_version != PROTOCOL_VERSION:
             sentences.append(
-                f"{who} speaks protocol {server.protocol_version}, this program {PROTOCOL_VERSION}: update the older one."
+                f"{who} speaks protocol {server.protocol_version}, this program {PROTOCOL_VERSION}: "
+                "update the older one."
             )
         elif not server.way:
             sentences.append(f"{who} cannot be reached: {server.error}.")
@@ -328,8 +329,8 @@ def _advice_on_model(model: ModelCheck) -> list[str]:
             )
     if model.missing_blocks:
         sentences.append(
-            f"Blocks {describe_blocks(model.missing_blocks)} of {model.name} cannot be reached: start a server for them "
-            "with `swarm serve`."
+            f"Blocks {describe_blocks(model.missing_blocks)} of {model.name} cannot be reached: "
+            "start a server for them with `swarm serve`."
         )
     else:
         sentences.append(f"All {model.num_blocks} blocks of {model.name} can be reached from here.")

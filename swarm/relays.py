@@ -5,7 +5,7 @@
 
 A relay opens streams only to peers that have registered with it, over the connections that these have made. It reads
 nothing: what it carries is TLS between the two ends. Addresses are written as libp2p does,
-/ip4/…/tcp/…/p2p/<relay>/p2p-circuit/p2p/<server>. Why libp2p's own relays are not used: docs/decisions/0013.
+/ip4/…/tcp/…/p2p/<relay>/p2p-circuit/p2p/<server>. Why libp2p's own relays are not used: docs/decisions/0016.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ async def _ask_relay(node: Node, relay_id: str, request: Request, timeout_s: flo
 
 
 class Registrations:
-    """The relays that carry connections to this node; use `run` in a task.
+    """The relays that carry connections to this node: `run` in a task keeps them, `aclose` ends it all.
 
     Args:
         candidates: says whom to ask, those first that are preferred: peer id -> where it may be.
@@ -194,15 +194,18 @@ class Registrations:
 
     async def run(self) -> None:
         """Stay registered with NUM_RELAYS of the candidates, until cancelled."""
-        try:
-            while True:
-                await self.fill()
-                kept = list(self._kept.values())
+        while True:
+            await self.fill()
+            kept = list(self._kept.values())
+            if kept:
                 waiting_s = None if len(kept) >= NUM_RELAYS else RETRY_S
-                await (asyncio.wait(kept, timeout=waiting_s, return_when=asyncio.FIRST_COMPLETED)
-                       if kept else asyncio.sleep(RETRY_S))  # fmt: skip
-        finally:
-            await cancel_all(self._kept.values())
+                await asyncio.wait(kept, timeout=waiting_s, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(RETRY_S)
+
+    async def aclose(self) -> None:
+        """Give the places at all relays back."""
+        await cancel_all(self._kept.values())
 
     async def fill(self) -> None:
         """Ask candidates in turn, until there are enough relays or nobody is left."""
