@@ -2,7 +2,8 @@
 
 Five server processes hold every block of a tiny model at least twice; their links are shaped. At random tokens of a
 generation, or at random moments of forward and backward, servers are killed, frozen, slowed down tenfold, cut off, or
-told to leave. The reference is the undisturbed local model: all tokens, and all gradients, must be equal.
+told to leave or to serve other blocks; every block stays with one of those that are well. The reference is the
+undisturbed local model: all tokens, and all gradients, must be equal.
 
     python benchmarks/chaos.py --runs 100 --training-runs 50
     python benchmarks/chaos.py --runs 0 --training-runs 0 --pauses 7
@@ -36,6 +37,9 @@ from swarm.link import JoinLink
 from swarm.server import LocalSwarm
 
 RANGES = ((0, 2), (0, 2), (2, 4), (2, 4), (0, 4))
+ELSEWHERE = ((2, 4), (0, 4), (0, 2), (0, 4), (0, 2))
+"""Where servers move to."""
+NUM_BLOCKS = 4
 FLAGS = ("--announce-period", "3", "--cache-mib", "64", "--threads", "1", "--drain-timeout", "1")
 SLOW_PERIOD_S, SLOW_SHARE = 0.1, 0.9
 """A slowed server is frozen for this share of each period."""
@@ -54,6 +58,7 @@ class Victims:
         self._slowing: list[tuple[threading.Event, threading.Thread]] = []
         self._pool = ThreadPoolExecutor(max_workers=2)
         self._starting: list[Future[None]] = []
+        self._harmed: set[int] = set()
 
     def start(self, slot: int) -> None:
         port, dht_port = self._ports[slot]
@@ -64,11 +69,22 @@ class Victims:
         ports = {int(address.rpartition(":")[2]) for address in hop.server.direct}
         return next(slot for slot, (port, _) in enumerate(self._ports) if port in ports)
 
+    def choose(self, rng: random.Random, wanted: Sequence[int]) -> int | None:
+        """One of the wanted slots, or else any, to which nothing has happened yet and which is not needed."""
+        for slots in (wanted, range(len(RANGES))):
+            allowed = [slot for slot in slots if slot not in self._harmed and self._covered_without(slot)]
+            if allowed:
+                return rng.choice(allowed)
+        return None
+
+    def _covered_without(self, slot: int) -> bool:
+        well = [RANGES[each] for each in self._slots if each != slot and each not in self._harmed]
+        return all(any(start <= block < end for start, end in well) for block in range(NUM_BLOCKS))
+
     def harm(self, event: str, slot: int) -> None:
         """Do one thing to the server of a slot."""
         server = self._slots[slot]
-        if not server.alive:
-            return
+        self._harmed.add(slot)
         if event == "kill":
             server.kill()
         elif event == "freeze":
@@ -77,6 +93,8 @@ class Victims:
             self._slow_down(server)
         elif event == "cut":
             self._shaper.set(Quality(is_cut=True), [slot])
+        elif event == "move":
+            self._starting.append(self._pool.submit(server.move, ELSEWHERE[slot]))
         else:
             self._starting.append(self._pool.submit(server.stop))
 
@@ -107,11 +125,14 @@ class Victims:
         for slot, server in self._slots.items():
             if server.alive:
                 server.resume()
+                if (server.blocks.start, server.blocks.end) != RANGES[slot]:
+                    self._starting.append(self._pool.submit(server.move, RANGES[slot]))
             else:
                 self._starting.append(self._pool.submit(self.start, slot))
         for future in self._starting:
             future.result()
         self._starting.clear()
+        self._harmed.clear()
 
     def close(self) -> None:
         for over, thread in self._slowing:
@@ -121,7 +142,7 @@ class Victims:
         self.swarm.close()
 
 
-EVENTS = ("kill", "freeze", "slow", "cut", "drain")
+EVENTS = ("kill", "freeze", "slow", "cut", "drain", "move")
 
 
 @contextmanager
@@ -172,9 +193,10 @@ def generation_run(victims: Victims, remote: Any, local: Any, seed: int, num_tok
 
         def harm(event: str) -> None:
             route = [victims.slot_of(hop) for hop in session.route]
-            slot = rng.choice(route) if route and rng.random() < 0.8 else rng.randrange(len(RANGES))
-            happened.append(event)
-            victims.harm(event, slot)
+            slot = victims.choose(rng, route if rng.random() < 0.8 else ())
+            if slot is not None:
+                happened.append(event)
+                victims.harm(event, slot)
 
         moments = sorted(rng.sample(range(num_tokens), rng.randint(1, 3)))
         actions = {moment: partial(harm, rng.choice(EVENTS)) for moment in moments}
@@ -185,10 +207,18 @@ def generation_run(victims: Victims, remote: Any, local: Any, seed: int, num_tok
 def training_run(victims: Victims, remote: Any, local: Any, seed: int) -> tuple[bool, list[str]]:
     rng = random.Random(seed)
     ids = torch.randint(0, VOCAB_SIZE, (6, 16), generator=torch.Generator().manual_seed(seed))
+    happened: list[str] = []
+    lock = threading.Lock()
+
+    def harm(event: str) -> None:
+        with lock:
+            slot = victims.choose(rng, ())
+            if slot is not None:
+                happened.append(event)
+                victims.harm(event, slot)
+
     events = [rng.choice(EVENTS) for _ in range(rng.randint(1, 3))]
-    timers = [
-        threading.Timer(rng.uniform(0.0, 0.3), victims.harm, (event, rng.randrange(len(RANGES)))) for event in events
-    ]
+    timers = [threading.Timer(rng.uniform(0.0, 0.3), harm, (event,)) for event in events]
     for timer in timers:
         timer.start()
     wanted = gradient(local, ids)
@@ -197,7 +227,7 @@ def training_run(victims: Victims, remote: Any, local: Any, seed: int) -> tuple[
         is_right &= bool((gradient(remote, ids) - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
         if not any(timer.is_alive() for timer in timers):
             break
-    return is_right, events
+    return is_right, happened
 
 
 def measure_pause(victims: Victims, remote: Any, event: str, seed: int, context: int) -> tuple[float, float]:

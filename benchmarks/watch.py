@@ -11,8 +11,9 @@ import psutil
 from clients import tree_cpu_s
 
 from swarm import PROTOCOL_VERSION
+from swarm.client.config import ClientConfig
 from swarm.client.connection import Connection
-from swarm.client.network import ClientConfig, Network
+from swarm.client.network import Network
 from swarm.client.routing import Hop
 from swarm.link import JoinLink
 from swarm.model.checkpoint import Checkpoint, CheckpointSource

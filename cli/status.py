@@ -53,7 +53,8 @@ def status_command(
 async def _explain(
     initial_peers: tuple[str, ...], listing: ModelListing, allow: list[str] | None, block: list[str] | None
 ) -> str:
-    from swarm.client.network import ClientConfig, open_network
+    from swarm.client.config import ClientConfig
+    from swarm.client.network import open_network
     from swarm.client.routing import Needs
 
     config = ClientConfig(initial_peers=initial_peers, allowed_servers=allow or None, blocked_servers=block or ())

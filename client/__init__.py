@@ -6,7 +6,7 @@ from .auto import (
     AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
 )
-from .network import ClientConfig
+from .config import ClientConfig
 from .session import InferenceSession
 
 __all__ = [

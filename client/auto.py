@@ -19,9 +19,9 @@ from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
 from swarm.ranges import BlockRange
 
+from .config import ClientConfig
 from .connection import Connection
 from .model import DistributedMixin, make_call
-from .network import ClientConfig
 from .prompts import Prompts, TuningMode
 from .routing import Needs
 

@@ -6,8 +6,9 @@ import asyncio
 import threading
 from typing import Any
 
+from .config import ClientConfig
 from .loop import LoopThread
-from .network import ClientConfig, Network, open_network
+from .network import Network, open_network
 
 
 class Connection:

@@ -11,16 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement, is_peer_id
+from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
     BadLink,
-    BadRequest,
     NoRoute,
     PeerError,
     PeerUnavailable,
@@ -36,6 +34,7 @@ from swarm.tunnel import open_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .config import ClientConfig
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
@@ -62,77 +61,6 @@ PROBE_TIMEOUT_S = 5.0
 
 SUSPECT_S = 0.2
 """A peer that takes longer to say it is the first to be suspected when a step stalls."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig:
-    """How a client behaves towards a swarm."""
-
-    initial_peers: tuple[str, ...]
-    """libp2p multiaddrs of peers to join through."""
-    identity_path: Path | None = None
-    """Key file; None: a new identity for each run."""
-    route_timeout_s: float = 30.0
-    """How long to wait for a route to appear before NoRoute."""
-    step_timeout_s: float = 300.0
-    """How long one step of a session may take although all its servers are alive."""
-    compute_timeout_s: float = 600.0
-    """How long one Forward or Backward may take."""
-    silence_s: float = 3.0
-    """After this long without an answer the servers of a step are asked whether they are alive."""
-    refresh_period_s: float = 15.0
-    """How old the known announcements may be before the next new route reads the directory again."""
-    idle_refresh_period_s: float = 60.0
-    """The same for a client that asks for no route: it meets new servers before all those that it knows are gone."""
-    directory_bytes_per_min: int = 200_000
-    """How much of the directory it reads at most; of a large swarm it learns more as time goes on."""
-    allowed_servers: Collection[str] | None = None
-    """Peer ids of the only servers that may be on a route; None: all may. Names prove nothing."""
-    blocked_servers: Collection[str] = ()
-    """Peer ids of servers that are never on a route."""
-    max_attempts: int = 20
-    """How many peers may fail one request before it fails."""
-    avoid_s: float = 1.0
-    """How long a peer is avoided after its first failure; doubles with each further one."""
-    max_avoid_s: float = 10.0
-    """Bound of that time; below route_timeout_s, so that a peer that is the only one gets further chances."""
-    connect_timeout_s: float = 3.0
-    """For each way that a connection is tried."""
-    micro_batch_tokens: int = 4096
-    """Tokens (batch x length) in one Forward or Backward; larger batches are split along the batch."""
-    compression: Literal["none", "int8"] = "none"
-    """Hidden states on the wire: as they are, or with 8 bits per element and a scale per row (not exact)."""
-    use_direct: bool = True
-    """Whether servers are dialled directly where they can be; False: always through the tunnel."""
-
-    @property
-    def codec(self) -> pb.Codec:
-        return pb.CODEC_INT8_PER_ROW if self.compression == "int8" else pb.CODEC_RAW
-
-    def __post_init__(self) -> None:
-        if self.compression not in ("none", "int8"):
-            raise BadRequest(f"compression {self.compression!r} is not known: use 'none' or 'int8'")
-        if not self.initial_peers:
-            raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
-        for name in (
-            "route_timeout_s", "step_timeout_s", "compute_timeout_s", "silence_s", "connect_timeout_s",
-            "idle_refresh_period_s", "directory_bytes_per_min",
-        ):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise BadRequest(f"{name} must be positive")
-        for name in ("allowed_servers", "blocked_servers"):
-            object.__setattr__(self, name, _peer_ids(name, getattr(self, name)))
-
-
-def _peer_ids(name: str, given: Collection[str] | None) -> frozenset[str] | None:
-    """Raises: BadRequest: something among them is no peer id."""
-    if given is None:
-        return None
-    given = (given,) if isinstance(given, str) else given
-    for each in given:
-        if not is_peer_id(each):
-            raise BadRequest(f"{each!r} in {name} is not a peer id: `swarm status --json` shows the servers' ids")
-    return frozenset(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +93,8 @@ class Network:
         self._tokens_under_way: collections.Counter[str] = collections.Counter()
         self._missing: dict[str, asyncio.Task[None]] = {}
         """Peers that could not be reached, and the task that looks for each."""
-        self._silent: set[str] = set()
-        """Peers that have not answered a question yet."""
+        self._silent: collections.Counter[str] = collections.Counter()
+        """Peer id -> questions to it that wait for an answer longer than they should."""
         self._trying: set[asyncio.Task[Any]] = set()
         """What would be good to have done, and is given up when the client leaves."""
         self.farewells: set[Callable[[], Awaitable[None]]] = set()
@@ -289,7 +217,7 @@ class Network:
         return explain(hops, self._roster, self._permitted(needs), self.view())
 
     def _avoided(self) -> set[str]:
-        return self._failures.avoided(time.monotonic()) | self._missing.keys() | self._silent
+        return self._failures.avoided(time.monotonic()) | self._missing.keys() | (+self._silent).keys()
 
     async def check_model(self, needs: Needs, model_name: str) -> None:
         """Say early, and clearly, when the swarm serves something else than the model that was loaded.
@@ -374,18 +302,19 @@ class Network:
         if asking:
             await asyncio.wait(asking.values(), timeout=SUSPECT_S)
         silent = frozenset(peer_id for peer_id, task in asking.items() if not (task.done() and task.result()))
+        for peer_id in silent:
+            if not asking[peer_id].done():
+                self._silent[peer_id] += 1
+                asking[peer_id].add_done_callback(lambda _, peer_id=peer_id: self._silent.subtract([peer_id]))
         return silent or frozenset(asking)
 
     async def _ask(self, hop: Hop) -> bool:
         """Say whether a peer is alive; take note if not."""
-        self._silent.add(hop.peer_id)
         try:
             await self._probe([hop])
         except PeerUnavailable as exc:
             await self.note_failure(exc)
             return False
-        finally:
-            self._silent.discard(hop.peer_id)
         return True
 
     async def _answers(self, hop: Hop) -> bool:

@@ -131,8 +131,9 @@ class RemoteSession:
                 record, self._successor = self._record, successor
                 if self._lane is not lane or not lane.draining:
                     return
-            leaving = replace(attempt, refused_by=attempt.refused_by | lane.draining)
-            await successor.feed(record.part(0, record.length), record, leaving)
+            # The directory says who leaves; a server that only changes its range may be part of the new route.
+            newest = replace(attempt, max_age_s=1.0)
+            await successor.feed(record.part(0, record.length), record, newest)
 
         try:
             await self._network.retrying(feed)

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 
+from swarm.client.config import ClientConfig
 from swarm.client.known_servers import ReadBudget
-from swarm.client.network import Attempt, ClientConfig, Network
-from swarm.client.routing import Needs
+from swarm.client.network import PROBE_TIMEOUT_S, Attempt, Network
+from swarm.client.routing import Hop, Needs
 from swarm.errors import (
     BadLink,
     BadRequest,
@@ -341,3 +342,32 @@ def test_a_client_reads_no_more_of_a_large_directory_than_it_may_in_any_minute()
     for begun_s in range(240):
         assert sum(size for at_s, size in read if begun_s <= at_s < begun_s + 60) <= 200_000
     assert sum(size for _, size in read) > 300 * 150_000 / 60
+
+
+def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_avoided_until_they_do():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "ABC":
+            await directory.announce(announcement(name, 0, 12))
+        network = make_network(directory)
+        servers = await network.servers(FINGERPRINT)
+        hops = {server.peer_id: Hop(server, server.blocks) for server in servers}
+        a, b, c = (hops[peer_id(name)] for name in "ABC")
+        answers_after_s = {a.peer_id: 1.0, b.peer_id: 0.0, c.peer_id: PROBE_TIMEOUT_S}
+
+        async def answers(hop: Hop) -> bool:
+            await asyncio.sleep(answers_after_s[hop.peer_id])
+            return hop is not c
+
+        network._answers = answers  # type: ignore[method-assign]
+        assert await network.suspects([b]) == {b.peer_id}, "all, where none is slow to answer"
+        assert await network.suspects([]) == set()
+        assert await network.suspects([a, b, c]) == {a.peer_id, c.peer_id}
+        assert {hop.peer_id for hop in await network.route(NEEDS, Attempt())} == {b.peer_id}
+        await asyncio.sleep(1.5)
+        assert network._avoided() == {c.peer_id}
+        await asyncio.sleep(PROBE_TIMEOUT_S)
+        assert c.peer_id in network._missing and a.peer_id not in network._avoided()
+        await network.aclose()
+
+    run(test)
