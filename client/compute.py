@@ -180,26 +180,27 @@ class RemoteCompute:
         is_backward: bool,
     ) -> T:
         """Run a micro-batch on a hop; where that takes longer than it should, on another one as well."""
-        is_raced = False
+        others_asked: list[Hop] = []
 
-        async def elsewhere() -> T:
-            nonlocal is_raced
-            avoid = attempt.refused_by | await self._network.suspects([hop])
+        async def elsewhere(_: int) -> T:
+            avoid = attempt.refused_by | await self._network.suspects([hop, *others_asked], all_of_them=True)
             others = await self._network.route(needs, replace(attempt, refused_by=avoid))
             if is_backward and len(others) > 1:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
-            is_raced = True
+            others_asked.append(others[0])
             return await run(others[0])
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
+        bound_s = None if times is None else times.bound_s(size)
         self._hedges.fed(size)
-        after_s = None if times is None else self._hedges.after_s(times.bound_s(size), size)
-        outcome = await race(run(hop), elsewhere, after_s, self._network.note_failure)
-        await cancel_and_wait(outcome.left)
-        if is_raced:
-            self._hedges.ended(size, won=outcome.is_second)
+        outcome = await race(
+            run(hop), elsewhere, lambda number: self._hedges.after_s(bound_s, size, number), self._network.note_failure
+        )
+        await cancel_and_wait(list(outcome.left.values()))
+        for other in others_asked:
+            self._hedges.ended(size, won=outcome.winner > 0 and other is others_asked[-1])
         return outcome.result
 
     async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,9 @@ FEW_TOKENS = 16
 LONGER = 3.0
 """A long step may take so many times what its tokens have taken so far."""
 
+PATIENCE_S = 5.0
+"""The least that a step may take before it is fed elsewhere over budget: its server answers, and does not compute."""
+
 
 class StepTimes:
     """How long the steps of one route take, or the batches of one server."""
@@ -49,10 +52,10 @@ class StepTimes:
 
 
 class Hedges:
-    """How much a session may spend on second chances: they never cost more tokens than it has been fed.
+    """How much a session may spend on second chances: in a hurry never more tokens than it has been fed.
 
     One that was answered first was worth its cost and is not counted. Each that was not doubles the bound of the
-    next, until one is.
+    next, until one is. What is over budget has to wait for `PATIENCE_S`, so that nobody waits for ever either.
     """
 
     def __init__(self) -> None:
@@ -63,11 +66,16 @@ class Hedges:
     def fed(self, num_tokens: int) -> None:
         self._fed_tokens += num_tokens
 
-    def after_s(self, bound_s: float | None, num_tokens: int) -> float | None:
-        """How long to wait before so many tokens are fed elsewhere as well; None: for ever."""
-        if bound_s is None or self._spent_tokens + num_tokens > self._fed_tokens:
+    def after_s(self, bound_s: float | None, num_tokens: int, number: int = 1) -> float | None:
+        """How long to wait before so many tokens are fed elsewhere as well; None: for ever.
+
+        Args:
+            number: 1 for the first chance besides the step itself; they are counted for each step.
+        """
+        if bound_s is None:
             return None
-        return bound_s * 2.0 ** min(self._num_lost, 20)
+        is_in_budget = self._spent_tokens + number * num_tokens <= self._fed_tokens
+        return max(bound_s, 0.0 if is_in_budget else PATIENCE_S) * 2.0 ** min(self._num_lost + number - 1, 20)
 
     def ended(self, num_tokens: int, *, won: bool) -> None:
         """Note that so many tokens were fed elsewhere, and whether that gave the answer."""

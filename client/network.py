@@ -293,10 +293,13 @@ class Network:
             if not answers:
                 raise blame(PeerUnavailable(f"peer {hop} does not answer within {PROBE_TIMEOUT_S:.0f} s"), hop)
 
-    async def suspects(self, hops: Sequence[Hop]) -> frozenset[str]:
+    async def suspects(self, hops: Sequence[Hop], *, all_of_them: bool = False) -> frozenset[str]:
         """Ask the hops of something that has stalled whether they are alive; return the peers to avoid.
 
         These are those that are slow to answer, which count as failed if they never do; if none is, all of them.
+
+        Args:
+            all_of_them: avoid them all in any case: to leave out the silent ones did not help, or there is only one.
         """
         asking = {hop.peer_id: self.try_in_background(self._ask(hop)) for hop in hops}
         if asking:
@@ -305,8 +308,11 @@ class Network:
         for peer_id in silent:
             if not asking[peer_id].done():
                 self._silent[peer_id] += 1
-                asking[peer_id].add_done_callback(lambda _, peer_id=peer_id: self._silent.subtract([peer_id]))
-        return silent or frozenset(asking)
+                asking[peer_id].add_done_callback(partial(self._no_longer_silent, peer_id))
+        return frozenset(asking) if all_of_them or not silent else silent
+
+    def _no_longer_silent(self, peer_id: str, _: asyncio.Task[bool]) -> None:
+        self._silent[peer_id] -= 1
 
     async def _ask(self, hop: Hop) -> bool:
         """Say whether a peer is alive; take note if not."""

@@ -1,9 +1,9 @@
-"""Two ways to one result, of which the second is only tried when the first takes long."""
+"""Several ways to one result, of which each is only tried when those before it take long."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,51 +13,59 @@ from .network import cancel_and_wait
 
 T = TypeVar("T")
 
+MOST_AT_ONCE = 3
+"""Ways that are tried at the same time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
     """How a race ended."""
 
     result: T
-    is_second: bool
-    """Whether the second one gave it."""
-    left: Sequence[asyncio.Task[T]]
-    """Who still runs; for the caller to end."""
+    winner: int
+    """Which way gave it: 0 is the first."""
+    left: Mapping[int, asyncio.Task[T]]
+    """Which still run; for the caller to end."""
 
 
 async def race(
     first: Coroutine[Any, Any, T],
-    second: Callable[[], Coroutine[Any, Any, T]],
-    after_s: float | None,
+    another: Callable[[int], Coroutine[Any, Any, T]],
+    after_s: Callable[[int], float | None],
     on_failure: Callable[[SwarmError], Awaitable[None]],
 ) -> Outcome[T]:
-    """Wait for `first`, and from `after_s` on (None: never) for `second` as well; the first result counts.
+    """Wait for `first`; while nothing comes, start `another(1)`, `another(2)` and so on. The first result counts.
 
     Args:
-        on_failure: told why one failed where the other gives the result, or fails later.
-    Raises: the error of the one that failed first, where both do; whatever is no SwarmError, at once.
+        another: starts the way with this number.
+        after_s: how long to wait for the ways so far before the one with this number is started; None: for ever.
+        on_failure: told why one failed where another gives the result, or fails later.
+    Raises: the error of the one that failed first, where all that were started do; whatever is no SwarmError, at once.
     """
-    one = asyncio.create_task(first)
-    running = {one}
+    running = {asyncio.create_task(first): 0}
+    num_started = 1
     failures: list[SwarmError] = []
     try:
-        if not (await asyncio.wait(running, timeout=after_s))[0]:
-            running.add(asyncio.create_task(second()))
         while running:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            results = []
-            for task in done:
-                if (error := task.exception()) is None:
-                    results.append(task)
-                elif isinstance(error, SwarmError):
-                    failures.append(error)
-                else:
+            wait_s = after_s(num_started) if len(running) < MOST_AT_ONCE else None
+            done, _ = await asyncio.wait(running, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                running[asyncio.create_task(another(num_started))] = num_started
+                num_started += 1
+            errors = {task: error for task in done if (error := task.exception()) is not None}
+            for task, error in errors.items():
+                del running[task]
+                if not isinstance(error, SwarmError):
                     raise error
-            if results:
-                left, running = [*running, *results[1:]], set()
+                failures.append(error)
+            if results := done - errors.keys():
+                winner = min(results, key=running.__getitem__)
+                number = running.pop(winner)
+                left = {which: task for task, which in running.items()}
+                running = {}
                 for failure in failures:
                     await on_failure(failure)
-                return Outcome(results[0].result(), results[0] is not one, left)
+                return Outcome(winner.result(), number, left)
         for failure in failures[1:]:
             await on_failure(failure)
         raise failures[0]

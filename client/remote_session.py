@@ -84,24 +84,31 @@ class RemoteSession:
         return result
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
-        """Feed the step; where that takes longer than it should, feed it on another route as well."""
-        lane, other = self._lane, self._new_lane()
+        """Feed the step; while that takes longer than it should, feed it on other routes as well."""
+        lanes = [self._lane]
+        hops, draining = self._lane.hops, self._lane.draining
+        bound_s = self._lane.times.bound_s(self._lane.num_tokens_for(step)) if hops else None
 
-        async def hedge() -> Tensor:
-            avoid = attempt.refused_by | lane.draining | await self._network.suspects(lane.hops)
-            logger.info("a step takes long on %s", ", ".join(map(str, lane.hops)))
-            return await other.feed(step, record, replace(attempt, refused_by=avoid))
+        async def hedge(number: int) -> Tensor:
+            lanes.append(self._new_lane())
+            logger.info("a step takes long on %s", ", ".join(map(str, hops)))
+            avoid = attempt.refused_by | draining | await self._network.suspects(hops, all_of_them=number > 1)
+            return await lanes[number].feed(step, record, replace(attempt, refused_by=avoid))
 
-        bound_s = lane.times.bound_s(lane.num_tokens_for(step)) if lane.hops else None
-        after_s = self._hedges.after_s(bound_s, record.length)
-        outcome = await race(lane.feed(step, record, attempt), hedge, after_s, self._network.note_failure)
-        if other.hops:
-            self._hedges.ended(record.length, won=outcome.is_second)
-        if outcome.is_second:
-            logger.info("going on at %s", ", ".join(map(str, other.hops)))
-            self._lane, other = other, lane
-        for task in outcome.left:
-            other.retire(task)
+        outcome = await race(
+            self._lane.feed(step, record, attempt),
+            hedge,
+            lambda number: self._hedges.after_s(bound_s, record.length, number),
+            self._network.note_failure,
+        )
+        for number, lane in enumerate(lanes):
+            if number and lane.hops:
+                self._hedges.ended(record.length, won=number == outcome.winner)
+        self._lane = lanes[outcome.winner]
+        if outcome.winner:
+            logger.info("going on at %s", ", ".join(map(str, self._lane.hops)))
+        for number, task in outcome.left.items():
+            lanes[number].retire(task)
         return outcome.result
 
     def _leave_slow_hops(self) -> None:

@@ -21,6 +21,8 @@ from swarm.server import LocalSwarm
 from swarm.server.pushing import PushLink
 
 DRAIN_TIMEOUT_S = 60.0
+STALL_S = 60.0
+"""How long a server is stuck: much longer than any wait for it, also on a machine that is busy with other things."""
 RANGES = ((0, 3), (3, 6), (0, 6))
 
 
@@ -85,7 +87,7 @@ class Stuck:
 
     def _wait(self) -> None:
         self.num_stuck += 1
-        self._go_on.wait(60)
+        self._go_on.wait(STALL_S)
 
     def release(self) -> None:
         self._engine._executor.run, self._engine._run_training = self._run, self._train
@@ -108,7 +110,7 @@ def test_a_step_that_stalls_is_raced_on_another_route(path, local):
         wait_until(lambda: num_sessions(stuck_server) == 0, "the session on the route that stalled is closed")
         text = torch.cat([text, generate(remote)], dim=1)
     assert torch.equal(text, generate(local, ids, 24))
-    assert seconds < 3.0  # before anybody is even asked whether it is alive
+    assert seconds < STALL_S / 2
 
 
 def test_a_step_that_stalls_without_another_route_is_waited_for(path, local):
@@ -149,7 +151,7 @@ def test_a_batch_that_stalls_is_raced_on_another_server(path, local):
             finally:
                 seconds = time.monotonic() - started_s
                 stuck.release()
-            assert seconds < 3.0 and (stuck.num_stuck or not is_backward)  # forward may go elsewhere in any case
+            assert seconds < STALL_S / 2 and (stuck.num_stuck or not is_backward)  # forward may go elsewhere in any case
             assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

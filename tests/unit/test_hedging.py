@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from swarm.client.hedging import FEW_TOKENS, FLOOR_S, LONGER, Hedges, StepTimes
-from swarm.client.racing import Outcome, race
+from swarm.client.hedging import FEW_TOKENS, FLOOR_S, LONGER, PATIENCE_S, Hedges, StepTimes
+from swarm.client.network import cancel_and_wait
+from swarm.client.racing import MOST_AT_ONCE, Outcome, race
 from swarm.errors import NoRoute, PeerUnavailable, SwarmError
 
 LONG = 10 * FEW_TOKENS
@@ -67,17 +68,35 @@ def test_a_long_step_may_take_what_its_tokens_have_taken_so_far():
     assert times.bound_s(FEW_TOKENS) == FLOOR_S
 
 
-def test_second_chances_that_are_not_needed_never_cost_more_than_was_fed():
+def test_second_chances_that_are_not_needed_cost_more_than_was_fed_only_after_some_patience():
     hedges, spent, fed = Hedges(), 0, 512
     hedges.fed(512)
     for _ in range(10_000):
         fed += 1
         hedges.fed(1)
-        if hedges.after_s(1.0, fed) is not None:
+        wait_s = hedges.after_s(1.0, fed)
+        assert wait_s is not None and (wait_s >= PATIENCE_S or spent + fed <= fed)
+        if wait_s < PATIENCE_S:
             spent += fed
             hedges.ended(fed, won=False)
         assert spent <= fed
     assert spent > 512
+
+
+def test_each_second_chance_that_is_not_needed_doubles_the_wait_for_the_next_one():
+    hedges = Hedges()
+    hedges.fed(10)
+    waits = []
+    for _ in range(8):
+        waits.append(hedges.after_s(1.0, 10))
+        hedges.ended(10, won=False)
+    assert waits == [1.0, *(PATIENCE_S * 2**number for number in range(1, 8))]
+
+
+def test_the_chances_of_one_step_wait_longer_and_longer():
+    hedges = Hedges()
+    hedges.fed(20)
+    assert [hedges.after_s(1.0, 10, number) for number in (1, 2, 3, 4)] == [1.0, 2.0, 4 * PATIENCE_S, 8 * PATIENCE_S]
 
 
 def test_a_second_chance_that_was_needed_costs_nothing_and_one_that_was_not_makes_the_next_one_wait():
@@ -88,12 +107,8 @@ def test_a_second_chance_that_was_needed_costs_nothing_and_one_that_was_not_make
         waits.append(hedges.after_s(1.0, 100))
         hedges.ended(100, won=won)
     assert waits == [1.0, 2.0, 4.0, 1.0]
-    assert hedges.after_s(1.0, 801) is None and hedges.after_s(1.0, 800) == 1.0
+    assert hedges.after_s(1.0, 801) == PATIENCE_S and hedges.after_s(1.0, 800) == 1.0
     assert hedges.after_s(None, 1) is None
-
-
-def test_a_session_that_was_fed_nothing_has_no_second_chance():
-    assert Hedges().after_s(1.0, 1) is None
 
 
 # The race; a thing takes so many rounds of the event loop and returns or raises.
@@ -107,6 +122,11 @@ async def thing(rounds: int, result: object) -> object:
     return result
 
 
+def only(number: int, wait_s: float = 0.0) -> float | None:
+    """One other way, after a time."""
+    return wait_s if number == 1 else None
+
+
 def run_race(first: object, second: object, *, first_rounds: int, second_rounds: int) -> tuple[Any, list[Any], int]:
     """Race them, the second one from the start on; return the result, the failures that were noted, who is left."""
     noted: list[SwarmError] = []
@@ -116,11 +136,11 @@ def run_race(first: object, second: object, *, first_rounds: int, second_rounds:
 
     async def test() -> tuple[Any, int]:
         try:
-            outcome = await race(thing(first_rounds, first), lambda: thing(second_rounds, second), 0.0, note)
-            for task in outcome.left:
-                task.cancel()
-            await asyncio.gather(*outcome.left, return_exceptions=True)
-            assert outcome.is_second == (outcome.result == "second")
+            outcome = await race(
+                thing(first_rounds, first), lambda _: thing(second_rounds, second), lambda number: only(number), note
+            )
+            await cancel_and_wait(list(outcome.left.values()))
+            assert outcome.winner == (outcome.result == "second")
             return outcome.result, len(outcome.left)
         except (SwarmError, ZeroDivisionError) as exc:
             return exc, 0
@@ -157,18 +177,43 @@ def test_our_own_bug_is_raised_at_once():
 
 def test_a_quick_result_and_an_unknown_bound_start_nothing_else():
     async def test(first: Coroutine[Any, Any, object], after_s: float | None) -> object:
-        never: Callable[[], Any] = lambda: pytest.fail("started")  # noqa: E731
-        return await race(first, never, after_s, never)
+        never: Callable[..., Any] = lambda *_: pytest.fail("started")  # noqa: E731
+        return await race(first, never, lambda _: after_s, never)
 
-    assert asyncio.run(test(thing(5, "first"), 60.0)) == Outcome("first", False, [])
-    assert asyncio.run(test(thing(500, "first"), None)) == Outcome("first", False, [])
+    assert asyncio.run(test(thing(5, "first"), 60.0)) == Outcome("first", 0, {})
+    assert asyncio.run(test(thing(500, "first"), None)) == Outcome("first", 0, {})
     with pytest.raises(PeerUnavailable):
         asyncio.run(test(thing(5, LOST), 60.0))
 
 
+def test_further_ways_are_tried_while_nothing_comes_and_a_few_at_once():
+    async def test() -> None:
+        started: list[int] = []
+        ends = {2: GONE, 3: "third"}
+
+        async def another(number: int) -> object:
+            started.append(number)
+            assert len(asyncio.all_tasks()) <= 1 + MOST_AT_ONCE
+            return await thing(20 if number in ends else 10**9, ends.get(number, ""))
+
+        noted: list[SwarmError] = []
+
+        async def note(error: SwarmError) -> None:
+            noted.append(error)
+
+        outcome = await race(thing(10**9, ""), another, lambda _: 0.0, note)
+        assert (outcome.result, outcome.winner, started, noted) == ("third", 3, [1, 2, 3], [GONE])
+        assert sorted(outcome.left) == [0, 1]
+        await cancel_and_wait(list(outcome.left.values()))
+
+    asyncio.run(test())
+
+
 def test_a_race_that_is_cancelled_leaves_nothing_behind():
     async def test() -> None:
-        racing = asyncio.create_task(race(thing(10**9, ""), lambda: thing(10**9, ""), 0.0, lambda error: thing(0, "")))
+        racing = asyncio.create_task(
+            race(thing(10**9, ""), lambda _: thing(10**9, ""), lambda number: only(number), lambda error: thing(0, ""))
+        )
         for _ in range(20):
             await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == 4

@@ -362,6 +362,7 @@ def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_a
         network._answers = answers  # type: ignore[method-assign]
         assert await network.suspects([b]) == {b.peer_id}, "all, where none is slow to answer"
         assert await network.suspects([]) == set()
+        assert await network.suspects([a, b, c], all_of_them=True) == {a.peer_id, b.peer_id, c.peer_id}
         assert await network.suspects([a, b, c]) == {a.peer_id, c.peer_id}
         assert {hop.peer_id for hop in await network.route(NEEDS, Attempt())} == {b.peer_id}
         await asyncio.sleep(1.5)
