@@ -72,6 +72,7 @@ class RemoteSession:
                 self._moving.result()  # an error would be our bug
             if self._successor is not None:
                 self._successor.changed(step)
+            self._leave_slow_hops()
             record = self._record.followed_by(step)
             self._hedges.fed(step.x_BLD.shape[1])
 
@@ -80,7 +81,6 @@ class RemoteSession:
 
             result = await self._network.retrying(attempt)
             self._record = record
-            self._leave_slow_hops()
         return result
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
@@ -112,7 +112,7 @@ class RemoteSession:
         return outcome.result
 
     def _leave_slow_hops(self) -> None:
-        """Give up the lane if another route is worth the replay; the next step takes it."""
+        """Give up the lane if another route is worth the replay; the step that follows takes it."""
         if not self._lane.hops or self.length < self._may_leave_at:
             return
         num_steps = self._config.max_tokens - self.length
