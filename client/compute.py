@@ -182,9 +182,10 @@ class RemoteCompute:
         """Run a micro-batch on a hop; where that takes longer than it should, on another one as well."""
         others_asked: list[Hop] = []
 
-        async def elsewhere(_: int) -> T:
+        async def elsewhere(number: int) -> T:
             avoid = attempt.refused_by | await self._network.suspects([hop, *others_asked], all_of_them=True)
-            others = await self._network.route(needs, replace(attempt, refused_by=avoid))
+            max_age_s = attempt.max_age_s if number == 1 else 1.0
+            others = await self._network.route(needs, Attempt(max_age_s, avoid))
             if is_backward and len(others) > 1:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])

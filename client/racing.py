@@ -39,35 +39,36 @@ async def race(
     Args:
         another: starts the way with this number.
         after_s: how long to wait for the ways so far before the one with this number is started; None: for ever.
-        on_failure: told why one failed where another gives the result, or fails later.
-    Raises: the error of the one that failed first, where all that were started do; whatever is no SwarmError, at once.
+        on_failure: told at once why one failed while others still run.
+    Raises: the error of the one that fails last, where all that were started do; whatever is no SwarmError, at once.
     """
     running = {asyncio.create_task(first): 0}
     num_started = 1
-    failures: list[SwarmError] = []
     try:
-        while running:
+        while True:
             wait_s = after_s(num_started) if len(running) < MOST_AT_ONCE else None
             done, _ = await asyncio.wait(running, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 running[asyncio.create_task(another(num_started))] = num_started
                 num_started += 1
-            errors = {task: error for task in done if (error := task.exception()) is not None}
-            for task, error in errors.items():
-                del running[task]
-                if not isinstance(error, SwarmError):
+            errors: dict[asyncio.Task[T], SwarmError] = {}
+            for task in done:
+                if isinstance(error := task.exception(), SwarmError):
+                    errors[task] = error
+                elif error is not None:
                     raise error
-                failures.append(error)
             if results := done - errors.keys():
                 winner = min(results, key=running.__getitem__)
                 number = running.pop(winner)
-                left = {which: task for task, which in running.items()}
+                left = {which: task for task, which in running.items() if task not in errors}
                 running = {}
-                for failure in failures:
+                for failure in errors.values():
                     await on_failure(failure)
                 return Outcome(winner.result(), number, left)
-        for failure in failures[1:]:
-            await on_failure(failure)
-        raise failures[0]
+            for task, failure in errors.items():
+                del running[task]
+                if not running:
+                    raise failure
+                await on_failure(failure)
     finally:
         await cancel_and_wait(list(running))

@@ -93,7 +93,8 @@ class RemoteSession:
             lanes.append(self._new_lane())
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
             avoid = attempt.refused_by | draining | await self._network.suspects(hops, all_of_them=number > 1)
-            return await lanes[number].feed(step, record, replace(attempt, refused_by=avoid))
+            max_age_s = attempt.max_age_s if number == 1 else 1.0  # servers that we have not met yet may help
+            return await lanes[number].feed(step, record, Attempt(max_age_s, avoid))
 
         outcome = await race(
             self._lane.feed(step, record, attempt),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -40,8 +40,12 @@ NEAR = 8
 MAX_CALLS, MAX_EMPTY = 12, 3
 """Of one read: how many nodes are asked at most, and how many of the nearest have to know nothing of the bucket."""
 
+FEW_BYTES = 10_000
+"""A bucket that is no larger is read from all its holders the first time: in a swarm that has just begun, those who
+wrote early did not know the holders that came later, and each may have another part of it."""
+
 RELOCATE_S = 300.0
-"""After so long a writer looks again who is nearest."""
+"""After so long a writer asks the swarm again who is nearest; nodes that it meets meanwhile count at once."""
 
 MAX_REMEMBERED = 512
 """Buckets whose holders are remembered."""
@@ -107,7 +111,7 @@ class DhtShelves:
         found = await self._reaching_somebody(lambda: self._read_from_holder(key))
         await self._contacts.get_to_know(self._remembered(key).nodes.values())
         own = _page(self._protocol.storage.get(key))
-        return Page(found.entries + own.entries, found.num_bytes)
+        return Page(_latest(found.entries + own.entries), found.num_bytes)
 
     async def _write_to_holders(self, key: DHTID, value: bytes, expiration_s: float) -> list[bool]:
         """Whether each of the nearest nodes that answer has taken a record."""
@@ -148,19 +152,25 @@ class DhtShelves:
             found = await self._node.find_nearest_nodes([beside], k_nearest=NEAR, beam_size=NEAR, exclude_self=True)
             near.nodes = dict(found[beside])
             near.located_at_s = now_s
+        known = near.nodes | dict(self._neighbours(key))
+        near.nodes = {each: known[each] for each in sorted(known, key=key.xor_distance)[:NEAR]}
         return near
+
+    def _neighbours(self, key: DHTID) -> list[tuple[DHTID, PeerID]]:
+        """The nearest of the nodes that this one has met."""
+        return list(self._protocol.routing_table.get_nearest_neighbors(key, NEAR, exclude=self._node.node_id))
 
     async def _read_from_holder(self, key: DHTID) -> Page:
         """Ask nodes nearer and nearer to the key until one has the bucket; start with one that should, in turns."""
         near = self._remembered(key)
-        routing = self._protocol.routing_table.get_nearest_neighbors(key, NEAR, exclude=self._node.node_id)
-        known = {**near.nodes, **dict(routing)}
+        known = near.nodes | dict(self._neighbours(key))
         near.num_reads += 1
+        is_first = near.num_reads == 1
         first = sorted(near.nodes, key=key.xor_distance)[:REPLICAS]
         turn = first[near.num_reads % len(first)] if first else None
         asked: set[DHTID] = set()
-        num_bytes, num_empty = 0, 0
-        best: tuple[Entry, ...] = ()
+        num_bytes, num_empty, num_held = 0, 0, 0
+        entries: tuple[Entry, ...] = ()
         while len(asked) < MAX_CALLS and num_empty < MAX_EMPTY:
             ahead = sorted(known.keys() - asked, key=key.xor_distance)
             if not ahead:
@@ -175,15 +185,13 @@ class DhtShelves:
             known |= {each: peer_id for each, peer_id in neighbours.items() if each != self._node.node_id}
             page = _page(found)
             num_bytes += page.num_bytes + NEIGHBOUR_BYTES * len(neighbours)
-            entries = page.entries
-            best = max(best, entries, key=len)
-            nearest = sorted(known, key=key.xor_distance)[:REPLICAS]
-            if node_id in nearest:
-                if entries:
+            entries = _latest(entries + page.entries)
+            if node_id in sorted(known, key=key.xor_distance)[:REPLICAS]:
+                num_held, num_empty = num_held + bool(page.entries), num_empty + (not page.entries)
+                if num_held == REPLICAS or (num_held and not (is_first and num_bytes <= FEW_BYTES)):
                     break
-                num_empty += 1
         near.nodes = {each: known[each] for each in sorted(known, key=key.xor_distance)[:NEAR]}
-        return Page(best, num_bytes)
+        return Page(entries, num_bytes)
 
     def _remembered(self, key: DHTID) -> _Near:
         near = self._near_by_key.pop(key, None) or _Near()
@@ -205,6 +213,15 @@ class DhtShelves:
         if self._contacts.lost:
             raise self._contacts.known.unreachable()
         return result
+
+
+def _latest(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """The latest entry of each peer."""
+    latest: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.peer_id not in latest or entry.written_at_s > latest[entry.peer_id].written_at_s:
+            latest[entry.peer_id] = entry
+    return tuple(latest.values())
 
 
 def _page(found: ValueWithExpiration | None) -> Page:

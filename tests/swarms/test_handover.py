@@ -151,7 +151,9 @@ def test_a_batch_that_stalls_is_raced_on_another_server(path, local):
             finally:
                 seconds = time.monotonic() - started_s
                 stuck.release()
-            assert seconds < STALL_S / 2 and (stuck.num_stuck or not is_backward)  # forward may go elsewhere in any case
+            assert seconds < STALL_S / 2 and (
+                stuck.num_stuck or not is_backward
+            )  # forward may go elsewhere in any case
             assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
