@@ -131,7 +131,9 @@ class Orders:
 def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Orders) -> None:
     """Run the server behind a loading bar; say, and write into `link_file`, how others join when it is ready."""
     from swarm.server.app import serve
+    from swarm.server.hardware import keep_freed_memory
 
+    keep_freed_memory()
     progress = _loading_bar()
     task = progress.add_task("loading", total=None)
 
