@@ -377,11 +377,13 @@ class Engine:
         try:
             return self._executor.run(group)
         except Exception as exc:  # handed to the tasks that wait
+            has_left = any(each.session.cache.closed for each in group)  # while the pass was made: that is no failure
             if len(group) == 1:
-                if not isinstance(exc, SwarmError):
+                if not has_left and not isinstance(exc, SwarmError):
                     logger.exception("a step of a session failed")
                 return [exc]
-            logger.exception("a pass of %d sessions failed; each is run alone", len(group))
+            if not has_left:
+                logger.exception("a pass of %d sessions failed; each is run alone", len(group))
         return [self._run_group([each])[0] for each in group]
 
     def _finish(self, results: Sequence[tuple[_StepJob, Slice, Tensor | BaseException]]) -> None:
