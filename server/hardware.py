@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -46,7 +47,7 @@ def keep_freed_memory() -> None:
     Left alone, glibc gives it back to the system after most operations on a batch, and the next operation pays for new
     pages: a fifth of the time of a forward pass at 124M. Where there is no glibc, nothing is done.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_ARENA_MAX, 1)  # the compute thread would have an arena that knows no threshold
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
