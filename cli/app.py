@@ -48,12 +48,13 @@ def version() -> None:
 
 
 def _register() -> None:
-    from . import bootstrap, demo, generate, serve, status
+    from . import bootstrap, demo, doctor, generate, serve, status
 
     app.command("demo")(demo.demo_command)
     app.command("serve")(serve.serve_command)
     app.command("dht")(bootstrap.dht_command)
     app.command("status")(status.status_command)
+    app.command("doctor")(doctor.doctor_command)
     app.command("generate")(generate.generate_command)
 
 

@@ -20,6 +20,7 @@ def dht_command(
     announce_host: Annotated[str, typer.Option(help="Address that others dial instead.", show_default=False)] = "",
     identity: Annotated[Path | None, typer.Option(help="Key file; keeps the join link the same.")] = None,
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
+    relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
 ) -> None:
     """Run a bootstrap node: servers and clients join through it; it holds no blocks.
 
@@ -45,6 +46,6 @@ def dht_command(
             console.print("The DHT node runs. Ctrl-C to stop.", highlight=False)
             console.print(f"Join link: {text}", soft_wrap=True, highlight=False, markup=False)
 
-        await run_bootstrap(config, lifetime.stop, on_ready)
+        await run_bootstrap(config, lifetime.stop, on_ready, relay=relay)
 
     run_until_signal(work)

@@ -38,6 +38,7 @@ from .metrics import ServerCollector, serve_metrics
 from .moving import Mover
 from .placement import choose_blocks, plan_memory
 from .precision import Precision, choose_precision
+from .reachability import Reachability, open_reachability
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
 from .tenure import Holding, open_tenure
@@ -131,11 +132,15 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             owned.enter_context(serve_metrics(address, ServerCollector(lambda: mover.present)))
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(open_grpc(config, front, certificate))
-        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port)))
-        announcement = await _announcement(config, checkpoint, holding, dht, certificate, port)
+        reachability = await owned.enter_async_context(
+            open_reachability(dht, config, port, certificate.certificate_der)
+        )
+        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays))
+        announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)
         announcer, announcing = await owned.enter_async_context(
             announced(dht.directory, announcement, Survey(connector), config.announce_period_s)
         )
+        await owned.enter_async_context(reachability.telling(announcer.say))
         await mover.settle(announcer, holding)
         initial_peers = tuple(await _link_peers(config, dht))
         link = JoinLink(initial_peers=initial_peers, model_name=public_name(checkpoint)).encode()
@@ -196,17 +201,16 @@ async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht
     return Holding(device, precision, blocks, memory)
 
 
-async def _announcement(
+def _announcement(
     config: ServerConfig,
     checkpoint: Checkpoint,
     holding: Holding,
     dht: Dht,
     certificate: TlsCertificate,
-    port: int,
+    reachability: Reachability,
 ) -> Announcement:
     """What a server says while it loads its first blocks."""
     limits = config.limits
-    multiaddrs = await dht.multiaddrs()
     return Announcement(
         protocol_version=PROTOCOL_VERSION,
         software_version=swarm.__version__,
@@ -222,9 +226,9 @@ async def _announcement(
         dtype=dtype_name(holding.precision.dtype),  # type: ignore[arg-type]  # checked when it is made
         quantization=holding.precision.quantization,
         state="joining",
-        direct=[] if config.tunnel_only else _direct_addresses(config, multiaddrs, port),
+        direct=reachability.direct,
         tls_certificate=certificate.certificate_der,
-        multiaddrs=multiaddrs[:16],
+        multiaddrs=reachability.multiaddrs,
         decode_tokens_per_s=0.0,
         forward_tokens_per_s=0.0,
         max_session_tokens=limits.max_session_tokens,
@@ -236,19 +240,8 @@ async def _announcement(
     )
 
 
-def _direct_addresses(config: ServerConfig, multiaddrs: list[str], port: int) -> list[str]:
-    """host:port for each address that the DHT node is visible at; loopback only if there is nothing else."""
-    hosts = []
-    for address in multiaddrs:
-        parts = address.split("/")
-        if len(parts) > 2 and parts[1] in ("ip4", "ip6", "dns", "dns4", "dns6") and parts[2] not in hosts:
-            hosts.append(parts[2])
-    outside = [host for host in hosts if not (host.startswith("127.") or host == "::1")]
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in (outside or hosts)][:8]
-
-
 async def _link_peers(config: ServerConfig, dht: Dht) -> list[str]:
-    """Addresses for the join link: ours, and one of each peer that we joined through."""
-    own = await dht.multiaddrs()
+    """Addresses for the join link: ours if others can dial them, and those of peers that we joined through."""
+    own = [] if dht.hidden else await dht.multiaddrs()
     outside = [address for address in own if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
     return list(dict.fromkeys([*(outside or own)[:3], *config.initial_peers[:3]]))

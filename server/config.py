@@ -52,6 +52,10 @@ class ServerConfig:
     """Address that others shall dial instead of `host`; needs fixed ports."""
     tunnel_only: bool = False
     """Announce no address to dial, so that clients come through the tunnel."""
+    relay: bool = True
+    """Carry connections to servers that nobody can dial, if others can dial this one."""
+    reachability_period_s: float = 300.0
+    """How often it asks others whether they can dial it."""
     cache_bytes: int | None = None
     """Budget of the KV cache over all sessions; None: from the free memory."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
@@ -89,6 +93,8 @@ class ServerConfig:
             raise BadRequest(f"metrics_port {self.metrics_port} is not between 1 and 65535")
         if not 0 <= self.port < 65536:
             raise BadRequest(f"port {self.port} is not between 0 and 65535")
+        if self.reachability_period_s <= 0:
+            raise BadRequest("reachability_period_s must be positive")
         if self.cache_bytes is not None and self.cache_bytes < 1 << 16:
             raise BadRequest("cache_bytes must be at least 64 KiB")
         if not 0 < self.announce_period_s <= MAX_LIFETIME_S / PERIODS_ALIVE or self.drain_timeout_s < 0:

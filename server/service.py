@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import grpc.aio
 
 import swarm
 from swarm import PROTOCOL_VERSION
-from swarm.codec import optional, pack, wire_dtype
+from swarm.codec import CHUNK_BYTES, optional, pack, wire_dtype
 from swarm.errors import Draining, ProtocolError
 from swarm.model.narrow import SpanViews
 from swarm.peers import Connector
@@ -103,6 +104,8 @@ class BlocksService(pb_grpc.BlocksServicer):
                 queue_length=self._engine.statistics().queue_length,
             ),
             can_rewind=self._can_rewind,
+            clock_s=time.time(),
+            padding=request.padding[:CHUNK_BYTES] if request.echo else b"",
         )
 
     async def Session(self, _requests: object, context: grpc.aio.ServicerContext) -> None:

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from swarm.dht import DhtConfig, open_dht
+from swarm.dial_back import answer_dial_back, libp2p_port
 from swarm.errors import ResourceError
+from swarm.relays import serve_relay
+
+logger = logging.getLogger(__name__)
 
 
-async def run_bootstrap(config: DhtConfig, stop: asyncio.Event, on_ready: Callable[[list[str]], None]) -> None:
+async def run_bootstrap(
+    config: DhtConfig, stop: asyncio.Event, on_ready: Callable[[list[str]], None], *, relay: bool = True
+) -> None:
     """Run a DHT node until `stop` is set.
 
     Args:
+        relay: carry connections to servers that nobody can dial.
         on_ready: called once with the multiaddrs that others join through.
     Raises:
         ResourceError: the node's libp2p daemon ended by itself.
         Others: see open_dht.
     """
-    async with open_dht(config) as dht:
+    async with AsyncExitStack() as owned:
+        dht = await owned.enter_async_context(open_dht(config))
+        if dht.hidden:
+            logger.warning(
+                "others cannot dial this node, so they cannot join through it: open TCP port %d in this machine's "
+                "firewall and forward it on its router",
+                libp2p_port(await dht.multiaddrs()),
+            )
+        relays = relay and not dht.hidden
+        if relays:
+            await owned.enter_async_context(serve_relay(dht))
+        await owned.enter_async_context(answer_dial_back(dht.p2p, relays=relays))
         on_ready(await dht.multiaddrs())
         stopping = asyncio.create_task(stop.wait())
         ended = asyncio.create_task(dht.wait_stopped())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
 from swarm.dht_contacts import Contacts, KnownPeers
+from swarm.dial_back import is_hidden
 from swarm.directory import BucketDirectory, SwarmClock
 from swarm.errors import PeerUnavailable, ResourceError
 from swarm.identity import Identity
@@ -45,6 +46,8 @@ class Dht:
         self.config = config
         self.identity = identity
         self.peer_id = identity.peer_id
+        self.hidden = config.reachability == "private"
+        """Whether this node listens, but others cannot dial it: it then only asks, as they would lose time on it."""
         self._daemon = daemon
         self._known = KnownPeers(parse_initial_peers(config.initial_peers, identity.peer_id), identity.peer_id)
         self._measuring = asyncio.Lock()
@@ -87,6 +90,15 @@ class Dht:
         )
         _, writer = await self._ask_daemon(request, peer_id, timeout_s)
         writer.close()
+
+    @property
+    def initial_peer_ids(self) -> Collection[str]:
+        """The peers that this node has joined through, or tried to."""
+        return self._known.initial.keys()
+
+    def known_peers(self) -> dict[str, list[str]]:
+        """Peers of this swarm, the initial ones first, and where each may be."""
+        return self._known.candidates()
 
     async def connected_addresses(self) -> dict[str, list[str]]:
         """The peers that libp2p has connections to, and where these end: for a peer that listens, where it listens."""
@@ -192,10 +204,12 @@ class Dht:
 
         self._clock = SwarmClock()
         self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
+        if self.config.may_be_hidden:
+            self.hidden = await is_hidden(self, self._known.initial, await self.multiaddrs())
         self._node = await DHTNode.create(
             p2p=self.p2p,
             node_id=DHTID.generate(source=self.peer_id),
-            client_mode=self.config.client_mode,
+            client_mode=self.config.client_mode or self.hidden,
             record_validator=RecordValidator(),
             wait_timeout=_RPC_TIMEOUT_S,
             cache_locally=False,

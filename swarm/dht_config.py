@@ -31,10 +31,8 @@ class DhtConfig:
     """IP address or DNS name that others shall dial instead of `host`; needs a fixed port."""
     client_mode: bool = False
     """Only ask: store nothing for others; on a loopback `host` do not listen at all."""
-    relay: bool = True
-    """Reach others, and be reached, through relays; relay for others where this node is publicly reachable."""
     reachability: Literal["auto", "public", "private"] = "auto"
-    """Whether others can dial this node; "auto" finds out by asking them."""
+    """Whether others can dial this node; "auto" asks them. A private one stores nothing for others."""
     startup_timeout_s: float = 15.0
     """How long joining may take."""
 
@@ -48,6 +46,11 @@ class DhtConfig:
         except ValueError as exc:
             raise BadRequest(f"host {self.host!r} is not an IP address: use 0.0.0.0 to listen everywhere") from exc
 
+    @property
+    def may_be_hidden(self) -> bool:
+        """Whether it takes others to say if they can dial this node."""
+        return self.reachability == "auto" and not self.client_mode and not ip_address(self.host).is_loopback
+
 
 def daemon_options(config: DhtConfig, identity_path: Path) -> list[str]:
     """p2pd's command line, its control socket aside."""
@@ -60,11 +63,9 @@ def daemon_options(config: DhtConfig, identity_path: Path) -> list[str]:
         "-connManager=1",
         "-tls=1",
         f"-natPortMap={int(not address.is_loopback and listens)}",
-        f"-autonat={int(not address.is_loopback)}",
-        f"-relay={int(config.relay)}",
-        f"-relayService={int(config.relay and not config.client_mode)}",
-        "-relayTimeLimit=24h",  # a session may last; the default is half an hour
-        "-relayMaxCircuits=128",
+        "-relay=0",  # ours are in swarm/relays.py
+        "-connLo=1024",  # a bootstrap node holds a connection to every hidden server
+        "-connHi=2048",
     ]
     if listens:
         options.append(f"-hostAddrs=/ip{address.version}/{address}/tcp/{config.port}")
@@ -72,11 +73,6 @@ def daemon_options(config: DhtConfig, identity_path: Path) -> list[str]:
         options.append("-noListenAddrs=1")
     if config.announce_host is not None:
         options.append(f"-announceAddrs=/{_multiaddr_host(config.announce_host)}/tcp/{config.port}")
-    if config.reachability != "auto":
-        options.append(f"-forceReachability{config.reachability.capitalize()}=1")
-    may_need_relay = config.reachability == "private" or not (address.is_loopback or config.client_mode)
-    if config.relay and config.initial_peers and may_need_relay:
-        options += ["-autoRelay=1", f"-trustedRelays={','.join(config.initial_peers)}"]
     return options
 
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _MAX_SOCKET_DIR_CHARS = 60  # a unix socket path may have about 104 characters, and ours add up to 40
 _STOP_TIMEOUT_S = 3.0
+_LAST_WORDS_S = 0.2
 _MAX_LINE_BYTES = 1024 * 1024
 
 # $1 is the directory to remove, the rest is p2pd's command line. In a subshell $$ is still the pid of the main
@@ -77,23 +78,31 @@ class P2pd:
         await asyncio.wait({self._watch_task})
 
     async def _watch(self) -> None:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        stdin = self._process.stdin
+        assert stdin is not None
+        reading = asyncio.create_task(self._read_lines())
         try:
-            while True:
-                try:
-                    line = (await stdout.readline()).decode(errors="replace")
-                except ValueError:  # longer than _MAX_LINE_BYTES: no use to us
-                    continue
-                if not line:
-                    break
-                self.last_line = line.strip() or self.last_line
-                logger.debug("p2pd: %s", self.last_line)
-                if line.startswith("Peer ID:"):
-                    self._ready.set()
             await self._process.wait()
+            # Not for ever: under uvloop the watchdog inherits the pipe's other end, and keeps it open.
+            await asyncio.wait({reading}, timeout=_LAST_WORDS_S)
         finally:
+            reading.cancel()
             stdin.close()  # releases the watchdog
+
+    async def _read_lines(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        while True:
+            try:
+                line = (await stdout.readline()).decode(errors="replace")
+            except ValueError:  # longer than _MAX_LINE_BYTES: no use to us
+                continue
+            if not line:
+                return
+            self.last_line = line.strip() or self.last_line
+            logger.debug("p2pd: %s", self.last_line)
+            if line.startswith("Peer ID:"):
+                self._ready.set()
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
-"""gRPC through libp2p: how a peer is called that has no address of its own.
+"""gRPC through libp2p: how a peer is called whose gRPC port cannot be dialled.
 
-    client channel -> unix socket -> [open_tunnel] -> p2pd ~~ libp2p stream, perhaps relayed ~~ p2pd
+    client channel -> unix socket -> [open_tunnel] -> p2pd ~~ libp2p stream, perhaps through a relay ~~ p2pd
                                                                       -> [serve_tunnel] -> gRPC port
 
 Each connection that gRPC makes becomes one libp2p stream, byte for byte. The gRPC channel runs TLS with the pinned
@@ -11,35 +11,48 @@ is still delivered and both ends are closed; p2pd knows no half-closed streams, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Container, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarm.dht import STREAM_BUFFER_BYTES, Dht
-from swarm.errors import PeerUnavailable, ResourceError
+from swarm.dial_back import stop_handling
+from swarm.errors import PeerError, ResourceError
 from swarm.p2pd import finish, open_socket_directory
+from swarm.pipes import Stream, cancel_all, join_streams
+from swarm.relays import TUNNEL_PROTOCOL, open_relayed_stream, relays_of
 
 if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "/swarm/grpc/1"
+PROTOCOL = TUNNEL_PROTOCOL
 MAX_STREAMS = 1024
 MAX_STREAMS_PER_PEER = 64
 CONNECT_TIMEOUT_S = 10.0
 
-_CHUNK_BYTES = 256 * 1024
-_FLUSH_TIMEOUT_S = 2.0
+HEAD_START_S = 0.5
+"""How long a peer that has relays is dialled before one of these is asked: in one home network it can be."""
 
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the streams of a tunnel reach the peer."""
+
+    relay_id: str = ""
+    """Peer id of the relay; empty: libp2p has a connection to the peer."""
 
 
 @asynccontextmanager
-async def serve_tunnel(dht: Dht, target: tuple[str, int]) -> AsyncIterator[None]:
-    """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends."""
+async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str] = ()) -> AsyncIterator[None]:
+    """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends.
+
+    Args:
+        relays: peer ids of our relays: their streams come from many peers, and they count these.
+    """
     connections: dict[asyncio.Task[None], str] = {}
 
     async def carry(stream: Stream) -> None:
@@ -48,13 +61,14 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int]) -> AsyncIterator[None]
         except OSError as exc:
             logger.warning("the gRPC port %s:%d refuses a tunnel stream: %s", *target, exc)
         else:
-            await _join(stream, port)
+            await join_streams(stream, port)
         finally:
             stream[1].close()
 
     async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        if len(connections) >= MAX_STREAMS or list(connections.values()).count(peer_id) >= MAX_STREAMS_PER_PEER:
+        of_peer = 0 if peer_id in relays else list(connections.values()).count(peer_id)
+        if len(connections) >= MAX_STREAMS or of_peer >= MAX_STREAMS_PER_PEER:
             logger.info("refused a tunnel stream of peer %s: too many", peer_id)
             writer.close()
             return
@@ -66,7 +80,8 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int]) -> AsyncIterator[None]
     try:
         yield
     finally:
-        await finish(_stop_serving(dht, connections))
+        await finish(stop_handling(dht.p2p, PROTOCOL))
+        await finish(cancel_all(connections))
 
 
 @asynccontextmanager
@@ -76,20 +91,16 @@ async def open_tunnel(
     """Yield a gRPC target whose connections end at a peer's gRPC port.
 
     Args:
-        multiaddrs: where the peer may be; if none works, libp2p looks for it in the swarm.
+        multiaddrs: where the peer may be, and its relays; if none works, libp2p looks for it in the swarm.
     Raises: PeerUnavailable: it cannot be reached, or serves no tunnel.
     """
-    deadline_s = asyncio.get_running_loop().time() + timeout_s
-    await _connect(dht, peer_id, multiaddrs, timeout_s)
-    remaining_s = deadline_s - asyncio.get_running_loop().time()
-    probe = await dht.open_stream(peer_id, PROTOCOL, timeout_s=max(0.1, remaining_s))
-    probe[1].close()
+    way = await find_way(dht, peer_id, multiaddrs, timeout_s=timeout_s)
     connections: set[asyncio.Task[None]] = set()
 
     async def carry(connection: Stream) -> None:
         try:
-            await _join(connection, await dht.open_stream(peer_id, PROTOCOL, timeout_s=timeout_s))
-        except PeerUnavailable as exc:
+            await join_streams(connection, await _open_stream(dht, peer_id, way, timeout_s))
+        except PeerError as exc:
             logger.debug("tunnel: %s", exc)  # gRPC sees its connection closed and reports UNAVAILABLE
         finally:
             connection[1].close()
@@ -109,66 +120,46 @@ async def open_tunnel(
             yield f"unix:{path}"
         finally:
             server.close()
-            await finish(_cancel(connections))
+            await finish(cancel_all(connections))
 
 
-async def _connect(dht: Dht, peer_id: str, multiaddrs: Sequence[str], timeout_s: float) -> None:
-    """Dial the peer; if that fails, ask our initial peers to relay: a peer behind NAT keeps a place at each of them."""
-    relays = [f"{address}/p2p-circuit" for address in dht.config.initial_peers if dht.config.relay]
+async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:
+    """Connect to a peer over libp2p, or to one of its relays if it takes long or fails; see that its tunnel answers.
+
+    Raises: PeerUnavailable: no way leads to its tunnel.
+    """
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    relays = relays_of(multiaddrs)
+    plain = [text for text in multiaddrs if "/p2p-circuit" not in text]
+    dialling = asyncio.create_task(_reach(dht, peer_id, plain, Way(), timeout_s))
     try:
-        await dht.connect(peer_id, multiaddrs, timeout_s=timeout_s / 2 if relays else timeout_s)
-    except PeerUnavailable as direct:
-        if not relays:
-            raise
-        try:
-            await dht.connect(peer_id, relays, timeout_s=timeout_s / 2)
-        except PeerUnavailable as relayed:
-            raise PeerUnavailable(f"{direct}; nor through a relay: {relayed}") from relayed
-
-
-async def _join(left: Stream, right: Stream) -> None:
-    """Carry bytes both ways until one side ends; then deliver what is on its way and close both."""
-    directions = {
-        asyncio.create_task(_pipe(left[0], right[1])),
-        asyncio.create_task(_pipe(right[0], left[1])),
-    }
-    writers = (left[1], right[1])
-    try:
-        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
-        for writer in writers:
-            writer.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
-                await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+        await asyncio.wait({dialling}, timeout=HEAD_START_S if relays else None)
+        if dialling.done() and dialling.exception() is None:
+            return dialling.result()
+        for relay_id, addresses in relays.items():
+            remaining_s = deadline_s - asyncio.get_running_loop().time()
+            with suppress(PeerError):
+                await dht.connect(relay_id, addresses, timeout_s=max(0.1, remaining_s / 2))
+                return await _reach(dht, peer_id, None, Way(relay_id), max(0.1, remaining_s / 2))
+        return await dialling
     finally:
-        for direction in directions:
-            direction.cancel()
-        for writer in writers:
-            writer.transport.abort()
-        await asyncio.wait(directions)
+        await cancel_all({dialling})
+        if not dialling.cancelled():
+            dialling.exception()  # it no longer matters
 
 
-async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(_CHUNK_BYTES):
-            writer.write(data)
-            await writer.drain()
-    except OSError as exc:
-        logger.debug("a tunnel connection broke: %s", exc)
+async def _reach(dht: Dht, peer_id: str, multiaddrs: Sequence[str] | None, way: Way, timeout_s: float) -> Way:
+    """See that the peer's tunnel answers on this way; libp2p dials these addresses first."""
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    if multiaddrs is not None:
+        await dht.connect(peer_id, multiaddrs, timeout_s=timeout_s)
+    remaining_s = deadline_s - asyncio.get_running_loop().time()
+    probe = await _open_stream(dht, peer_id, way, max(0.1, remaining_s))
+    probe[1].close()
+    return way
 
 
-async def _stop_serving(dht: Dht, connections: dict[asyncio.Task[None], str]) -> None:
-    from hivemind.p2p import P2PDaemonError
-
-    with contextlib.suppress(P2PDaemonError, OSError, asyncio.IncompleteReadError, TimeoutError):
-        async with asyncio.timeout(_FLUSH_TIMEOUT_S):
-            await dht.p2p.remove_binary_stream_handler(PROTOCOL)
-    await _cancel(set(connections))
-
-
-async def _cancel(tasks: set[asyncio.Task[None]]) -> None:
-    running = set(tasks)
-    for task in running:
-        task.cancel()
-    if running:
-        await asyncio.wait(running, timeout=_FLUSH_TIMEOUT_S)
+async def _open_stream(dht: Dht, peer_id: str, way: Way, timeout_s: float) -> Stream:
+    if way.relay_id:
+        return await open_relayed_stream(dht, way.relay_id, peer_id, timeout_s=timeout_s)
+    return await dht.open_stream(peer_id, PROTOCOL, timeout_s=timeout_s)

@@ -96,13 +96,17 @@ class BlockRange(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("protocol_version",)
+    __slots__ = ("protocol_version", "padding", "echo")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
-    def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
+    padding: bytes
+    echo: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., padding: _Optional[bytes] = ..., echo: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "peer_id", "model_name", "model_fingerprint", "num_model_blocks", "blocks", "dtype", "hidden_size", "limits", "load", "can_rewind")
+    __slots__ = ("protocol_version", "software_version", "peer_id", "model_name", "model_fingerprint", "num_model_blocks", "blocks", "dtype", "hidden_size", "limits", "load", "can_rewind", "clock_s", "padding")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +119,8 @@ class DescribeResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CAN_REWIND_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_S_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     peer_id: str
@@ -127,7 +133,9 @@ class DescribeResponse(_message.Message):
     limits: Limits
     load: Load
     can_rewind: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_model_blocks: _Optional[int] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., dtype: _Optional[_Union[DType, str]] = ..., hidden_size: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., can_rewind: _Optional[bool] = ...) -> None: ...
+    clock_s: float
+    padding: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_model_blocks: _Optional[int] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., dtype: _Optional[_Union[DType, str]] = ..., hidden_size: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., can_rewind: _Optional[bool] = ..., clock_s: _Optional[float] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_session_tokens", "max_step_tokens", "max_batch_tokens", "max_batch_size")

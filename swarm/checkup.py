@@ -1,0 +1,337 @@
+"""What can be reached of a swarm from here, which way and how fast, and whether others can reach this machine.
+
+`examine` gathers a Report; what it means, and what to do about it, are functions of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+import grpc.aio
+import psutil
+
+from swarm import PROTOCOL_VERSION
+from swarm.announcement import Announcement, ModelListing
+from swarm.dht import Dht
+from swarm.dial_back import MAX_ASKED, Observation, Question, Reach, ask, judge
+from swarm.errors import BadRequest, PeerError, SwarmError
+from swarm.peers import Connector, PeerAddress
+from swarm.ranges import BlockRange, describe_blocks
+from swarm.rpc import errors_from_wire
+from swarm.tunnel import find_way, open_tunnel
+from swarm.v1 import blocks_pb2 as pb
+from swarm.v1 import blocks_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S, CALL_TIMEOUT_S = 5.0, 20.0
+NUM_CALLS = 3
+"""Of so many, the quickest is the round-trip time."""
+PADDING_BYTES = 1 << 20
+"""What is sent to each server, and back, to see how fast its way is."""
+MAX_SERVERS = 64
+"""Of each model."""
+MAX_CLOCK_OFFSET_S = 60.0
+"""Beyond it, announcements may seem to have expired."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnCheck:
+    """Whether others can dial this machine."""
+
+    port: int
+    """TCP port that was tried."""
+    is_chosen: bool
+    """Whether somebody named that port; otherwise it was any free one."""
+    seen_as: tuple[str, ...]
+    """IP addresses that others see this machine under."""
+    is_translated: bool
+    """Whether none of them is its own: there is a router in between."""
+    reach: Reach
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerCheck:
+    """One peer of the join link."""
+
+    peer_id: str
+    multiaddrs: tuple[str, ...]
+    error: str = ""
+    """Why it cannot be reached; empty: it can."""
+    rtt_s: float | None = None
+    clock_offset_s: float | None = None
+    """By how much its clock is ahead of ours."""
+    relays: bool = False
+    """Whether it carries connections to servers that nobody can dial."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCheck:
+    """One server of a model."""
+
+    name: str
+    peer_id: str
+    blocks: BlockRange
+    state: str
+    protocol_version: int
+    way: str = ""
+    """"direct", "relay", "libp2p" for a tunnel without a relay; empty: there is none."""
+    relay_id: str = ""
+    error: str = ""
+    rtt_s: float | None = None
+    upload_bytes_per_s: float | None = None
+    download_bytes_per_s: float | None = None
+    clock_offset_s: float | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        return bool(self.way) and self.state == "online" and self.protocol_version == PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCheck:
+    """One model and its servers."""
+
+    name: str
+    num_blocks: int
+    servers: tuple[ServerCheck, ...]
+
+    @property
+    def missing_blocks(self) -> set[int]:
+        """Blocks that no server can run that is reachable from here."""
+        return set(range(self.num_blocks)) - {
+            block for server in self.servers if server.is_usable for block in server.blocks
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that was found."""
+
+    own: OwnCheck
+    peers: tuple[PeerCheck, ...]
+    models: tuple[ModelCheck, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether some model is served, and a route over all blocks of each can be reached from here."""
+        return bool(self.models) and not any(model.missing_blocks for model in self.models)
+
+
+async def examine(dht: Dht, model_name: str = "", port: int = 0) -> Report:
+    """Look at a swarm from here.
+
+    Args:
+        model_name: look at the servers of this model only; empty: of all.
+        port: TCP port of this machine that others shall try; 0: any free one.
+    Raises: PeerUnavailable: the directory cannot be read. BadRequest: nobody serves that model.
+    """
+    peers = dht.known_peers()
+    listings = await dht.directory.models()
+    wanted = [each for each in listings if model_name in ("", each.name) or each.fingerprint.startswith(model_name)]
+    if model_name and not wanted:
+        served = ", ".join(listing.name for listing in listings[:8]) or "no model"
+        raise BadRequest(
+            f"nobody serves {model_name!r} in this swarm, which serves {served}: name one of these, or none"
+        )
+    initial = {each: multiaddrs for each, multiaddrs in peers.items() if each in dht.initial_peer_ids}
+    own, checked = await asyncio.gather(_check_own(dht, list(peers), port), _check_peers(dht, initial))
+    models = [await _check_model(dht, listing) for listing in wanted]
+    return Report(own=own, peers=tuple(checked), models=tuple(models))
+
+
+async def _check_own(dht: Dht, peer_ids: Sequence[str], port: int) -> OwnCheck:
+    async with _listening(port) as tried:
+        question = Question(port=tried)
+        asked = (ask(dht, peer_id, question) for peer_id in peer_ids[:MAX_ASKED])
+        found = await asyncio.gather(*asked, return_exceptions=True)
+    answers = [each.answer for each in found if isinstance(each, Observation)]
+    seen_as = tuple(dict.fromkeys(answer.host for answer in answers if answer.host))
+    ours = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return OwnCheck(
+        port=tried,
+        is_chosen=bool(port),
+        seen_as=seen_as,
+        is_translated=bool(seen_as) and not ours.intersection(seen_as),
+        reach=judge(answers),
+    )
+
+
+@asynccontextmanager
+async def _listening(port: int) -> AsyncIterator[int]:
+    """Listen on a port of all interfaces, if nobody else does, and yield it."""
+
+    def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    try:
+        server = await asyncio.start_server(accept, "0.0.0.0", port)
+    except OSError as exc:
+        logger.info("port %d is in use, perhaps by a server of this machine: it is tried as it is (%s)", port, exc)
+        yield port
+        return
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def _check_peers(dht: Dht, peers: dict[str, list[str]]) -> list[PeerCheck]:
+    async def check(peer_id: str, multiaddrs: list[str]) -> PeerCheck:
+        found = PeerCheck(peer_id=peer_id, multiaddrs=tuple(multiaddrs))
+        try:
+            await dht.connect(peer_id, multiaddrs, timeout_s=CONNECT_TIMEOUT_S)
+        except PeerError as exc:
+            return replace(found, error=str(exc))
+        try:
+            seen = min([await ask(dht, peer_id) for _ in range(NUM_CALLS)], key=lambda each: each.rtt_s)
+        except PeerError as exc:
+            logger.info("peer %s can be reached but answers no questions: %s", peer_id, exc)
+            return found
+        return replace(found, rtt_s=seen.rtt_s, clock_offset_s=seen.clock_offset_s, relays=seen.answer.relays)
+
+    return await asyncio.gather(*(check(peer_id, multiaddrs) for peer_id, multiaddrs in peers.items()))
+
+
+async def _check_model(dht: Dht, listing: ModelListing) -> ModelCheck:
+    servers = (await dht.directory.servers(listing.fingerprint))[:MAX_SERVERS]
+    async with AsyncExitStack() as owned:
+        found = await asyncio.gather(*(_find_server(dht, owned, server) for server in servers))
+        # One after the other: they would share our line.
+        checks = [await _call_server(check, channel) if channel is not None else check for check, channel in found]
+    checks.sort(key=lambda check: (check.blocks.start, check.blocks.end, check.peer_id))
+    return ModelCheck(name=listing.name, num_blocks=listing.num_blocks, servers=tuple(checks))
+
+
+async def _find_server(
+    dht: Dht, owned: AsyncExitStack, server: Announcement
+) -> tuple[ServerCheck, grpc.aio.Channel | None]:
+    """Open a channel to a server, directly or else through the tunnel; `owned` closes it."""
+    found = ServerCheck(
+        name=server.server_name,
+        peer_id=server.peer_id,
+        blocks=server.blocks,
+        state=server.state,
+        protocol_version=server.protocol_version,
+    )
+    address = PeerAddress.of(server)
+    connector = Connector(lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs))
+    owned.push_async_callback(connector.aclose)
+    try:
+        channel = await owned.enter_async_context(connector.lease(replace(address, multiaddrs=())))
+        return replace(found, way="direct"), channel
+    except PeerError as exc:
+        logger.info("server %s cannot be dialled: %s", server.peer_id, exc)
+    try:
+        way = await find_way(dht, server.peer_id, server.multiaddrs)
+        channel = await owned.enter_async_context(connector.lease(replace(address, direct=())))
+    except PeerError as exc:
+        return replace(found, error=str(exc)), None
+    return replace(found, way="relay" if way.relay_id else "libp2p", relay_id=way.relay_id), channel
+
+
+async def _call_server(check: ServerCheck, channel: grpc.aio.Channel) -> ServerCheck:
+    """Measure the way to a server."""
+    padding = bytes(PADDING_BYTES)
+    try:
+        async with errors_from_wire(check.peer_id):
+            calls = [await _describe(channel) for _ in range(NUM_CALLS)]
+            rtt_s = min(seconds for _, seconds in calls)
+            _, up_s = await _describe(channel, padding)
+            echoed, both_s = await _describe(channel, padding, echo=True)
+    except SwarmError as exc:
+        return replace(check, way="", error=str(exc))
+    described, seconds = calls[-1]
+    return replace(
+        check,
+        rtt_s=rtt_s,
+        upload_bytes_per_s=PADDING_BYTES / max(up_s - rtt_s, 1e-6),
+        download_bytes_per_s=PADDING_BYTES / max(both_s - up_s, 1e-6) if echoed.padding else None,
+        clock_offset_s=described.clock_s - (time.time() - seconds / 2 - up_s - both_s) if described.clock_s else None,
+    )
+
+
+async def _describe(
+    channel: grpc.aio.Channel, padding: bytes = b"", *, echo: bool = False
+) -> tuple[pb.DescribeResponse, float]:
+    request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, padding=padding, echo=echo)
+    started_s = time.monotonic()
+    response = await pb_grpc.BlocksStub(channel).Describe(request, timeout=CALL_TIMEOUT_S)
+    return response, time.monotonic() - started_s
+
+
+def advice(report: Report) -> list[str]:
+    """What all this means, and what to do, in plain sentences."""
+    return [
+        *_advice_on_this_machine(report),
+        *_advice_on_peers(report.peers),
+        *(sentence for model in report.models for sentence in _advice_on_model(model)),
+        *([] if report.models else ["Nobody serves a model here yet: start with `swarm serve MODEL --join …`."]),
+    ]
+
+
+def _advice_on_this_machine(report: Report) -> list[str]:
+    own = report.own
+    router = " This machine is behind a router." if own.is_translated else ""
+    forward = " and forward them on the router" if own.is_translated else ""
+    if own.reach.reached:
+        where = ", ".join(own.reach.reached)
+        return [f"Others can dial this machine ({where}, TCP port {own.port}): a server here serves directly.{router}"]
+    if not own.reach.missed:
+        return [f"Nobody could try whether this machine can be dialled.{router}"]
+    ports = f"TCP port {own.port}" if own.is_chosen else "two TCP ports, one for --port and one for --dht-port"
+    sentences = [
+        f"Others cannot dial this machine ({', '.join(own.reach.missed)}, TCP port {own.port}).{router} To let a "
+        f"server here serve directly, open {ports} in its firewall{forward}; otherwise clients come through a relay."
+    ]
+    if not any(peer.relays for peer in report.peers):
+        sentences.append("No peer of the join link relays: run `swarm dht` on a machine that others can dial.")
+    return sentences
+
+
+def _advice_on_peers(peers: Sequence[PeerCheck]) -> list[str]:
+    sentences = [
+        f"Peer {peer.peer_id[-8:]} of the join link does not answer: start it again, or ask for a newer link."
+        for peer in peers
+        if peer.error
+    ]
+    sentences += [
+        f"The clock of peer {peer.peer_id[-8:]} and this machine's differ by {abs(peer.clock_offset_s):.0f} s: "
+        "set the wrong one right."
+        for peer in peers
+        if abs(peer.clock_offset_s or 0) > MAX_CLOCK_OFFSET_S
+    ]  # fmt: skip
+    return sentences
+
+
+def _advice_on_model(model: ModelCheck) -> list[str]:
+    sentences = []
+    for server in model.servers:
+        who = f"Server {server.name} (blocks {server.blocks}, {server.peer_id[-8:]})"
+        if server.protocol_version != PROTOCOL_VERSION:
+            sentences.append(
+                f"{who} speaks protocol {server.protocol_version}, this program {PROTOCOL_VERSION}: "
+                "update the older one."
+            )
+        elif not server.way:
+            sentences.append(f"{who} cannot be reached: {server.error}.")
+        elif server.way == "relay":
+            sentences.append(
+                f"{who} is reached through relay {server.relay_id[-8:]}: it would be faster if its owner opened and "
+                "forwarded its TCP port."
+            )
+        if abs(server.clock_offset_s or 0) > MAX_CLOCK_OFFSET_S:
+            sentences.append(
+                f"{who} has a clock that differs from ours by {server.clock_offset_s:.0f} s: set it right."
+            )
+    if model.missing_blocks:
+        sentences.append(
+            f"Blocks {describe_blocks(model.missing_blocks)} of {model.name} cannot be reached: "
+            "start a server for them with `swarm serve`."
+        )
+    else:
+        sentences.append(f"All {model.num_blocks} blocks of {model.name} can be reached from here.")
+    return sentences

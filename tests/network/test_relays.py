@@ -1,0 +1,165 @@
+"""Relays and dialling back, between real libp2p nodes on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import pytest
+
+from swarm import relays
+from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.dial_back import DIALS_PER_MINUTE, Question, answer_dial_back, ask, ask_some
+from swarm.errors import PeerError, PeerUnavailable
+from swarm.identity import Identity
+from swarm.pipes import Stream
+from swarm.relays import Registrations, circuits, open_relayed_stream, serve_relay
+from swarm.rpc import SERVER_OPTIONS
+from swarm.tunnel import Way, find_way
+
+
+@dataclass
+class Network:
+    relay: Dht
+    server: Dht
+    client: Dht
+    registrations: Registrations
+    owned: AsyncExitStack
+
+
+@pytest.fixture
+async def network(identities: list[Identity]) -> AsyncIterator[Network]:
+    """A server that does not listen, so that nobody can dial it, and whose tunnel sends back what it gets."""
+    async with AsyncExitStack() as owned:
+
+        async def node(identity: Identity, **options: object) -> Dht:
+            return await owned.enter_async_context(open_dht(DhtConfig(identity_path=identity.path, **options)))  # type: ignore[arg-type]
+
+        relay = await node(identities[0])
+        peers = tuple(await relay.multiaddrs())
+        server = await node(identities[1], initial_peers=peers, client_mode=True)
+        client = await node(identities[2], initial_peers=peers, client_mode=True)
+
+        async def echo(_info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+            writer.close()
+
+        await server.p2p.add_binary_stream_handler(relays.TUNNEL_PROTOCOL, echo)
+        yield Network(relay, server, client, Registrations(server, server.known_peers, lambda: None), owned)
+
+
+@asynccontextmanager
+async def _registered(network: Network) -> AsyncIterator[None]:
+    await network.registrations.fill()
+    running = asyncio.create_task(network.registrations.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+        await network.registrations.aclose()
+
+
+async def _echoes(stream: Stream) -> bool:
+    stream[1].write(b"hello")
+    async with asyncio.timeout(5):
+        answer = await stream[0].readexactly(5)
+    stream[1].close()
+    return answer == b"hello"
+
+
+async def test_a_relay_carries_streams_to_a_server_that_nobody_can_dial(network: Network) -> None:
+    async with serve_relay(network.relay), _registered(network):
+        multiaddrs = circuits(network.registrations.addresses, network.server.peer_id)
+        assert await find_way(network.client, network.server.peer_id, multiaddrs) == Way(network.relay.peer_id)
+        stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5)
+        assert await _echoes(stream)
+
+
+async def test_a_relay_opens_streams_to_nobody_who_has_not_registered(network: Network) -> None:
+    async with serve_relay(network.relay):
+        with pytest.raises(PeerUnavailable, match="does not know that peer"):
+            await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5)
+        async with _registered(network):
+            pass
+        async with asyncio.timeout(5):
+            with pytest.raises(PeerUnavailable, match="does not know that peer"):
+                while True:
+                    stream = await open_relayed_stream(
+                        network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5
+                    )
+                    stream[1].close()
+
+
+async def test_a_server_registers_again_when_its_relay_has_come_back(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "RETRY_S", 0.05)
+    async with AsyncExitStack() as relaying:
+        await relaying.enter_async_context(serve_relay(network.relay))
+        await network.owned.enter_async_context(_registered(network))
+        assert list(network.registrations.addresses) == [network.relay.peer_id]
+    async with asyncio.timeout(5):
+        while network.registrations.addresses:
+            await asyncio.sleep(0.01)
+    async with serve_relay(network.relay), asyncio.timeout(5):
+        while not network.registrations.addresses:
+            await asyncio.sleep(0.01)
+        stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5)
+        assert await _echoes(stream)
+
+
+async def test_connections_of_one_caller_are_bounded(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relays, "MAX_CARRIED_PER_PEER", 2)
+    to = (network.relay.peer_id, network.server.peer_id)
+    async with serve_relay(network.relay), _registered(network):
+        streams = [await open_relayed_stream(network.client, *to, timeout_s=5) for _ in range(2)]
+        with pytest.raises(PeerError):
+            await open_relayed_stream(network.client, *to, timeout_s=5)
+        for stream in streams:
+            assert await _echoes(stream)
+
+
+@pytest.mark.parametrize("line", [b"[]\n", b"\xff\n", b'{"to": "/unix/socket"}\n', b"x" * 2_000_000 + b"\n"])
+async def test_what_is_no_request_is_not_answered(network: Network, line: bytes) -> None:
+    async with serve_relay(network.relay):
+        reader, writer = await network.client.open_stream(network.relay.peer_id, relays.PROTOCOL, timeout_s=5)
+        with suppress(ConnectionError):
+            writer.write(line)
+            async with asyncio.timeout(5):
+                assert await reader.read(4096) == b""
+        writer.close()
+
+
+async def test_a_port_counts_as_reached_if_the_right_certificate_answers_there(
+    network: Network, identities: list[Identity]
+) -> None:
+    certificate = identities[1].tls_certificate()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    pair = (certificate.private_key_pem, certificate.certificate_pem)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    async with answer_dial_back(network.relay.p2p, relays=True):
+        asked = [network.relay.peer_id]
+        assert (await ask_some(network.server, asked, port, certificate.certificate_der)).reached == ("127.0.0.1",)
+        other = identities[3].tls_certificate().certificate_der
+        assert (await ask_some(network.server, asked, port, other)).is_hidden
+        await server.stop(None)
+        assert (await ask_some(network.server, asked, port)).is_hidden
+        found = await ask(network.server, network.relay.peer_id)
+        assert found.answer.host == "127.0.0.1" and found.answer.relays and found.answer.reached is None
+        assert abs(found.clock_offset_s) < 1
+        for _ in range(DIALS_PER_MINUTE):
+            last = await ask(network.server, network.relay.peer_id, Question(port=1))
+        assert last.answer.reached is None
+    with pytest.raises(PeerError):
+        await ask(network.server, network.relay.peer_id)
+    assert (
+        await ask_some(network.server, [network.relay.peer_id, "no peer id" and network.client.peer_id], port)
+        is not None
+    )
