@@ -21,12 +21,14 @@ def dht_command(
     identity: Annotated[Path | None, typer.Option(help="Key file; keeps the join link the same.")] = None,
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
     relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
+    relay_mbit: Annotated[float, typer.Option(help="Megabits per second that it carries at most.")] = 400.0,
 ) -> None:
     """Run a bootstrap node: servers and clients join through it; it holds no blocks.
 
     Example: swarm dht --host 0.0.0.0 --port 31337 --identity dht.key
     """
     from swarm.bootstrap import run_bootstrap
+    from swarm.relaying import RelayConfig
 
     link = parse_join(join)
     config = DhtConfig(
@@ -37,6 +39,8 @@ def dht_command(
         announce_host=announce_host or None,
     )
 
+    relaying = RelayConfig(max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None
+
     async def work(lifetime: Lifetime) -> None:
         def on_ready(multiaddrs: list[str]) -> None:
             lifetime.ready = True
@@ -46,6 +50,6 @@ def dht_command(
             console.print("The DHT node runs. Ctrl-C to stop.", highlight=False)
             console.print(f"Join link: {text}", soft_wrap=True, highlight=False, markup=False)
 
-        await run_bootstrap(config, lifetime.stop, on_ready, relay=relay)
+        await run_bootstrap(config, lifetime.stop, on_ready, relay=relaying)
 
     run_until_signal(work)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from swarm.dht import DhtConfig, open_dht
@@ -97,20 +98,19 @@ def _print_peers(peers: tuple[PeerCheck, ...]) -> None:
 
 
 def _print_model(model: ModelCheck) -> None:
-    table = Table(title=f"{model.name}: {model.num_blocks} blocks", title_justify="left")
-    for column in ("server", "blocks", "state", "way", "round trip", "Mbit/s up, down", "clock", "protocol", "peer"):
+    table = Table(title=f"{escape(model.name)}: {model.num_blocks} blocks", title_justify="left")
+    for column in ("server", "blocks", "state", "way", "round trip", "Mbit/s up, down", "clock", "peer"):
         table.add_column(column, overflow="fold")
     for server in model.servers:
         way = f"relay {server.relay_id[-8:]}" if server.relay_id else server.way
         table.add_row(
-            server.name,
+            escape(server.name),
             str(server.blocks),
             server.state,
             way or "[red]none[/]",
             _milliseconds(server.rtt_s),
             ", ".join(_megabits(each) for each in (server.upload_bytes_per_s, server.download_bytes_per_s)),
             _clock(server.clock_offset_s),
-            str(server.protocol_version),
             server.peer_id[-8:],
         )
     console.print(table)

@@ -46,6 +46,8 @@ def serve_command(
     dht_port: Annotated[int, typer.Option(help="TCP port of the DHT; 0: any.")] = 0,
     announce_host: Annotated[str, typer.Option(help="Address that others dial instead.", show_default=False)] = "",
     tunnel_only: Annotated[bool, typer.Option(help="Be reachable through the tunnel only.")] = False,
+    relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
+    relay_mbit: Annotated[float, typer.Option(help="Megabits per second that it carries at most.")] = 80.0,
     cache_mib: Annotated[int, typer.Option(help="KV cache; default: from free memory.", show_default=False)] = 0,
     max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
@@ -70,6 +72,7 @@ def serve_command(
     link = parse_join(join)
     block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
+    from swarm.relaying import BESIDE_SERVING
     from swarm.server.checks import ServiceLimits
     from swarm.server.config import ServerConfig
 
@@ -88,6 +91,7 @@ def serve_command(
         dht_port=dht_port,
         announce_host=announce_host or None,
         tunnel_only=tunnel_only,
+        relay=replace(BESIDE_SERVING, max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None,
         cache_bytes=cache_mib << 20 or None,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),
         session_grace_s=session_grace,

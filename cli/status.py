@@ -7,6 +7,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from swarm.announcement import Announcement, ModelListing
@@ -90,12 +91,12 @@ def _as_dict(listing: ModelListing, servers: list[Announcement]) -> dict[str, An
 def _print_model(listing: ModelListing, servers: list[Announcement]) -> None:
     missing = _missing(listing, servers)
     state = f"[red]blocks {describe_blocks(missing)} are missing[/]" if missing else "[green]complete[/]"
-    table = Table(title=f"{listing.name}: {listing.num_blocks} blocks, {state}", title_justify="left")
+    table = Table(title=f"{escape(listing.name)}: {listing.num_blocks} blocks, {state}", title_justify="left")
     for column in ("server", "blocks", "state", "weights", "decode tok/s", "forward tok/s", "direct", "peer"):
         table.add_column(column)
     for server in sorted(servers, key=lambda each: (each.start, each.end)):
         table.add_row(
-            server.server_name,
+            escape(server.server_name),
             str(server.blocks),
             server.state,
             server.quantization or server.dtype,

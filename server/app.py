@@ -18,7 +18,7 @@ from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.codec import dtype_name
 from swarm.dht import Dht, DhtConfig, open_dht
-from swarm.dialling import rule_for
+from swarm.dialling import UntilSeenOutside, rule_for
 from swarm.errors import ResourceError
 from swarm.identity import TlsCertificate
 from swarm.link import JoinLink
@@ -108,10 +108,8 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     async with AsyncExitStack() as owned:
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
         holding = await _choose_holding(config, checkpoint, dht)
-        connector = Connector(
-            lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses),
-            rule=await rule_for(await dht.multiaddrs()),
-        )
+        rule = UntilSeenOutside(await rule_for(await dht.multiaddrs()))
+        connector = Connector(lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses), rule=rule)
         owned.push_async_callback(connector.aclose)
         model = ServedModel(
             peer_id=dht.peer_id,
@@ -133,7 +131,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(open_grpc(config, front, certificate))
         reachability = await owned.enter_async_context(
-            open_reachability(dht, config, port, certificate.certificate_der)
+            open_reachability(dht, config, port, certificate.certificate_der, rule)
         )
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays))
         announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)

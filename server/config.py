@@ -12,6 +12,7 @@ from swarm.errors import BadRequest
 from swarm.model.checkpoint import CheckpointSource
 from swarm.model.quantization import CHOICES
 from swarm.ranges import BlockRange
+from swarm.relaying import BESIDE_SERVING, RelayConfig
 
 from .checks import ServiceLimits
 from .scheduler import SchedulerConfig
@@ -52,8 +53,8 @@ class ServerConfig:
     """Address that others shall dial instead of `host`; needs fixed ports."""
     tunnel_only: bool = False
     """Announce no address to dial, so that clients come through the tunnel."""
-    relay: bool = True
-    """Carry connections to servers that nobody can dial, if others can dial this one."""
+    relay: RelayConfig | None = BESIDE_SERVING
+    """How much it carries to servers that nobody can dial, if others can dial this one; None: nothing."""
     reachability_period_s: float = 300.0
     """How often it asks others whether they can dial it."""
     cache_bytes: int | None = None

@@ -8,6 +8,7 @@ cannot be dialled either, the server registers with relays (swarm/relays.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,18 +16,21 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from swarm.dht import Dht
-from swarm.dial_back import Reach, answer_dial_back, ask_some, libp2p_port
+from swarm.dial_back import answer_dial_back, ask_some
+from swarm.dialling import UntilSeenOutside
 from swarm.pipes import cancel_all
-from swarm.relays import Registrations, circuits, serve_relay
+from swarm.reach import Reach, host_of, judge, libp2p_port, outside_first
+from swarm.relaying import serve_relay
+from swarm.relays import Registrations, circuits
 
 from .config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-MAX_CARRIED = 128
-"""Connections that a server carries for hidden ones."""
 UNKNOWN_PERIOD_S = 30.0
 """How often a server looks for somebody to ask, as long as nobody has tried its port."""
+FIRST_RELAY_TIMEOUT_S = 10.0
+"""How long a server waits for relays before it announces itself; it goes on looking."""
 MAX_RELAY_ADDRESSES, MAX_ADDRESSES = 6, 16
 """Of all libp2p addresses that are announced, and of those through relays."""
 
@@ -40,7 +44,9 @@ class Say(Protocol):
 class Reachability:
     """Where others can call this server; get one from `open_reachability`."""
 
-    def __init__(self, dht: Dht, config: ServerConfig, port: int, certificate_der: bytes) -> None:
+    def __init__(
+        self, dht: Dht, config: ServerConfig, port: int, certificate_der: bytes, rule: UntilSeenOutside
+    ) -> None:
         self.direct: list[str] = []
         """"host:port" of the gRPC port, as announced."""
         self.multiaddrs: list[str] = []
@@ -49,10 +55,12 @@ class Reachability:
         self._config = config
         self._port = port
         self._certificate_der = certificate_der
+        self._rule = rule
         self._registrations = Registrations(dht, dht.known_peers, self._relays_changed)
         self._registering: asyncio.Task[None] | None = None
         self._own: list[str] = []
-        self._reach: Reach | None = None
+        self._reach, self._libp2p = Reach(), Reach()
+        self._logged: Reach | None = None
         self._changed = asyncio.Event()
 
     @property
@@ -77,21 +85,17 @@ class Reachability:
             await cancel_all({task})
 
     async def check(self) -> None:
-        """Ask some peers; register with relays if need be."""
+        """Ask some peers; register with relays if need be. What nobody could say this time stays as it was."""
         self._own = await self._dht.multiaddrs()
-        reach, libp2p = Reach(), Reach()
         if not ip_address(self._config.host).is_loopback:
-            peers = list(self._dht.known_peers())
-            libp2p = await ask_some(self._dht, peers, libp2p_port(self._own))
+            libp2p = await self._ask(libp2p_port(self._own))
+            self._libp2p = libp2p if libp2p.is_known else self._libp2p
             if not self._config.tunnel_only:
-                reach = await ask_some(self._dht, peers, self._port, self._certificate_der)
-        if libp2p.is_hidden and not reach.reached and self._registering is None:
-            await self._registrations.fill()
-            self._registering = asyncio.create_task(self._registrations.run())
-        if self._reach is None or reach.is_hidden != self._reach.is_hidden:
-            self._log(reach)
-        self._reach = reach
-        direct = [] if self._config.tunnel_only else choose_direct(direct_hosts(self._own), reach, self._port)
+                reach = await self._ask(self._port, self._certificate_der)
+                self._reach = reach if reach.is_known else self._reach
+        await self._register(needs_relays(self._reach, self._libp2p))
+        self._log(self._reach)
+        direct = [] if self._config.tunnel_only else choose_direct(direct_hosts(self._own), self._reach, self._port)
         if direct != self.direct:
             self.direct = direct
             self._changed.set()
@@ -100,16 +104,33 @@ class Reachability:
     async def keep_checking(self) -> None:
         """Check now and then, until cancelled."""
         while True:
-            known = self._reach is not None and (self._reach.reached or self._reach.missed)
             period_s = self._config.reachability_period_s
-            await asyncio.sleep(period_s if known else min(period_s, UNKNOWN_PERIOD_S))
+            await asyncio.sleep(period_s if self._libp2p.is_known else min(period_s, UNKNOWN_PERIOD_S))
             await self.check()
 
     async def aclose(self) -> None:
         """Leave the relays."""
-        if self._registering is not None:
+        await self._register(False)
+
+    async def _ask(self, port: int, certificate_der: bytes = b"") -> Reach:
+        peers = outside_first(self._dht.known_peers())
+        seen = await ask_some(self._dht, peers, port, certificate_der)
+        reach = judge(seen, trusted=self._dht.initial_peer_ids, own=list(map(host_of, self._own)))
+        for host in (*reach.reached, *reach.missed):
+            self._rule.note(host)
+        return reach
+
+    async def _register(self, wanted: bool) -> None:
+        """Begin to register with relays, or leave them."""
+        if wanted and self._registering is None:
+            self._registering = asyncio.create_task(self._registrations.run())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_RELAY_TIMEOUT_S):
+                    await self._registrations.looked.wait()
+        elif not wanted and self._registering is not None:
             await cancel_all({self._registering})
-        await self._registrations.aclose()
+            self._registering = None
+            await self._registrations.aclose()
 
     def _relays_changed(self) -> None:
         through = circuits(self._registrations.addresses, self._dht.peer_id)[:MAX_RELAY_ADDRESSES]
@@ -119,6 +140,9 @@ class Reachability:
             self._changed.set()
 
     def _log(self, reach: Reach) -> None:
+        if reach == self._logged:
+            return
+        self._logged = reach
         if reach.is_hidden:
             logger.warning(
                 "TCP port %d is not reachable from outside (tried: %s): open it in this machine's firewall and forward "
@@ -129,6 +153,14 @@ class Reachability:
             )  # fmt: skip
         elif reach.reached:
             logger.info("TCP port %d is reachable from outside: %s", self._port, ", ".join(reach.reached))
+
+
+def needs_relays(reach: Reach, libp2p: Reach) -> bool:
+    """Whether somebody who can dial neither the gRPC port nor libp2p's would be left without a way.
+
+    An address that was missed counts although another one was reached: not everybody speaks both IPv4 and IPv6.
+    """
+    return bool(libp2p.missed) and (bool(reach.missed) or not reach.reached)
 
 
 def direct_hosts(multiaddrs: Sequence[str]) -> list[str]:
@@ -144,26 +176,30 @@ def choose_direct(own: Sequence[str], reach: Reach, port: int) -> list[str]:
     """host:port of those hosts that are worth dialling: reached ones first; none if nobody reached any.
 
     Args:
-        own: hosts that this server takes to be its own, names included.
+        own: hosts that this server takes to be its own, names included, as in `direct_hosts`.
     """
-    hosts = [] if reach.is_hidden else [*reach.reached, *(host for host in own if host not in reach.missed)]
+    reached = [host for host in reach.reached if host in own or not ip_address(host).is_loopback]
+    hosts = [] if reach.is_hidden else [*reached, *(host for host in own if host not in reach.missed)]
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in dict.fromkeys(hosts)][:8]
 
 
 @asynccontextmanager
 async def open_reachability(
-    dht: Dht, config: ServerConfig, port: int, certificate_der: bytes
+    dht: Dht, config: ServerConfig, port: int, certificate_der: bytes, rule: UntilSeenOutside
 ) -> AsyncIterator[Reachability]:
     """Find out where others can call this server, before it announces itself; see to it until the context ends.
 
     It also answers the same question for others, and relays for them where it can be dialled itself.
+
+    Args:
+        rule: what this server dials for strangers; it is told whether the internet reaches this server.
     """
     async with AsyncExitStack() as owned:
-        relays = config.relay and not dht.hidden
+        relays = config.relay is not None and not dht.hidden
         if relays:
-            await owned.enter_async_context(serve_relay(dht, max_carried=MAX_CARRIED))
-        await owned.enter_async_context(answer_dial_back(dht.p2p, relays=relays))
-        reachability = Reachability(dht, config, port, certificate_der)
+            await owned.enter_async_context(serve_relay(dht, config.relay))
+        await owned.enter_async_context(answer_dial_back(dht.p2p, rule, relays=relays))
+        reachability = Reachability(dht, config, port, certificate_der, rule)
         owned.push_async_callback(reachability.aclose)
         await reachability.check()
         reachability._changed.clear()  # what was found is in the first announcement

@@ -8,20 +8,22 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from swarm.dht import DhtConfig, open_dht
-from swarm.dial_back import answer_dial_back, libp2p_port
+from swarm.dial_back import answer_dial_back
+from swarm.dialling import UntilSeenOutside, rule_for
 from swarm.errors import ResourceError
-from swarm.relays import serve_relay
+from swarm.reach import libp2p_port
+from swarm.relaying import RelayConfig, serve_relay
 
 logger = logging.getLogger(__name__)
 
 
 async def run_bootstrap(
-    config: DhtConfig, stop: asyncio.Event, on_ready: Callable[[list[str]], None], *, relay: bool = True
+    config: DhtConfig, stop: asyncio.Event, on_ready: Callable[[list[str]], None], *, relay: RelayConfig | None = None
 ) -> None:
     """Run a DHT node until `stop` is set.
 
     Args:
-        relay: carry connections to servers that nobody can dial.
+        relay: how much it carries to servers that nobody can dial; None: nothing.
         on_ready: called once with the multiaddrs that others join through.
     Raises:
         ResourceError: the node's libp2p daemon ended by itself.
@@ -35,10 +37,11 @@ async def run_bootstrap(
                 "firewall and forward it on its router",
                 libp2p_port(await dht.multiaddrs()),
             )
-        relays = relay and not dht.hidden
+        relays = relay is not None and not dht.hidden
         if relays:
-            await owned.enter_async_context(serve_relay(dht))
-        await owned.enter_async_context(answer_dial_back(dht.p2p, relays=relays))
+            await owned.enter_async_context(serve_relay(dht, relay))
+        rule = UntilSeenOutside(await rule_for(await dht.multiaddrs()))
+        await owned.enter_async_context(answer_dial_back(dht.p2p, rule, relays=relays))
         on_ready(await dht.multiaddrs())
         stopping = asyncio.create_task(stop.wait())
         ended = asyncio.create_task(dht.wait_stopped())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -18,24 +18,27 @@ import psutil
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement, ModelListing
 from swarm.dht import Dht
-from swarm.dial_back import MAX_ASKED, Observation, Question, Reach, ask, judge
+from swarm.dial_back import ask, ask_some
 from swarm.errors import BadRequest, PeerError, SwarmError
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange, describe_blocks
+from swarm.reach import Reach, judge, outside_first
 from swarm.rpc import errors_from_wire
-from swarm.tunnel import find_way, open_tunnel
+from swarm.tunnel import Way, open_tunnel
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S, CALL_TIMEOUT_S = 5.0, 20.0
-NUM_CALLS = 3
-"""Of so many, the quickest is the round-trip time."""
-PADDING_BYTES = 1 << 20
-"""What is sent to each server, and back, to see how fast its way is."""
-MAX_SERVERS = 64
-"""Of each model."""
+CONNECT_TIMEOUT_S = 5.0
+NUM_CALLS, CALLS_TIMEOUT_S = 3, 10.0
+"""Of so many, the quickest is the round-trip time; how long all of them may take."""
+PADDING_BYTES, PADDING_TIMEOUT_S = 1 << 20, 30.0
+"""What is sent to each server, and back, to see how fast its way is; how long that may take."""
+MAX_MODELS, MAX_SERVERS = 16, 64
+"""How many are looked at, and how many servers of each: what strangers announce has no end."""
+MEASURING_TIMEOUT_S = 60.0
+"""After so long, the other servers of a model are not measured any more."""
 MAX_CLOCK_OFFSET_S = 60.0
 """Beyond it, announcements may seem to have expired."""
 
@@ -140,25 +143,23 @@ async def examine(dht: Dht, model_name: str = "", port: int = 0) -> Report:
             f"nobody serves {model_name!r} in this swarm, which serves {served}: name one of these, or none"
         )
     initial = {each: multiaddrs for each, multiaddrs in peers.items() if each in dht.initial_peer_ids}
-    own, checked = await asyncio.gather(_check_own(dht, list(peers), port), _check_peers(dht, initial))
-    models = [await _check_model(dht, listing) for listing in wanted]
+    own, checked = await asyncio.gather(_check_own(dht, outside_first(peers), port), _check_peers(dht, initial))
+    models = [await _check_model(dht, listing) for listing in wanted[:MAX_MODELS]]
     return Report(own=own, peers=tuple(checked), models=tuple(models))
 
 
-async def _check_own(dht: Dht, peer_ids: Sequence[str], port: int) -> OwnCheck:
+async def _check_own(dht: Dht, peer_ids: Iterable[str], port: int) -> OwnCheck:
     async with _listening(port) as tried:
-        question = Question(port=tried)
-        asked = (ask(dht, peer_id, question) for peer_id in peer_ids[:MAX_ASKED])
-        found = await asyncio.gather(*asked, return_exceptions=True)
-    answers = [each.answer for each in found if isinstance(each, Observation)]
-    seen_as = tuple(dict.fromkeys(answer.host for answer in answers if answer.host))
+        seen = await ask_some(dht, peer_ids, tried)
+    from_link = [each for each in seen if each.peer_id in dht.initial_peer_ids]
+    seen_as = tuple(dict.fromkeys(each.answer.host for each in from_link or seen if each.answer.host))
     ours = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     return OwnCheck(
         port=tried,
         is_chosen=bool(port),
         seen_as=seen_as,
         is_translated=bool(seen_as) and not ours.intersection(seen_as),
-        reach=judge(answers),
+        reach=judge(seen, trusted=dht.initial_peer_ids, own=ours),
     )
 
 
@@ -200,8 +201,10 @@ async def _check_model(dht: Dht, listing: ModelListing) -> ModelCheck:
     servers = (await dht.directory.servers(listing.fingerprint))[:MAX_SERVERS]
     async with AsyncExitStack() as owned:
         found = await asyncio.gather(*(_find_server(dht, owned, server) for server in servers))
-        # One after the other: they would share our line.
-        checks = [await _call_server(check, channel) if channel is not None else check for check, channel in found]
+        checks, until_s = [], time.monotonic() + MEASURING_TIMEOUT_S
+        for check, channel in found:  # one after the other: they would share our line
+            is_late = time.monotonic() > until_s
+            checks.append(check if channel is None or is_late else await _call_server(check, channel))
     checks.sort(key=lambda check: (check.blocks.start, check.blocks.end, check.peer_id))
     return ModelCheck(name=listing.name, num_blocks=listing.num_blocks, servers=tuple(checks))
 
@@ -218,7 +221,8 @@ async def _find_server(
         protocol_version=server.protocol_version,
     )
     address = PeerAddress.of(server)
-    connector = Connector(lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs))
+    ways: list[Way] = []
+    connector = Connector(lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=ways.append))
     owned.push_async_callback(connector.aclose)
     try:
         channel = await owned.enter_async_context(connector.lease(replace(address, multiaddrs=())))
@@ -226,41 +230,46 @@ async def _find_server(
     except PeerError as exc:
         logger.info("server %s cannot be dialled: %s", server.peer_id, exc)
     try:
-        way = await find_way(dht, server.peer_id, server.multiaddrs)
         channel = await owned.enter_async_context(connector.lease(replace(address, direct=())))
     except PeerError as exc:
         return replace(found, error=str(exc)), None
-    return replace(found, way="relay" if way.relay_id else "libp2p", relay_id=way.relay_id), channel
+    relay_id = ways[-1].relay_id
+    return replace(found, way="relay" if relay_id else "libp2p", relay_id=relay_id), channel
 
 
 async def _call_server(check: ServerCheck, channel: grpc.aio.Channel) -> ServerCheck:
-    """Measure the way to a server."""
-    padding = bytes(PADDING_BYTES)
+    """Measure the way to a server: the round trip, then the speed, which stays unknown if that takes too long."""
     try:
-        async with errors_from_wire(check.peer_id):
+        async with errors_from_wire(check.peer_id), asyncio.timeout(CALLS_TIMEOUT_S):
             calls = [await _describe(channel) for _ in range(NUM_CALLS)]
-            rtt_s = min(seconds for _, seconds in calls)
-            _, up_s = await _describe(channel, padding)
-            echoed, both_s = await _describe(channel, padding, echo=True)
-    except SwarmError as exc:
-        return replace(check, way="", error=str(exc))
-    described, seconds = calls[-1]
+    except (SwarmError, TimeoutError) as exc:
+        return replace(check, way="", error=str(exc) or f"it did not answer within {CALLS_TIMEOUT_S:.0f} s")
+    described, rtt_s, answered_s = min(calls, key=lambda call: call[1])
+    offset_s = described.clock_s - (answered_s - rtt_s / 2) if described.clock_s else None
+    check = replace(check, rtt_s=rtt_s, clock_offset_s=offset_s)
+    try:
+        async with errors_from_wire(check.peer_id), asyncio.timeout(PADDING_TIMEOUT_S):
+            _, up_s, _ = await _describe(channel, bytes(PADDING_BYTES))
+            echoed, both_s, _ = await _describe(channel, bytes(PADDING_BYTES), echo=True)
+    except (SwarmError, TimeoutError) as exc:
+        logger.info("the speed of the way to server %s is unknown: %s", check.peer_id, exc or "it takes too long")
+        return check
+    is_whole = len(echoed.padding) == PADDING_BYTES
     return replace(
         check,
-        rtt_s=rtt_s,
         upload_bytes_per_s=PADDING_BYTES / max(up_s - rtt_s, 1e-6),
-        download_bytes_per_s=PADDING_BYTES / max(both_s - up_s, 1e-6) if echoed.padding else None,
-        clock_offset_s=described.clock_s - (time.time() - seconds / 2 - up_s - both_s) if described.clock_s else None,
+        download_bytes_per_s=PADDING_BYTES / max(both_s - up_s, 1e-6) if is_whole else None,
     )
 
 
 async def _describe(
     channel: grpc.aio.Channel, padding: bytes = b"", *, echo: bool = False
-) -> tuple[pb.DescribeResponse, float]:
+) -> tuple[pb.DescribeResponse, float, float]:
+    """Call a server; return its answer, how many seconds it took, and at which Unix time it came."""
     request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, padding=padding, echo=echo)
     started_s = time.monotonic()
-    response = await pb_grpc.BlocksStub(channel).Describe(request, timeout=CALL_TIMEOUT_S)
-    return response, time.monotonic() - started_s
+    response = await pb_grpc.BlocksStub(channel).Describe(request)
+    return response, time.monotonic() - started_s, time.time()
 
 
 def advice(report: Report) -> list[str]:
@@ -276,7 +285,7 @@ def advice(report: Report) -> list[str]:
 def _advice_on_this_machine(report: Report) -> list[str]:
     own = report.own
     router = " This machine is behind a router." if own.is_translated else ""
-    forward = " and forward them on the router" if own.is_translated else ""
+    forward = f" and forward {'it' if own.is_chosen else 'them'} on the router" if own.is_translated else ""
     if own.reach.reached:
         where = ", ".join(own.reach.reached)
         return [f"Others can dial this machine ({where}, TCP port {own.port}): a server here serves directly.{router}"]
@@ -298,12 +307,13 @@ def _advice_on_peers(peers: Sequence[PeerCheck]) -> list[str]:
         for peer in peers
         if peer.error
     ]
-    sentences += [
-        f"The clock of peer {peer.peer_id[-8:]} and this machine's differ by {abs(peer.clock_offset_s):.0f} s: "
-        "set the wrong one right."
-        for peer in peers
-        if abs(peer.clock_offset_s or 0) > MAX_CLOCK_OFFSET_S
-    ]  # fmt: skip
+    for peer in peers:
+        offset_s = abs(peer.clock_offset_s or 0.0)
+        if offset_s > MAX_CLOCK_OFFSET_S:
+            sentences.append(
+                f"The clock of peer {peer.peer_id[-8:]} and this machine's differ by {offset_s:.0f} s: "
+                "set the wrong one right."
+            )
     return sentences
 
 

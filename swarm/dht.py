@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
 from swarm.dht_contacts import Contacts, KnownPeers
-from swarm.dial_back import is_hidden
+from swarm.dial_back import ask_initial
 from swarm.directory import BucketDirectory, SwarmClock
 from swarm.errors import PeerUnavailable, ResourceError
 from swarm.identity import Identity
@@ -205,7 +205,7 @@ class Dht:
         self._clock = SwarmClock()
         self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
         if self.config.may_be_hidden:
-            self.hidden = await is_hidden(self, self._known.initial, await self.multiaddrs())
+            self.hidden = (await ask_initial(self, self._known.initial, await self.multiaddrs())).is_hidden
         self._node = await DHTNode.create(
             p2p=self.p2p,
             node_id=DHTID.generate(source=self.peer_id),

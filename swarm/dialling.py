@@ -100,6 +100,27 @@ class OutsideOnly:
         return {host: [each for each in found if is_outside(each)][:MAX_ADDRESSES] for host, found in known.items()}
 
 
+class UntilSeenOutside:
+    """A rule that holds until somebody on the internet calls us or sees us there; from then on, OutsideOnly.
+
+    A server behind a router that relays or a forwarded port make known to everybody is as public as any other.
+    """
+
+    def __init__(self, rule: DiallingRule) -> None:
+        self._rule = rule
+
+    def note(self, host: str) -> None:
+        """Note an IP address that somebody calls from, or that we are seen under."""
+        if is_outside(host) and not isinstance(self._rule, OutsideOnly):
+            self._rule = OutsideOnly()
+
+    async def targets(self, direct: Sequence[str]) -> list[str]:
+        return await self._rule.targets(direct)
+
+    async def multiaddrs(self, multiaddrs: Sequence[str]) -> list[str]:
+        return await self._rule.multiaddrs(multiaddrs)
+
+
 async def rule_for(own_multiaddrs: Sequence[str], resolve: Resolve = resolve) -> DiallingRule:
     """Return what a server with these addresses may dial for strangers: nothing of its own network if it is public.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,11 +52,20 @@ async def write_line(writer: asyncio.StreamWriter, message: BaseModel, peer_id: 
         raise PeerUnavailable(f"peer {peer_id} closed the stream") from exc
 
 
-async def join_streams(left: Stream, right: Stream) -> None:
-    """Carry bytes both ways until one side ends; then deliver what is on its way and close both."""
+def no_wait(_num_bytes: int) -> float:
+    """Let bytes pass at once."""
+    return 0.0
+
+
+async def join_streams(left: Stream, right: Stream, pace: Callable[[int], float] = no_wait) -> None:
+    """Carry bytes both ways until one side ends; then deliver what is on its way and close both.
+
+    Args:
+        pace: called with each number of bytes that come in, says how many seconds they have to wait.
+    """
     directions = {
-        asyncio.create_task(_pipe(left[0], right[1])),
-        asyncio.create_task(_pipe(right[0], left[1])),
+        asyncio.create_task(_pipe(left[0], right[1], pace)),
+        asyncio.create_task(_pipe(right[0], left[1], pace)),
     }
     writers = (left[1], right[1])
     try:
@@ -74,7 +83,7 @@ async def join_streams(left: Stream, right: Stream) -> None:
         await asyncio.wait(directions)
 
 
-async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait, not for long, until they have ended."""
     running = set(tasks)
     for task in running:
@@ -83,9 +92,11 @@ async def cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
         await asyncio.wait(running, timeout=FLUSH_TIMEOUT_S)
 
 
-async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pace: Callable[[int], float]) -> None:
     try:
         while data := await reader.read(_CHUNK_BYTES):
+            if (wait_s := pace(len(data))) > 0:
+                await asyncio.sleep(wait_s)
             writer.write(data)
             await writer.drain()
     except OSError as exc:

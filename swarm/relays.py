@@ -3,8 +3,7 @@
     client ── "to": server ──> relay <── "register" ── server     a hidden server keeps a stream open to each relay
     client ════ gRPC, TLS ════ relay ════ gRPC, TLS ══ server     the relay opens a stream back to it, and joins both
 
-A relay opens streams only to peers that have registered with it, over the connections that these have made. It reads
-nothing: what it carries is TLS between the two ends. Addresses are written as libp2p does,
+Here is what callers and hidden servers do; the relay itself is swarm/relaying.py. Addresses are written as libp2p does,
 /ip4/…/tcp/…/p2p/<relay>/p2p-circuit/p2p/<server>. Why libp2p's own relays are not used: docs/decisions/0016.
 """
 
@@ -12,22 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping, Sequence
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from swarm.announcement import PeerId
-from swarm.dial_back import Node, stop_handling
+from swarm.announcement import PeerId, Text, is_peer_id
+from swarm.dial_back import Node
+from swarm.dialling import is_outside
 from swarm.errors import PeerError, PeerUnavailable
-from swarm.p2pd import finish
-from swarm.pipes import Stream, cancel_all, join_streams, read_line, write_line
-
-if TYPE_CHECKING:
-    from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-
-    from swarm.dht import Dht
+from swarm.pipes import Stream, cancel_all, read_line, write_line
+from swarm.reach import host_of, outside_first
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +28,11 @@ PROTOCOL = "/swarm/relay/1"
 TUNNEL_PROTOCOL = "/swarm/grpc/1"
 """What a relay opens to the server; see swarm/tunnel.py."""
 
-MAX_REGISTERED = 1024
-"""Servers that one relay carries connections to."""
-MAX_CARRIED = 1024
-"""Connections that a relay carries at once."""
-MAX_CARRIED_PER_PEER = 64
-"""Those that one caller may have."""
 NUM_RELAYS = 2
 """With how many relays a hidden server registers."""
 ASK_TIMEOUT_S = 5.0
-RETRY_S = 5.0
-"""How long a hidden server waits before it looks for relays again."""
+RETRY_S, MAX_RETRY_S, MAX_RETRY_WITHOUT_S = 5.0, 300.0, 30.0
+"""How long a hidden server waits before it looks for relays again: twice as long each time, less if it has none."""
 
 _CIRCUIT = "/p2p-circuit"
 
@@ -62,14 +49,14 @@ class Request(BaseModel):
 class Reply(BaseModel):
     """The relay's answer; after a good one to `to`, the stream is the peer's."""
 
-    error: Annotated[str, Field(max_length=256)] = ""
+    error: Text = ""
 
 
 def split_circuit(multiaddr: str) -> tuple[str, str] | None:
     """The peer id and the address of the relay that an address leads through; None: it leads through none."""
     relay, circuit, _ = multiaddr.partition(_CIRCUIT)
     peer_id = relay.rpartition("/p2p/")[2]
-    return (peer_id, relay) if circuit and peer_id != relay else None
+    return (peer_id, relay) if circuit and is_peer_id(peer_id) else None
 
 
 def relays_of(multiaddrs: Sequence[str]) -> dict[str, list[str]]:
@@ -81,79 +68,14 @@ def relays_of(multiaddrs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def circuits(relays: Mapping[str, Sequence[str]], peer_id: str) -> list[str]:
-    """The addresses of a peer through its relays, which are given as in `relays_of`."""
-    through: dict[str, None] = {}
+    """The addresses of a peer through its relays, which are given as in `relays_of`: those on the internet, if any."""
+    through: dict[str, str] = {}
     for relay_id, addresses in relays.items():
-        plain = [text.removesuffix(f"/p2p/{relay_id}") for text in addresses if _CIRCUIT not in text]
-        outside = [text for text in plain if not text.startswith(("/ip4/127.", "/ip6/::1/"))]
-        through |= dict.fromkeys(f"{text}/p2p/{relay_id}{_CIRCUIT}/p2p/{peer_id}" for text in outside or plain)
-    return list(through)
-
-
-@asynccontextmanager
-async def serve_relay(dht: Dht, *, max_carried: int = MAX_CARRIED) -> AsyncIterator[None]:
-    """Carry connections to the peers that register here, until the context ends."""
-    registered: dict[str, asyncio.Task[None]] = {}
-    streams: dict[asyncio.Task[None], str] = {}
-
-    async def keep(peer_id: str, stream: Stream) -> None:
-        """Know a server until its stream ends; it sends nothing more."""
-        task = asyncio.current_task()
-        assert task is not None
-        registered[peer_id] = task  # of the same peer's streams, the last counts
-        try:
-            await write_line(stream[1], Reply(), peer_id)
-            await stream[0].read(1)
-        finally:
-            if registered.get(peer_id) is task:
-                del registered[peer_id]
-
-    async def carry(caller: str, target: str, stream: Stream) -> None:
-        if target not in registered:
-            await write_line(stream[1], Reply(error="this relay does not know that peer"), caller)
-            return
-        try:
-            onward = await dht.open_stream(target, TUNNEL_PROTOCOL, timeout_s=ASK_TIMEOUT_S)
-        except PeerUnavailable:
-            await write_line(stream[1], Reply(error="the peer does not answer its relay"), caller)
-            return
-        try:
-            await write_line(stream[1], Reply(), caller)
-            await join_streams(stream, onward)
-        finally:
-            onward[1].close()
-
-    async def handle(peer_id: str, stream: Stream) -> None:
-        try:
-            request = await read_line(stream[0], Request, peer_id, timeout_s=ASK_TIMEOUT_S)
-            if request.register_me and len(registered) < MAX_REGISTERED:
-                await keep(peer_id, stream)
-            elif request.to is not None and not request.register_me:
-                await carry(peer_id, request.to, stream)
-            else:
-                await write_line(stream[1], Reply(error="this relay has no room"), peer_id)
-        except (PeerError, OSError) as exc:
-            logger.debug("relay: %s", exc)
-        finally:
-            stream[1].close()
-
-    async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer_id = info.peer_id.to_base58()
-        carried = len(streams) - len(registered)
-        if carried >= max_carried or list(streams.values()).count(peer_id) >= MAX_CARRIED_PER_PEER:
-            logger.info("refused to relay for peer %s: too many connections", peer_id)
-            writer.close()
-            return
-        task = asyncio.create_task(handle(peer_id, (reader, writer)))
-        streams[task] = peer_id
-        task.add_done_callback(streams.pop)
-
-    await dht.p2p.add_binary_stream_handler(PROTOCOL, accept)
-    try:
-        yield
-    finally:
-        await finish(stop_handling(dht.p2p, PROTOCOL))
-        await finish(cancel_all(streams))
+        for text in (each.removesuffix(f"/p2p/{relay_id}") for each in addresses if _CIRCUIT not in each):
+            through[f"{text}/p2p/{relay_id}{_CIRCUIT}/p2p/{peer_id}"] = text
+    outside = [circuit for circuit, text in through.items() if is_outside(host_of(text)) or "/dns" in text]
+    near = [circuit for circuit, text in through.items() if not text.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return outside or near or list(through)
 
 
 async def open_relayed_stream(node: Node, relay_id: str, peer_id: str, *, timeout_s: float) -> Stream:
@@ -191,25 +113,36 @@ class Registrations:
         self._kept: dict[str, asyncio.Task[None]] = {}
         self.addresses: dict[str, list[str]] = {}
         """Peer id of each relay -> where it is."""
+        self.looked = asyncio.Event()
+        """Set when all candidates have been asked, or as many as it takes."""
 
     async def run(self) -> None:
         """Stay registered with NUM_RELAYS of the candidates, until cancelled."""
+        loop, retry_s = asyncio.get_running_loop(), RETRY_S
         while True:
-            await self.fill()
-            kept = list(self._kept.values())
-            if kept:
-                waiting_s = None if len(kept) >= NUM_RELAYS else RETRY_S
-                await asyncio.wait(kept, timeout=waiting_s, return_when=asyncio.FIRST_COMPLETED)
+            await self._fill()
+            self.looked.set()
+            kept, since_s = set(self._kept.values()), loop.time()
+            if not kept:
+                retry_s = min(retry_s, MAX_RETRY_WITHOUT_S)
+                await asyncio.sleep(retry_s)
             else:
-                await asyncio.sleep(RETRY_S)
+                waiting_s = None if len(kept) >= NUM_RELAYS else retry_s
+                lost, _ = await asyncio.wait(kept, timeout=waiting_s, return_when=asyncio.FIRST_COMPLETED)
+                too_soon_s = since_s + retry_s - loop.time()
+                if lost and too_soon_s <= 0:
+                    retry_s = RETRY_S
+                    continue
+                await asyncio.sleep(max(0.0, too_soon_s))  # or one that ends each registration would keep us busy
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
 
     async def aclose(self) -> None:
         """Give the places at all relays back."""
         await cancel_all(self._kept.values())
 
-    async def fill(self) -> None:
+    async def _fill(self) -> None:
         """Ask candidates in turn, until there are enough relays or nobody is left."""
-        for peer_id, multiaddrs in self._candidates().items():
+        for peer_id, multiaddrs in outside_first(self._candidates()).items():
             if len(self._kept) >= NUM_RELAYS:
                 return
             if peer_id in self._kept:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarm.dht import STREAM_BUFFER_BYTES, Dht
 from swarm.dial_back import stop_handling
-from swarm.errors import PeerError, ResourceError
+from swarm.errors import PeerError, PeerUnavailable, ResourceError
 from swarm.p2pd import finish, open_socket_directory
 from swarm.pipes import Stream, cancel_all, join_streams
 from swarm.relays import TUNNEL_PROTOCOL, open_relayed_stream, relays_of
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 PROTOCOL = TUNNEL_PROTOCOL
 MAX_STREAMS = 1024
 MAX_STREAMS_PER_PEER = 64
+MAX_STREAMS_PER_RELAY = MAX_STREAMS // 2
+"""One of our relays brings streams of many peers, but must leave room for other ways."""
+MAX_RELAYS_TRIED = 4
 CONNECT_TIMEOUT_S = 10.0
 
 HEAD_START_S = 0.5
@@ -51,7 +54,7 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str]
     """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends.
 
     Args:
-        relays: peer ids of our relays: their streams come from many peers, and they count these.
+        relays: peer ids of our relays, whose streams come from many peers.
     """
     connections: dict[asyncio.Task[None], str] = {}
 
@@ -67,8 +70,9 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str]
 
     async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        of_peer = 0 if peer_id in relays else list(connections.values()).count(peer_id)
-        if len(connections) >= MAX_STREAMS or of_peer >= MAX_STREAMS_PER_PEER:
+        of_peer = list(connections.values()).count(peer_id)
+        allowed = MAX_STREAMS_PER_RELAY if peer_id in relays else MAX_STREAMS_PER_PEER
+        if len(connections) >= MAX_STREAMS or of_peer >= allowed:
             logger.info("refused a tunnel stream of peer %s: too many", peer_id)
             writer.close()
             return
@@ -86,15 +90,23 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str]
 
 @asynccontextmanager
 async def open_tunnel(
-    dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S
+    dht: Dht,
+    peer_id: str,
+    multiaddrs: Sequence[str],
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    on_way: Callable[[Way], None] | None = None,
 ) -> AsyncIterator[str]:
     """Yield a gRPC target whose connections end at a peer's gRPC port.
 
     Args:
         multiaddrs: where the peer may be, and its relays; if none works, libp2p looks for it in the swarm.
+        on_way: told how the peer is reached.
     Raises: PeerUnavailable: it cannot be reached, or serves no tunnel.
     """
     way = await find_way(dht, peer_id, multiaddrs, timeout_s=timeout_s)
+    if on_way is not None:
+        on_way(way)
     connections: set[asyncio.Task[None]] = set()
 
     async def carry(connection: Stream) -> None:
@@ -124,37 +136,40 @@ async def open_tunnel(
 
 
 async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:
-    """Connect to a peer over libp2p, or to one of its relays if it takes long or fails; see that its tunnel answers.
+    """Connect to a peer over libp2p, or to its relays if that takes long or fails; see that its tunnel answers.
+
+    The first way that answers is the one.
 
     Raises: PeerUnavailable: no way leads to its tunnel.
     """
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    relays = relays_of(multiaddrs)
+    relays = dict(list(relays_of(multiaddrs).items())[:MAX_RELAYS_TRIED])
     plain = [text for text in multiaddrs if "/p2p-circuit" not in text]
-    dialling = asyncio.create_task(_reach(dht, peer_id, plain, Way(), timeout_s))
+    tries = [asyncio.create_task(_reach(dht, peer_id, peer_id, plain, Way(), deadline_s))]
     try:
-        await asyncio.wait({dialling}, timeout=HEAD_START_S if relays else None)
-        if dialling.done() and dialling.exception() is None:
-            return dialling.result()
-        for relay_id, addresses in relays.items():
-            remaining_s = deadline_s - asyncio.get_running_loop().time()
+        await asyncio.wait(tries, timeout=HEAD_START_S if relays else None)
+        if not tries[0].done() or tries[0].exception() is not None:
+            tries += [
+                asyncio.create_task(_reach(dht, peer_id, relay_id, addresses, Way(relay_id), deadline_s))
+                for relay_id, addresses in relays.items()
+            ]
+        for finished in asyncio.as_completed(tries):
             with suppress(PeerError):
-                await dht.connect(relay_id, addresses, timeout_s=max(0.1, remaining_s / 2))
-                return await _reach(dht, peer_id, None, Way(relay_id), max(0.1, remaining_s / 2))
-        return await dialling
+                return await finished
+        failures = "; ".join(dict.fromkeys(str(failed.exception()) for failed in tries))
+        raise PeerUnavailable(f"no way leads to peer {peer_id}: {failures}")
     finally:
-        await cancel_all({dialling})
-        if not dialling.cancelled():
-            dialling.exception()  # it no longer matters
+        await cancel_all(tries)
+        await asyncio.gather(*tries, return_exceptions=True)
 
 
-async def _reach(dht: Dht, peer_id: str, multiaddrs: Sequence[str] | None, way: Way, timeout_s: float) -> Way:
-    """See that the peer's tunnel answers on this way; libp2p dials these addresses first."""
-    deadline_s = asyncio.get_running_loop().time() + timeout_s
-    if multiaddrs is not None:
-        await dht.connect(peer_id, multiaddrs, timeout_s=timeout_s)
-    remaining_s = deadline_s - asyncio.get_running_loop().time()
-    probe = await _open_stream(dht, peer_id, way, max(0.1, remaining_s))
+async def _reach(
+    dht: Dht, peer_id: str, dialled_id: str, multiaddrs: Sequence[str], way: Way, deadline_s: float
+) -> Way:
+    """Dial the peer or its relay, and see that the peer's tunnel answers on this way."""
+    now_s = asyncio.get_running_loop().time
+    await dht.connect(dialled_id, multiaddrs, timeout_s=max(0.1, deadline_s - now_s()))
+    probe = await _open_stream(dht, peer_id, way, max(0.1, deadline_s - now_s()))
     probe[1].close()
     return way
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ import pytest
 
 from swarm import relays
 from swarm.dht import Dht, DhtConfig, open_dht
-from swarm.dial_back import DIALS_PER_MINUTE, Question, answer_dial_back, ask, ask_some
+from swarm.dial_back import MAX_ANSWERED_PER_PLACE, PROTOCOL, answer_dial_back, ask, ask_some
+from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import PeerError, PeerUnavailable
 from swarm.identity import Identity
 from swarm.pipes import Stream
-from swarm.relays import Registrations, circuits, open_relayed_stream, serve_relay
+from swarm.reach import DIALS_PER_MINUTE, Question, Reach, judge
+from swarm.relaying import BURST_S, RelayConfig, serve_relay
+from swarm.relays import Registrations, circuits, open_relayed_stream
 from swarm.rpc import SERVER_OPTIONS
 from swarm.tunnel import Way, find_way
 
@@ -55,8 +59,8 @@ async def network(identities: list[Identity]) -> AsyncIterator[Network]:
 
 @asynccontextmanager
 async def _registered(network: Network) -> AsyncIterator[None]:
-    await network.registrations.fill()
     running = asyncio.create_task(network.registrations.run())
+    await network.registrations.looked.wait()
     try:
         yield
     finally:
@@ -114,15 +118,45 @@ async def test_a_server_registers_again_when_its_relay_has_come_back(
         assert await _echoes(stream)
 
 
-async def test_connections_of_one_caller_are_bounded(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relays, "MAX_CARRIED_PER_PEER", 2)
+async def test_connections_of_one_caller_are_bounded(network: Network) -> None:
     to = (network.relay.peer_id, network.server.peer_id)
-    async with serve_relay(network.relay), _registered(network):
+    async with serve_relay(network.relay, RelayConfig(max_carried_per_peer=2)), _registered(network):
         streams = [await open_relayed_stream(network.client, *to, timeout_s=5) for _ in range(2)]
-        with pytest.raises(PeerError):
+        with pytest.raises(PeerUnavailable, match="no room"):
             await open_relayed_stream(network.client, *to, timeout_s=5)
         for stream in streams:
             assert await _echoes(stream)
+
+
+async def test_a_relay_carries_no_more_bytes_than_it_may(network: Network) -> None:
+    num_bytes, config = 100_000, RelayConfig(max_bytes_per_s=400_000)
+    async with serve_relay(network.relay, config), _registered(network):
+        stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5)
+        started_s = time.monotonic()
+        stream[1].write(bytes(num_bytes))
+        assert await stream[0].readexactly(num_bytes) == bytes(num_bytes)
+        # There and back, and half of the rate is for others.
+        assert time.monotonic() - started_s > 2 * num_bytes / (config.max_bytes_per_s / 2) - BURST_S - 0.05
+        stream[1].close()
+
+
+async def test_connections_on_which_nothing_comes_are_closed(network: Network) -> None:
+    async with serve_relay(network.relay, RelayConfig(idle_timeout_s=0.2)), _registered(network):
+        stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=5)
+        async with asyncio.timeout(10):
+            assert await stream[0].read() == b""
+        stream[1].close()
+
+
+async def test_a_server_that_registers_again_gives_its_earlier_place_up(network: Network) -> None:
+    async with serve_relay(network.relay), _registered(network):
+        reader, writer = await network.server.open_stream(network.relay.peer_id, relays.PROTOCOL, timeout_s=5)
+        writer.write(b'{"register_me": true}\n')
+        async with asyncio.timeout(5):
+            assert await reader.readline() == b'{"error":""}\n'
+            while network.registrations.addresses:
+                await asyncio.sleep(0.01)
+        writer.close()
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b"\xff\n", b'{"to": "/unix/socket"}\n', b"x" * 2_000_000 + b"\n"])
@@ -144,13 +178,16 @@ async def test_a_port_counts_as_reached_if_the_right_certificate_answers_there(
     pair = (certificate.private_key_pem, certificate.certificate_pem)
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     await server.start()
-    async with answer_dial_back(network.relay.p2p, relays=True):
+
+    async def reach(certificate_der: bytes) -> Reach:
         asked = [network.relay.peer_id]
-        assert (await ask_some(network.server, asked, port, certificate.certificate_der)).reached == ("127.0.0.1",)
-        other = identities[3].tls_certificate().certificate_der
-        assert (await ask_some(network.server, asked, port, other)).is_hidden
+        return judge(await ask_some(network.server, asked, port, certificate_der), trusted=asked)
+
+    async with answer_dial_back(network.relay.p2p, UntilSeenOutside(Anywhere()), relays=True):
+        assert await reach(certificate.certificate_der) == Reach(reached=("127.0.0.1",))
+        assert (await reach(identities[3].tls_certificate().certificate_der)).is_hidden
         await server.stop(None)
-        assert (await ask_some(network.server, asked, port)).is_hidden
+        assert (await reach(b"")).is_hidden
         found = await ask(network.server, network.relay.peer_id)
         assert found.answer.host == "127.0.0.1" and found.answer.relays and found.answer.reached is None
         assert abs(found.clock_offset_s) < 1
@@ -163,3 +200,22 @@ async def test_a_port_counts_as_reached_if_the_right_certificate_answers_there(
         await ask_some(network.server, [network.relay.peer_id, "no peer id" and network.client.peer_id], port)
         is not None
     )
+
+
+async def test_a_peer_that_the_internet_reaches_dials_no_neighbour(network: Network) -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    question = Question(port=server.sockets[0].getsockname()[1])
+    rule = UntilSeenOutside(Anywhere())
+    async with server, answer_dial_back(network.relay.p2p, rule):
+        assert (await ask(network.server, network.relay.peer_id, question)).answer.reached
+        rule.note("8.8.8.8")
+        assert (await ask(network.server, network.relay.peer_id, question)).answer.reached is None
+
+
+async def test_questions_that_never_come_take_few_places(network: Network) -> None:
+    async with answer_dial_back(network.relay.p2p, UntilSeenOutside(Anywhere())), AsyncExitStack() as owned:
+        for _ in range(MAX_ANSWERED_PER_PLACE):
+            _, writer = await network.client.open_stream(network.relay.peer_id, PROTOCOL, timeout_s=5)
+            owned.callback(writer.close)
+        with pytest.raises(PeerUnavailable, match="closed the stream"):
+            await ask(network.server, network.relay.peer_id)

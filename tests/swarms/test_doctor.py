@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from swarm import PROTOCOL_VERSION
 from swarm.checkup import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck, advice
 from swarm.cli import app as cli
-from swarm.dial_back import Reach
+from swarm.cli.doctor import _print
 from swarm.errors import BadRequest
 from swarm.ranges import BlockRange
+from swarm.reach import Reach
 from swarm.server import LocalSwarm
 
 SERVER = ServerCheck(
@@ -47,10 +48,10 @@ def with_server(**changes: Any) -> Report:
         (replace(REPORT, peers=(replace(PEER, error="timeout"),)), True, ["Peer QmPeer", "does not answer"]),
         (replace(REPORT, peers=(replace(PEER, clock_offset_s=-3600.0),)), True, ["differ by 3600 s"]),
         (with_server(way="relay", relay_id="QmPeer"), True, ["through relay QmPeer"]),
-        (with_server(way="", error="no way"), False, ["cannot be reached: no way", "Blocks 0:4 of tiny"]),
-        (with_server(state="draining"), False, ["Blocks 0:4 of tiny"]),
+        (with_server(way="", error="no way"), False, ["cannot be reached: no way", "Blocks 0-3 of tiny"]),
+        (with_server(state="draining"), False, ["Blocks 0-3 of tiny"]),
         (with_server(protocol_version=1), False, ["speaks protocol 1"]),
-        (with_server(blocks=BlockRange(1, 4)), False, ["Blocks 0:1 of tiny"]),
+        (with_server(blocks=BlockRange(1, 4)), False, ["Blocks 0 of tiny"]),
         (replace(REPORT, models=()), False, ["Nobody serves a model here yet"]),
     ],
 )  # fmt: skip
@@ -58,6 +59,13 @@ def test_what_was_found_becomes_sentences(report: Report, is_complete: bool, wor
     text = " ".join(advice(report))
     assert report.is_complete is is_complete
     assert all(word in text for word in words), text
+
+
+def test_names_of_strangers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = replace(MODEL, name="[/]", servers=(replace(SERVER, name="[/b]"),))
+    _print(replace(REPORT, models=(names,)))
+    shown = capsys.readouterr().out
+    assert "[/]: 4 blocks" in shown and "│ [/b] " in shown
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,7 @@ def test_one_that_lacks_blocks_exits_with_1_and_says_which(swarm: LocalSwarm, ti
     with LocalSwarm(str(tiny_model("llama")), [(0, 2)], dtype="float32", in_process=True) as part:
         result = doctor("--join", part.link)
     assert result.exit_code == 1, result.output
-    assert "Blocks 2:6 of" in result.stdout and "direct" in result.stdout
+    assert "Blocks 2-5 of" in result.stdout and "direct" in result.stdout
 
 
 def test_a_model_that_nobody_serves_is_a_usage_error(swarm: LocalSwarm) -> None:

@@ -1,40 +1,67 @@
-"""What a server announces of its addresses follows from what other peers could reach."""
+"""What a server announces of its addresses follows from what others could reach, and a few liars change nothing."""
 
 from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
 
-from swarm.dial_back import (
+from swarm.dialling import Anywhere, OutsideOnly, UntilSeenOutside
+from swarm.reach import (
     DIALS_PER_MINUTE,
-    MAX_HOSTS,
+    MAX_PLACES,
     Answer,
     Budget,
+    Observation,
     Question,
     Reach,
+    host_of,
     judge,
     libp2p_port,
-    observed_host,
+    outside_first,
+    place_of,
 )
-from swarm.relays import circuits, relays_of
-from swarm.server.reachability import choose_direct, direct_hosts
+from swarm.server.reachability import choose_direct, direct_hosts, needs_relays
 
-HOME, ROUTER = "192.168.1.2", "8.8.8.8"
-
-
-def answers(*found: tuple[str, bool | None]) -> list[Answer]:
-    return [Answer(host=host, reached=reached) for host, reached in found]
+HOME, ROUTER, VICTIM = "192.168.1.2", "8.8.8.8", "9.9.9.9"
+LINK = {"link", "link2"}
 
 
-def test_one_peer_that_reaches_the_port_is_enough():
-    assert judge(answers((ROUTER, False), (ROUTER, True), (ROUTER, False))) == Reach((ROUTER,), ())
-    assert judge(answers((ROUTER, False), (HOME, True))) == Reach((HOME,), (ROUTER,))
+def told(*found: tuple[str, str, bool | None]) -> Reach:
+    """What is believed of these: who said so, of which address, and whether it was reached."""
+    seen = [Observation(who, Answer(host=host, reached=reached)) for who, host, reached in found]
+    return judge(seen, trusted=LINK, own=[HOME])
+
+
+def test_one_peer_of_the_join_link_that_reaches_the_port_is_enough():
+    assert told(("link", ROUTER, False), ("link2", ROUTER, True)) == Reach((ROUTER,), ())
+    assert told(("link", ROUTER, False), ("link2", VICTIM, True)) == Reach((VICTIM,), (ROUTER,))
 
 
 def test_it_is_hidden_only_if_somebody_tried():
-    assert judge(answers((ROUTER, False))).is_hidden
-    assert not judge(answers((ROUTER, None), ("", False), ("not an address", False))).is_hidden
-    assert not judge([]).is_hidden
+    assert told(("link", ROUTER, False)).is_hidden
+    assert not told(("link", ROUTER, None), ("link2", "", False)).is_known
+    assert not told(("link", "no address", False)).is_known
+    assert not told().is_known
+
+
+def test_a_neighbour_in_the_same_home_says_nothing_about_the_internet():
+    assert told(("link", ROUTER, False), ("link2", HOME, True)) == Reach((), (ROUTER,))
+    assert told(("link", ROUTER, True), ("link2", "127.0.0.1", False)) == Reach((ROUTER,), ())
+    assert told(("link", HOME, True), ("link2", "127.0.0.1", True)) == Reach((HOME,), ())
+    assert told(("link", HOME, False)) == Reach((), (HOME,))
+
+
+def test_strangers_cannot_make_a_server_announce_an_address_of_their_choice():
+    assert told(("liar", VICTIM, True)) == Reach()
+    assert told(("link", ROUTER, False), ("liar", VICTIM, True), ("liar2", VICTIM, True)) == Reach((), (ROUTER,))
+    assert told(("a", ROUTER, False), ("b", ROUTER, False), ("liar", VICTIM, True)) == Reach((), (ROUTER,))
+
+
+def test_most_strangers_are_believed_where_no_peer_of_the_link_has_tried():
+    assert told(("link", HOME, True), ("a", ROUTER, False), ("b", ROUTER, False)) == Reach((), (ROUTER,))
+    assert told(("a", ROUTER, True), ("b", ROUTER, True), ("liar", ROUTER, False)) == Reach((ROUTER,), ())
+    assert told(("a", ROUTER, False), ("b", ROUTER, False), ("liar", ROUTER, True)) == Reach((), (ROUTER,))
+    assert told(("link", ROUTER, None), ("a", HOME, True)) == Reach((HOME,), ())
 
 
 @pytest.mark.parametrize(
@@ -45,6 +72,7 @@ def test_it_is_hidden_only_if_somebody_tried():
         (Reach(reached=(ROUTER,)), [f"{ROUTER}:1", f"{HOME}:1", "2606:4700::1"]),  # a forwarded port that nobody named
         (Reach(reached=(HOME,), missed=(ROUTER,)), [f"{HOME}:1", "2606:4700::1"]),
         (Reach(reached=(ROUTER,), missed=(HOME,)), [f"{ROUTER}:1", "2606:4700::1"]),
+        (Reach(reached=("127.0.0.1",)), [f"{HOME}:1", "2606:4700::1"]),  # by somebody on the same machine
     ],
 )
 def test_what_nobody_reached_is_not_announced(reach, announced):
@@ -55,6 +83,15 @@ def test_what_nobody_reached_is_not_announced(reach, announced):
 def test_loopback_is_announced_only_if_there_is_nothing_else():
     assert direct_hosts([f"/ip4/{HOME}/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]) == [HOME]
     assert direct_hosts(["/ip4/127.0.0.1/tcp/1/p2p/Qm"]) == ["127.0.0.1"]
+    assert choose_direct(["127.0.0.1"], Reach(reached=("127.0.0.1",)), 1) == ["127.0.0.1:1"]
+
+
+def test_relays_are_needed_where_neither_port_can_be_dialled():
+    missed, reached = Reach(missed=(ROUTER,)), Reach(reached=(ROUTER,))
+    assert needs_relays(missed, missed) and needs_relays(Reach(), missed)
+    assert not needs_relays(reached, missed) and not needs_relays(missed, reached) and not needs_relays(missed, Reach())
+    only_ipv6 = Reach(reached=("2606:4700::1",), missed=(ROUTER,))
+    assert needs_relays(only_ipv6, only_ipv6)
 
 
 def test_an_address_is_dialled_a_few_times_a_minute():
@@ -65,9 +102,27 @@ def test_an_address_is_dialled_a_few_times_a_minute():
     ]
     assert budget.take(HOME, 10.0)
     assert budget.take(ROUTER, 60.0) and not budget.take(ROUTER, 60.5)
-    for number in range(MAX_HOSTS + 10):
+    for number in range(MAX_PLACES + 10):
         budget.take(str(number), 61.0)
-    assert len(budget._dials) == MAX_HOSTS
+    assert len(budget._dials) == MAX_PLACES
+
+
+def test_the_addresses_of_one_customer_count_as_one():
+    assert place_of("2606:4700::1") == place_of("2606:4700:0:0:ffff::2") != place_of("2606:4700:0:1::1")
+    assert place_of(ROUTER) == ROUTER and place_of("") == ""
+    budget = Budget()
+    assert [budget.take(f"2606:4700::{number}", 0.0) for number in range(DIALS_PER_MINUTE + 1)][-1] is False
+
+
+async def test_a_server_that_the_internet_reaches_dials_no_private_addresses_for_strangers():
+    rule = UntilSeenOutside(Anywhere())
+    for host in (HOME, "", "127.0.0.1", "peer.example.org"):
+        rule.note(host)
+    assert await rule.targets([f"{HOME}:1"]) == [f"{HOME}:1"]
+    rule.note(ROUTER)
+    assert await rule.targets([f"{HOME}:1", f"{VICTIM}:1"]) == [f"{VICTIM}:1"]
+    assert await rule.multiaddrs([f"/ip4/{HOME}/tcp/1", f"/ip4/{VICTIM}/tcp/1"]) == [f"/ip4/{VICTIM}/tcp/1"]
+    assert await UntilSeenOutside(OutsideOnly()).targets([f"{HOME}:1"]) == []
 
 
 @pytest.mark.parametrize(
@@ -79,10 +134,10 @@ def test_malformed_questions_are_refused(text):
 
 
 def test_nobody_is_dialled_behind_a_relay():
-    assert observed_host(f"/ip4/{ROUTER}/tcp/4001") == ROUTER
-    assert observed_host("/ip6/2606:4700::1/tcp/4001") == "2606:4700::1"
+    assert host_of(f"/ip4/{ROUTER}/tcp/4001") == ROUTER
+    assert host_of("/ip6/2606:4700::1/tcp/4001") == "2606:4700::1"
     for text in (f"/ip4/{ROUTER}/tcp/1/p2p/Qm/p2p-circuit", "/dns4/example.org/tcp/1", "/unix/tmp", ""):
-        assert observed_host(text) == ""
+        assert host_of(text) == ""
 
 
 def test_the_port_of_libp2p_is_not_a_relays():
@@ -90,14 +145,6 @@ def test_the_port_of_libp2p_is_not_a_relays():
     assert libp2p_port([]) == 0
 
 
-def test_addresses_through_relays_are_read_as_they_are_written():
-    relays = {
-        "Qa": ["/ip4/8.8.8.8/tcp/1", "/ip4/8.8.8.8/tcp/1/p2p/Qa", "/ip4/127.0.0.1/tcp/1"],
-        "Qc": ["/ip4/127.0.0.1/tcp/3"],
-    }
-    written = circuits(relays, "Qb")
-    assert written == ["/ip4/8.8.8.8/tcp/1/p2p/Qa/p2p-circuit/p2p/Qb", "/ip4/127.0.0.1/tcp/3/p2p/Qc/p2p-circuit/p2p/Qb"]
-    assert relays_of([*written, "/ip4/1.1.1.1/tcp/1/p2p/Qb"]) == {
-        "Qa": ["/ip4/8.8.8.8/tcp/1/p2p/Qa"],
-        "Qc": ["/ip4/127.0.0.1/tcp/3/p2p/Qc"],
-    }
+def test_peers_on_the_internet_are_asked_first():
+    peers = {"a": [f"/ip4/{HOME}/tcp/1"], "b": [], "c": ["/ip4/127.0.0.1/tcp/1", f"/ip4/{ROUTER}/tcp/1"]}
+    assert list(outside_first(peers)) == ["c", "a", "b"]
