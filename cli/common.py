@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import threading
 import time
@@ -21,6 +22,9 @@ from swarm.link import JoinLink
 
 console = Console()
 errors = Console(stderr=True)
+
+MAX_FILES = 10_240
+"""What macOS allows at most, and enough for a relay with all its connections."""
 
 JoinOption = Annotated[
     str,
@@ -81,8 +85,18 @@ class Lifetime:
     """Set by the command when it has something to wind down; before that, a signal cancels it at once."""
 
 
+def raise_file_limit() -> None:
+    """Let this process open more files than a shell usually allows: each connection that it carries takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run_until_signal(work: Callable[[Lifetime], Awaitable[None]]) -> None:
-    """Run `work`; once it is ready the first SIGINT or SIGTERM asks it to stop, and a second one cancels it.
+    """Run `work`, with as many open files as it may need.
+
+    Once it is ready, the first SIGINT or SIGTERM asks it to stop, and a second one cancels it.
 
     Raises: typer.Exit: it was cancelled (130).
     """
@@ -104,5 +118,6 @@ def run_until_signal(work: Callable[[Lifetime], Awaitable[None]]) -> None:
         except asyncio.CancelledError:
             raise typer.Exit(130) from None
 
+    raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())

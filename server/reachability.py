@@ -88,11 +88,10 @@ class Reachability:
         """Ask some peers; register with relays if need be. What nobody could say this time stays as it was."""
         self._own = await self._dht.multiaddrs()
         if not ip_address(self._config.host).is_loopback:
-            libp2p = await self._ask(libp2p_port(self._own))
-            self._libp2p = libp2p if libp2p.is_known else self._libp2p
-            if not self._config.tunnel_only:
-                reach = await self._ask(self._port, self._certificate_der)
-                self._reach = reach if reach.is_known else self._reach
+            port = 0 if self._config.tunnel_only else self._port
+            self._libp2p, self._reach = await asyncio.gather(
+                self._ask(self._libp2p, libp2p_port(self._own)), self._ask(self._reach, port, self._certificate_der)
+            )
         await self._register(needs_relays(self._reach, self._libp2p))
         self._log(self._reach)
         direct = [] if self._config.tunnel_only else choose_direct(direct_hosts(self._own), self._reach, self._port)
@@ -112,13 +111,21 @@ class Reachability:
         """Leave the relays."""
         await self._register(False)
 
-    async def _ask(self, port: int, certificate_der: bytes = b"") -> Reach:
-        peers = outside_first(self._dht.known_peers())
-        seen = await ask_some(self._dht, peers, port, certificate_der)
-        reach = judge(seen, trusted=self._dht.initial_peer_ids, own=list(map(host_of, self._own)))
+    async def _ask(self, before: Reach, port: int, certificate_der: bytes = b"") -> Reach:
+        """Ask some peers about a port; once more if it could be reached before and cannot be now.
+
+        Returns: `before` if nobody could say.
+        """
+        peers = outside_first(self._dht.known_peers()) if port else {}
+        own = list(map(host_of, self._own))
+        for _ in range(2):
+            seen = await ask_some(self._dht, peers, port, certificate_der)
+            reach = judge(seen, trusted=self._dht.initial_peer_ids, own=own)
+            if not (reach.is_hidden and before.reached):
+                break
         for host in (*reach.reached, *reach.missed):
             self._rule.note(host)
-        return reach
+        return reach if reach.is_known else before
 
     async def _register(self, wanted: bool) -> None:
         """Begin to register with relays, or leave them."""
@@ -160,6 +167,8 @@ def needs_relays(reach: Reach, libp2p: Reach) -> bool:
 
     An address that was missed counts although another one was reached: not everybody speaks both IPv4 and IPv6.
     """
+    if not libp2p.is_known:
+        return reach.is_hidden
     return bool(libp2p.missed) and (bool(reach.missed) or not reach.reached)
 
 

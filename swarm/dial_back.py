@@ -4,9 +4,10 @@
     peer -> asker: {"host": "203.0.113.7", "reached": true, "relays": true, "clock_s": …}
 
 A peer dials nothing but the address that the question comes from, which cannot be forged: libp2p has a connection to
-it. With a certificate, the port counts as reached only if TLS there shows that one. Each address is dialled a few
-times a minute at most, for a second or two, and what is sent there is less than what asking took. A peer that the
-internet reaches dials the internet only: behind a proxy, strangers' questions seem to come from its own network.
+it. With a certificate, the port counts as reached only if TLS there shows that one. How often each address is dialled
+is bounded, how long that takes, and how many questions are answered at once; what is sent there is less than what
+asking took. A peer that the internet reaches dials the internet only: behind a proxy, strangers' questions seem to come
+from its own network.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ DIAL_TIMEOUT_S = 2.0
 ASK_TIMEOUT_S = DIAL_TIMEOUT_S + 2.0
 MAX_ASKED = 4
 """How many peers are asked at once."""
-MAX_ANSWERED, MAX_ANSWERED_PER_PLACE = 32, 4
+MAX_ANSWERED, MAX_ANSWERED_PER_PLACE = 64, 8
 """How many questions are answered at the same time, in all and from one place."""
 
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field
 
 from swarm.dialling import is_outside
 
-DIALS_PER_MINUTE = 8
-"""How often one address is dialled."""
+DIALS_PER_MINUTE = 32
+"""How often one address is dialled: a home may have several servers."""
 MAX_PLACES = 4096
 """Addresses whose latest dials are remembered."""
 

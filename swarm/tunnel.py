@@ -38,7 +38,7 @@ MAX_RELAYS_TRIED = 4
 CONNECT_TIMEOUT_S = 10.0
 
 HEAD_START_S = 0.5
-"""How long a peer that has relays is dialled before one of these is asked: in one home network it can be."""
+"""How long a peer is dialled before its relays are asked, one after the other: in one home network it can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +136,41 @@ async def open_tunnel(
 
 
 async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:
-    """Connect to a peer over libp2p, or to its relays if that takes long or fails; see that its tunnel answers.
+    """Connect to a peer over libp2p or through its relays, in the order in which it names them; see that it answers.
 
-    The first way that answers is the one.
+    Each has a head start before the next one, which begins at once when those before it have failed.
 
     Raises: PeerUnavailable: no way leads to its tunnel.
     """
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    relays = dict(list(relays_of(multiaddrs).items())[:MAX_RELAYS_TRIED])
     plain = [text for text in multiaddrs if "/p2p-circuit" not in text]
-    tries = [asyncio.create_task(_reach(dht, peer_id, peer_id, plain, Way(), deadline_s))]
+    relays = list(relays_of(multiaddrs).items())[:MAX_RELAYS_TRIED]
+    ways = [(peer_id, plain, Way()), *((relay_id, addresses, Way(relay_id)) for relay_id, addresses in relays)]
+    tries: list[asyncio.Task[Way]] = []
     try:
-        await asyncio.wait(tries, timeout=HEAD_START_S if relays else None)
-        if not tries[0].done() or tries[0].exception() is not None:
-            tries += [
-                asyncio.create_task(_reach(dht, peer_id, relay_id, addresses, Way(relay_id), deadline_s))
-                for relay_id, addresses in relays.items()
-            ]
-        for finished in asyncio.as_completed(tries):
-            with suppress(PeerError):
-                return await finished
+        for dialled_id, addresses, way in ways:
+            tries.append(asyncio.create_task(_reach(dht, peer_id, dialled_id, addresses, way, deadline_s)))
+            is_last = len(tries) == len(ways)
+            if (found := await _first_way(tries, None if is_last else HEAD_START_S)) is not None:
+                return found
         failures = "; ".join(dict.fromkeys(str(failed.exception()) for failed in tries))
         raise PeerUnavailable(f"no way leads to peer {peer_id}: {failures}")
     finally:
         await cancel_all(tries)
         await asyncio.gather(*tries, return_exceptions=True)
+
+
+async def _first_way(tries: Sequence[asyncio.Task[Way]], timeout_s: float | None) -> Way | None:
+    """Wait until one of them succeeds; None: all have failed, or none has ended for a while."""
+    pending = set(tries)
+    while pending:
+        done, pending = await asyncio.wait(pending, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for finished in done:
+            with suppress(PeerError):
+                return finished.result()
+        if not done:
+            break
+    return None
 
 
 async def _reach(

@@ -132,13 +132,15 @@ class Lab:
             return subprocess.CompletedProcess(command, process.returncode, output.read(), errors.read())
 
     def close(self) -> None:
-        """End all processes, the last one first and politely, then remove all namespaces."""
-        for process in reversed(self._processes):
-            _signal(process, signal.SIGTERM)
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                _end(process, signal.SIGKILL)
+        """End all processes, politely and the first one last, then remove all namespaces."""
+        for processes in (self._processes[1:], self._processes[:1]):
+            for process in processes:
+                _signal(process, signal.SIGTERM)
+            for process in processes:
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    _end(process, signal.SIGKILL)
         self._processes.clear()
         while self._namespaces:
             _run("ip", "netns", "del", self._namespaces.pop())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from fakes import peer_id
 from pydantic import ValidationError
 
+from swarm import dial_back
 from swarm.dialling import Anywhere, OutsideOnly, UntilSeenOutside
+from swarm.model.checkpoint import CheckpointSource
+from swarm.pipes import Stream
 from swarm.reach import (
     DIALS_PER_MINUTE,
     MAX_PLACES,
@@ -20,7 +26,9 @@ from swarm.reach import (
     outside_first,
     place_of,
 )
-from swarm.server.reachability import choose_direct, direct_hosts, needs_relays
+from swarm.relays import Reply
+from swarm.server.config import ServerConfig
+from swarm.server.reachability import Reachability, choose_direct, direct_hosts, needs_relays
 
 HOME, ROUTER, VICTIM = "192.168.1.2", "8.8.8.8", "9.9.9.9"
 LINK = {"link", "link2"}
@@ -88,8 +96,10 @@ def test_loopback_is_announced_only_if_there_is_nothing_else():
 
 def test_relays_are_needed_where_neither_port_can_be_dialled():
     missed, reached = Reach(missed=(ROUTER,)), Reach(reached=(ROUTER,))
-    assert needs_relays(missed, missed) and needs_relays(Reach(), missed)
-    assert not needs_relays(reached, missed) and not needs_relays(missed, reached) and not needs_relays(missed, Reach())
+    assert needs_relays(missed, missed) and needs_relays(Reach(), missed) and needs_relays(missed, Reach())
+    assert (
+        not needs_relays(reached, missed) and not needs_relays(missed, reached) and not needs_relays(Reach(), Reach())
+    )
     only_ipv6 = Reach(reached=("2606:4700::1",), missed=(ROUTER,))
     assert needs_relays(only_ipv6, only_ipv6)
 
@@ -100,7 +110,7 @@ def test_an_address_is_dialled_a_few_times_a_minute():
         *[True] * DIALS_PER_MINUTE,
         False,
     ]
-    assert budget.take(HOME, 10.0)
+    assert budget.take(HOME, 40.0)
     assert budget.take(ROUTER, 60.0) and not budget.take(ROUTER, 60.5)
     for number in range(MAX_PLACES + 10):
         budget.take(str(number), 61.0)
@@ -148,3 +158,66 @@ def test_the_port_of_libp2p_is_not_a_relays():
 def test_peers_on_the_internet_are_asked_first():
     peers = {"a": [f"/ip4/{HOME}/tcp/1"], "b": [], "c": ["/ip4/127.0.0.1/tcp/1", f"/ip4/{ROUTER}/tcp/1"]}
     assert list(outside_first(peers)) == ["c", "a", "b"]
+
+
+class FakeDht:
+    """A node whose peers of the join link answer from a script: per question, who is reached under which address."""
+
+    peer_id = peer_id("S")
+    initial_peer_ids = ("link",)
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self.answers = answers
+
+    def known_peers(self) -> dict[str, list[str]]:
+        return {"link": ["/ip4/7.7.7.1/tcp/31337"]}
+
+    async def multiaddrs(self) -> list[str]:
+        return [f"/ip4/{HOME}/tcp/31331/p2p/{self.peer_id}"]
+
+    async def connect(self, peer_id: str, multiaddrs: object, *, timeout_s: float) -> None:
+        pass
+
+    async def open_stream(self, peer_id: str, protocol: str, *, timeout_s: float) -> Stream:
+        reader = asyncio.StreamReader()
+        answer = self.answers.pop(0) if protocol == dial_back.PROTOCOL else Reply()
+        reader.feed_data(answer.model_dump_json().encode() + b"\n")
+        return reader, Unread()
+
+
+class Unread:
+    """The writing end of a stream to nobody."""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    async def drain(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def reachability(answers: list[Answer]) -> Reachability:
+    config = ServerConfig(source=CheckpointSource("tiny"), host="0.0.0.0", tunnel_only=True)
+    return Reachability(FakeDht(answers), config, 31330, b"", UntilSeenOutside(Anywhere()))
+
+
+MISSED, REACHED, NOT_TRIED = (Answer(host=ROUTER, reached=found) for found in (False, True, None))
+
+
+async def test_one_that_could_be_dialled_is_not_called_hidden_at_the_first_failure():
+    found = reachability([REACHED, MISSED, REACHED])
+    for _ in range(2):
+        await found.check()
+        assert not found.relays
+    assert found._dht.answers == []
+
+
+async def test_relays_come_and_go_with_the_need_for_them():
+    found = reachability([MISSED, NOT_TRIED, REACHED])
+    relayed = f"/ip4/7.7.7.1/tcp/31337/p2p/link/p2p-circuit/p2p/{FakeDht.peer_id}"
+    for expected in ([relayed], [relayed], []):
+        await found.check()
+        assert [text for text in found.multiaddrs if "p2p-circuit" in text] == expected
+    await found.aclose()

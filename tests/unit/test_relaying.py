@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fakes import peer_id
 
 from swarm import relays, tunnel
+from swarm.dial_back import MAX_ANSWERED_PER_PLACE, answer_dial_back
+from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import BadRequest, PeerUnavailable
 from swarm.pipes import Stream
-from swarm.relaying import BURST_S, Guest, RelayConfig, Throttle, may_carry, may_register
+from swarm.relaying import (
+    BURST_S,
+    MAX_ASKING_PER_PLACE,
+    Guest,
+    RelayConfig,
+    Throttle,
+    may_carry,
+    may_register,
+    serve_relay,
+)
 from swarm.relays import Registrations, circuits, relays_of
 from swarm.tunnel import Way, find_way
 
@@ -126,6 +139,24 @@ class FakeDht:
         return reader, self.lines[-1]
 
 
+class FakeP2P:
+    """Takes a handler of streams, and opens streams to it on which nothing ever comes."""
+
+    async def add_binary_stream_handler(self, _protocol: str, handler: Any) -> None:
+        self.handler = handler
+
+    async def remove_binary_stream_handler(self, _protocol: str) -> None:
+        pass
+
+    async def is_accepted(self, host: str) -> bool:
+        """Open one from an address; the identity is a new one."""
+        name = peer_id(host.replace(".", "")[-1])
+        info = SimpleNamespace(peer_id=SimpleNamespace(to_base58=lambda: name), addr=f"/ip4/{host}/tcp/1")
+        line = Line()
+        await self.handler(info, asyncio.StreamReader(), line)
+        return not line.is_closed
+
+
 def through(*relay_ids: str) -> list[str]:
     return [f"/ip4/8.8.8.8/tcp/1/p2p/{relay_id}/p2p-circuit/p2p/{C}" for relay_id in relay_ids]
 
@@ -143,6 +174,13 @@ async def test_a_server_that_can_be_dialled_is_not_called_through_its_relays():
     async with asyncio.timeout(10):
         assert await find_way(dht, C, [f"/ip4/8.8.4.4/tcp/1/p2p/{C}", *through(A)], timeout_s=3600) == Way()
     assert dht.connected == [C]
+
+
+async def test_of_two_relays_the_one_that_the_server_names_first_is_taken():
+    dht = FakeDht(failing=(C,))
+    async with asyncio.timeout(10):
+        assert await find_way(dht, C, through(B, A), timeout_s=3600) == Way(B)
+    assert dht.connected == [C, B]
 
 
 async def test_no_way_says_what_was_tried_and_an_announcement_cannot_make_us_try_many():
@@ -165,6 +203,16 @@ async def test_a_relay_that_ends_each_registration_at_once_does_not_keep_a_serve
     running.cancel()
     await asyncio.wait({running})
     await registrations.aclose()
+
+
+async def test_streams_on_which_nothing_comes_leave_room_for_other_addresses():
+    p2p = FakeP2P()
+    async with answer_dial_back(p2p, UntilSeenOutside(Anywhere())):
+        taken = [await p2p.is_accepted("1.1.1.1") for _ in range(MAX_ANSWERED_PER_PLACE + 1)]
+        assert all(taken[:-1]) and not taken[-1] and await p2p.is_accepted("2.2.2.2")
+    async with serve_relay(SimpleNamespace(p2p=p2p)):
+        taken = [await p2p.is_accepted("1.1.1.1") for _ in range(MAX_ASKING_PER_PLACE + 1)]
+        assert all(taken[:-1]) and not taken[-1] and await p2p.is_accepted("2.2.2.2")
 
 
 @pytest.mark.parametrize("answer", ["", "x", '{"error": "\x1b[2J"}', '{"error": "\\u001b[2J"}', '{"error": "no"}'])
