@@ -71,8 +71,10 @@ class P2pd:
         """Stop p2pd, by force after a few seconds, and wait for its end."""
         for stop_signal in (signal.SIGTERM, signal.SIGKILL):
             if not self._watch_task.done():
+                # Not Process.send_signal: of a p2pd that has just ended by itself, it would take the exit status away
+                # from asyncio, which then complains.
                 with contextlib.suppress(ProcessLookupError):
-                    self._process.send_signal(stop_signal)
+                    os.kill(self.pid, stop_signal)
                 await asyncio.wait({self._watch_task}, timeout=_STOP_TIMEOUT_S)
         self._watch_task.cancel()
         await asyncio.wait({self._watch_task})
