@@ -17,7 +17,7 @@ from swarm.errors import BadRequest
 from .common import JoinOption, console, need_join
 
 if TYPE_CHECKING:
-    from swarm.checkup import ModelCheck, OwnCheck, PeerCheck, Report
+    from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report
 
 
 def doctor_command(
@@ -49,7 +49,7 @@ async def _examine(initial_peers: tuple[str, ...], model: str, port: int) -> Rep
 
 
 def _as_dict(report: Report) -> dict[str, Any]:
-    from swarm.checkup import advice
+    from swarm.diagnosis import advice
 
     models = zip(asdict(report)["models"], report.models, strict=True)
     return asdict(report) | {
@@ -60,7 +60,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
 
 
 def _print(report: Report) -> None:
-    from swarm.checkup import advice
+    from swarm.diagnosis import advice
 
     _print_own(report.own)
     _print_peers(report.peers)

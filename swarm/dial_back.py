@@ -38,7 +38,7 @@ PROTOCOL = "/swarm/reachability/1"
 
 DIAL_TIMEOUT_S = 2.0
 """How long a peer tries to reach the port: a packet lost once is sent again after one second."""
-ASK_TIMEOUT_S = DIAL_TIMEOUT_S + 2.0
+ASK_TIMEOUT_S = DIAL_TIMEOUT_S + 3.0
 MAX_ASKED = 4
 """How many peers are asked at once."""
 MAX_ANSWERED, MAX_ANSWERED_PER_PLACE = 64, 8

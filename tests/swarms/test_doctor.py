@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from swarm import PROTOCOL_VERSION
-from swarm.checkup import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck, advice
 from swarm.cli import app as cli
 from swarm.cli.doctor import _print
+from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck, advice
 from swarm.errors import BadRequest
 from swarm.ranges import BlockRange
 from swarm.reach import Reach

@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "network"))
 import lab
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 PORT = 31330
 OPTIONS = ("--dtype", "float32", "--cache-mib", "64")
 
