@@ -131,7 +131,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         certificate = dht.identity.tls_certificate()
         port = await owned.enter_async_context(open_grpc(config, front, certificate))
         reachability = await owned.enter_async_context(
-            open_reachability(dht, config, port, certificate.certificate_der, rule)
+            open_reachability(dht, config, port, certificate.certificate_der, rule, connector.forget)
         )
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays))
         announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)

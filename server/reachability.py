@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_address
 from typing import Any, Protocol
 
 from swarm.dht import Dht
-from swarm.dial_back import answer_dial_back, ask_some
+from swarm.dial_back import DIAL_TIMEOUT_S, answer_dial_back, ask_some
 from swarm.dialling import UntilSeenOutside
+from swarm.errors import PeerError
 from swarm.pipes import cancel_all
-from swarm.reach import Reach, host_of, judge, libp2p_port, outside_first
+from swarm.reach import Reach, host_of, judge, libp2p_port, neighbours, outside_first
 from swarm.relaying import serve_relay
 from swarm.relays import Registrations, circuits
 
@@ -41,11 +42,21 @@ class Say(Protocol):
     async def __call__(self, **changes: Any) -> None: ...
 
 
+Forget = Callable[[str], Awaitable[None]]
+"""Lets the next call to a peer connect anew."""
+
+
 class Reachability:
     """Where others can call this server; get one from `open_reachability`."""
 
     def __init__(
-        self, dht: Dht, config: ServerConfig, port: int, certificate_der: bytes, rule: UntilSeenOutside
+        self,
+        dht: Dht,
+        config: ServerConfig,
+        port: int,
+        certificate_der: bytes,
+        rule: UntilSeenOutside,
+        forget: Forget,
     ) -> None:
         self.direct: list[str] = []
         """"host:port" of the gRPC port, as announced."""
@@ -56,6 +67,8 @@ class Reachability:
         self._port = port
         self._certificate_der = certificate_der
         self._rule = rule
+        self._forget = forget
+        self._neighbours: set[str] = set()
         self._registrations = Registrations(dht, dht.known_peers, self._relays_changed)
         self._registering: asyncio.Task[None] | None = None
         self._own: list[str] = []
@@ -102,10 +115,29 @@ class Reachability:
 
     async def keep_checking(self) -> None:
         """Check now and then, until cancelled."""
+        period_s = self._config.reachability_period_s
+        soon_s = min(period_s, UNKNOWN_PERIOD_S)
+        await asyncio.sleep(soon_s)
         while True:
-            period_s = self._config.reachability_period_s
-            await asyncio.sleep(period_s if self._libp2p.is_known else min(period_s, UNKNOWN_PERIOD_S))
             await self.check()
+            await self._meet_neighbours()
+            await asyncio.sleep(period_s if self._libp2p.is_known else soon_s)
+
+    async def _meet_neighbours(self) -> None:
+        """Connect to servers in our own network: what strangers say leads nowhere there, existing connections do.
+
+        Two hidden servers of one home would otherwise call each other through a relay.
+        """
+        near = neighbours(self._dht.known_peers(), list(map(host_of, self._own)))
+        dials = (self._dht.connect(each, near[each], timeout_s=DIAL_TIMEOUT_S) for each in near)
+        results = dict(zip(near, await asyncio.gather(*dials, return_exceptions=True), strict=True))
+        for peer_id, failure in results.items():
+            if failure is not None and not isinstance(failure, PeerError):
+                raise failure
+            if failure is None and peer_id not in self._neighbours:
+                logger.info("peer %s is in the same network", peer_id)
+                await self._forget(peer_id)
+        self._neighbours = {peer_id for peer_id, failure in results.items() if failure is None}
 
     async def aclose(self) -> None:
         """Leave the relays."""
@@ -194,7 +226,7 @@ def choose_direct(own: Sequence[str], reach: Reach, port: int) -> list[str]:
 
 @asynccontextmanager
 async def open_reachability(
-    dht: Dht, config: ServerConfig, port: int, certificate_der: bytes, rule: UntilSeenOutside
+    dht: Dht, config: ServerConfig, port: int, certificate_der: bytes, rule: UntilSeenOutside, forget: Forget
 ) -> AsyncIterator[Reachability]:
     """Find out where others can call this server, before it announces itself; see to it until the context ends.
 
@@ -202,13 +234,14 @@ async def open_reachability(
 
     Args:
         rule: what this server dials for strangers; it is told whether the internet reaches this server.
+        forget: called with the peers that turn out to be in the same network.
     """
     async with AsyncExitStack() as owned:
         relays = config.relay is not None and not dht.hidden
         if relays:
             await owned.enter_async_context(serve_relay(dht, config.relay))
         await owned.enter_async_context(answer_dial_back(dht.p2p, rule, relays=relays))
-        reachability = Reachability(dht, config, port, certificate_der, rule)
+        reachability = Reachability(dht, config, port, certificate_der, rule, forget)
         owned.push_async_callback(reachability.aclose)
         await reachability.check()
         reachability._changed.clear()  # what was found is in the first announcement

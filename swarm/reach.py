@@ -115,6 +115,20 @@ def outside_first(peers: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {peer_id: list(addresses) for peer_id, addresses in sorted(peers.items(), key=is_near)}
 
 
+def neighbours(peers: Mapping[str, Sequence[str]], own: Sequence[str]) -> dict[str, list[str]]:
+    """Those peers, and those of their libp2p addresses, that lie in our own private networks.
+
+    Args:
+        own: our IP addresses; a network is what shares the first 24 bits with one (64 bits of IPv6).
+    """
+    networks = {_network(host) for host in own if is_ip(host) and _scope(host) == 1}
+    near = {
+        peer_id: [text for text in addresses if (host := host_of(text)) and _network(host) in networks]
+        for peer_id, addresses in peers.items()
+    }
+    return {peer_id: addresses for peer_id, addresses in near.items() if addresses}
+
+
 class Budget:
     """How often each address may still be dialled."""
 
@@ -136,10 +150,7 @@ class Budget:
 
 def place_of(host: str) -> str:
     """Whom limits count an IP address for: itself, or its /64 in IPv6, of which one customer has all addresses."""
-    if not is_ip(host):
-        return host
-    address = ip_address(host)
-    return str(address.exploded[:19]) if isinstance(address, IPv6Address) else host
+    return _network(host) if ":" in host and is_ip(host) else host
 
 
 def host_of(multiaddr: str) -> str:
@@ -165,6 +176,11 @@ def is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _network(host: str) -> str:
+    address = ip_address(host)
+    return address.exploded[:19] if isinstance(address, IPv6Address) else host.rpartition(".")[0]
 
 
 def _scope(host: str) -> int:

@@ -105,6 +105,7 @@ async def open_tunnel(
     Raises: PeerUnavailable: it cannot be reached, or serves no tunnel.
     """
     way = await find_way(dht, peer_id, multiaddrs, timeout_s=timeout_s)
+    logger.info("peer %s is reached %s", peer_id, f"through relay {way.relay_id}" if way.relay_id else "over libp2p")
     if on_way is not None:
         on_way(way)
     connections: set[asyncio.Task[None]] = set()

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from swarm import dial_back
 from swarm.dialling import Anywhere, OutsideOnly, UntilSeenOutside
+from swarm.errors import PeerUnavailable
 from swarm.model.checkpoint import CheckpointSource
 from swarm.pipes import Stream
 from swarm.reach import (
@@ -23,6 +24,7 @@ from swarm.reach import (
     host_of,
     judge,
     libp2p_port,
+    neighbours,
     outside_first,
     place_of,
 )
@@ -166,17 +168,21 @@ class FakeDht:
     peer_id = peer_id("S")
     initial_peer_ids = ("link",)
 
-    def __init__(self, answers: list[Answer]) -> None:
+    def __init__(self, answers: list[Answer], peers: dict[str, list[str]]) -> None:
         self.answers = answers
+        self.peers = {"link": ["/ip4/7.7.7.1/tcp/31337"]} | peers
+        self.dialled: list[tuple[str, list[str]]] = []
 
     def known_peers(self) -> dict[str, list[str]]:
-        return {"link": ["/ip4/7.7.7.1/tcp/31337"]}
+        return self.peers
 
     async def multiaddrs(self) -> list[str]:
         return [f"/ip4/{HOME}/tcp/31331/p2p/{self.peer_id}"]
 
-    async def connect(self, peer_id: str, multiaddrs: object, *, timeout_s: float) -> None:
-        pass
+    async def connect(self, peer_id: str, multiaddrs: list[str], *, timeout_s: float) -> None:
+        self.dialled.append((peer_id, multiaddrs))
+        if peer_id == "gone":
+            raise PeerUnavailable("nobody there")
 
     async def open_stream(self, peer_id: str, protocol: str, *, timeout_s: float) -> Stream:
         reader = asyncio.StreamReader()
@@ -198,9 +204,14 @@ class Unread:
         pass
 
 
-def reachability(answers: list[Answer]) -> Reachability:
+def reachability(answers: list[Answer], forgotten: list[str] | None = None, **peers: list[str]) -> Reachability:
     config = ServerConfig(source=CheckpointSource("tiny"), host="0.0.0.0", tunnel_only=True)
-    return Reachability(FakeDht(answers), config, 31330, b"", UntilSeenOutside(Anywhere()))
+
+    async def forget(peer_id: str) -> None:
+        assert forgotten is not None
+        forgotten.append(peer_id)
+
+    return Reachability(FakeDht(answers, peers), config, 31330, b"", UntilSeenOutside(Anywhere()), forget)
 
 
 MISSED, REACHED, NOT_TRIED = (Answer(host=ROUTER, reached=found) for found in (False, True, None))
@@ -221,3 +232,24 @@ async def test_relays_come_and_go_with_the_need_for_them():
         await found.check()
         assert [text for text in found.multiaddrs if "p2p-circuit" in text] == expected
     await found.aclose()
+
+
+async def test_hidden_servers_of_one_home_find_each_other():
+    circuit = "/ip4/7.7.7.1/tcp/1/p2p/Qr/p2p-circuit/p2p/Qn"
+    forgotten: list[str] = []
+    found = reachability(
+        [NOT_TRIED] * 4, forgotten, near=[circuit, "/ip4/192.168.1.7/tcp/1"], gone=["/ip4/192.168.1.8/tcp/1"],
+        far=["/ip4/192.168.2.7/tcp/1", "/ip4/8.8.8.8/tcp/1", "/ip4/127.0.0.1/tcp/1"],
+    )  # fmt: skip
+    await found.check()
+    for _ in range(2):
+        found._dht.dialled.clear()
+        await found._meet_neighbours()
+        assert found._dht.dialled == [("near", ["/ip4/192.168.1.7/tcp/1"]), ("gone", ["/ip4/192.168.1.8/tcp/1"])]
+    assert forgotten == ["near"]
+
+
+def test_a_public_server_has_no_neighbours():
+    peers = {"a": ["/ip4/8.8.8.9/tcp/1", "/ip4/127.0.0.1/tcp/1"]}
+    assert neighbours(peers, [ROUTER, "127.0.0.1", ""]) == {}
+    assert neighbours({"a": ["/ip6/fd00::2/tcp/1"]}, ["fd00::1"]) == {"a": ["/ip6/fd00::2/tcp/1"]}
