@@ -1,6 +1,6 @@
 """Whether others can dial this server, and how they reach it if they cannot: asked of peers, not assumed.
 
-At start and now and then some peers of the swarm try this server's two ports (swarm/dial_back.py). Addresses under
+At start and now and then, some peers of the swarm try this server's two ports (swarm/dial_back.py). Addresses under
 which nobody reaches the gRPC port are not announced, as every client would lose time on them; where libp2p's port
 cannot be dialled either, the server registers with relays (swarm/relays.py).
 """
