@@ -188,7 +188,8 @@ class Relay:
                 await join_streams(stream, onward, self._pace(guest, idle))
         finally:
             onward[1].close()
-            if not any(each.place == guest.place and each is not guest for each in self._guests.values()):
+            guest.target = ""
+            if not any(each.target and each.place == guest.place for each in self._guests.values()):
                 self._of_place.pop(guest.place, None)
         return ""
 
