@@ -115,7 +115,7 @@ def _advice_on_this_machine(report: Report) -> list[str]:
         return [f"Others can dial this machine ({where}, TCP port {own.port}): a server here serves directly.{router}"]
     if not own.reach.missed:
         return [f"Nobody could try whether this machine can be dialled.{router}"]
-    ports = f"TCP port {own.port}" if own.is_chosen else "two TCP ports, one for --port and one for --dht-port"
+    ports = f"TCP port {own.port}" if own.is_chosen else "two TCP ports (one for --port, one for --dht-port)"
     sentences = [
         f"Others cannot dial this machine ({', '.join(own.reach.missed)}, TCP port {own.port}).{router} To let a "
         f"server here serve directly, open {ports} in its firewall{forward}; otherwise clients come through a relay."
