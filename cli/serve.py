@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 def serve_command(
     model: Annotated[str, typer.Argument(help="Hub repository or local directory.")],
     blocks: Annotated[str, typer.Option(help="Exactly these blocks, START:END.", show_default=False)] = "",
+    move: Annotated[bool, typer.Option(help="Go to other blocks when the swarm needs that.")] = True,
     num_blocks: Annotated[int, typer.Option(help="How many blocks; default: what fits.", show_default=False)] = 0,
     join: JoinOption = "",
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
@@ -80,6 +81,7 @@ def serve_command(
         source=CheckpointSource(model, revision, token, cache_dir),
         blocks=block_range,
         num_blocks=num_blocks or None,
+        moves=move,
         initial_peers=link.initial_peers if link else (),
         identity_path=identity,
         name=name,

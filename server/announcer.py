@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from swarm.announcement import Announcement
-from swarm.directory import Directory
+from swarm.directory import MAX_READ_BYTES, Directory
 from swarm.errors import SwarmError
 from swarm.survey import Survey
 
@@ -49,9 +49,12 @@ class Announcer:
         except SwarmError as exc:
             logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
 
-    async def others(self) -> list[Announcement]:
-        """What the other servers of the model announce. Raises: PeerUnavailable: the directory cannot be reached."""
-        servers = await self._directory.servers(self.current.model_fingerprint)
+    async def others(self, *, max_bytes: float = MAX_READ_BYTES) -> list[Announcement]:
+        """What the other servers of the model announce; see Directory.servers.
+
+        Raises: PeerUnavailable: the directory cannot be reached.
+        """
+        servers = await self._directory.servers(self.current.model_fingerprint, max_bytes=max_bytes)
         return [each for each in servers if each.peer_id != self.current.peer_id]
 
     async def run(self) -> None:

@@ -36,9 +36,10 @@ from .front import Front, open_grpc
 from .hardware import choose_device, free_bytes
 from .metrics import ServerCollector, serve_metrics
 from .moving import Mover
-from .placement import choose_blocks, plan_memory
+from .placement import plan_memory
 from .precision import Precision, choose_precision
 from .reachability import Reachability, open_reachability
+from .rebalancing import choose_blocks
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
 from .tenure import Holding, open_tenure
@@ -194,7 +195,8 @@ async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht
     blocks = config.blocks
     if blocks is None:
         servers = await dht.directory.servers(checkpoint.fingerprint)
-        blocks = choose_blocks(servers, num_model_blocks, memory.num_blocks)
+        others = [each for each in servers if each.peer_id != dht.peer_id]
+        blocks = choose_blocks(others, num_model_blocks, memory.num_blocks)
     logger.info("device %s, %s, blocks %s, cache %d MiB", device, precision, blocks, memory.cache_bytes >> 20)
     return Holding(device, precision, blocks, memory)
 

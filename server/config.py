@@ -31,6 +31,8 @@ class ServerConfig:
     """Exactly these blocks; None: those that the swarm lacks."""
     num_blocks: int | None = None
     """How many blocks; None: as many as the free memory holds."""
+    moves: bool = True
+    """Whether it goes to other blocks when the swarm needs that; never if `blocks` says which."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs to join through; empty: start a new swarm."""
     identity_path: Path | None = None

@@ -27,6 +27,7 @@ from .config import ServerConfig
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 
+_SERVING = re.compile(r"[Ss]erving blocks (\d+:\d+)")
 _MOVED = re.compile(r"Now serving blocks (?P<blocks>\d+:\d+)|Did not move: .*")
 """What `swarm serve` says after an order to move."""
 
@@ -36,8 +37,11 @@ _THREAD_SETTINGS = {"drain_timeout_s": 0.2, "cache_bytes": 1 << 30, "session_gra
 class LocalServer(Protocol):
     """One server of a LocalSwarm."""
 
-    blocks: BlockRange
     link: str
+
+    @property
+    def blocks(self) -> BlockRange:
+        """What it serves."""
 
     def kill(self) -> None:
         """End it without a word, as a power cut would."""
@@ -66,13 +70,14 @@ class ProcessServer:
     killed ourselves.
     """
 
-    def __init__(self, model: str, blocks: BlockRange, join: str | None, arguments: Sequence[str]) -> None:
-        self.blocks = blocks
+    def __init__(self, model: str, blocks: BlockRange | int, join: str | None, arguments: Sequence[str]) -> None:
+        self._wanted = blocks
         self.link = ""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self._log_path = Path(self._directory.name, "log")
         self._link_path = Path(self._directory.name, "link")
-        command = [sys.executable, "-m", "swarm.cli.app", "serve", model, "--blocks", str(blocks)]
+        command = [sys.executable, "-m", "swarm.cli.app", "serve", model]
+        command += ["--num-blocks" if isinstance(blocks, int) else "--blocks", str(blocks)]
         command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
         environment = {**os.environ, "SWARM_JOIN": join or ""}
         with self._log_path.open("wb") as log:
@@ -90,6 +95,15 @@ class ProcessServer:
         return self.process.poll() is None
 
     @property
+    def blocks(self) -> BlockRange:
+        """What it serves, as it has said last. Raises: ResourceError: it chooses itself, and has not said yet."""
+        if said := _SERVING.findall(self.log):
+            self._wanted = BlockRange.parse(said[-1])
+        if isinstance(self._wanted, int):
+            raise ResourceError(f"the local server of {self._wanted} blocks has not chosen them yet")
+        return self._wanted
+
+    @property
     def log(self) -> str:
         """What it has printed so far."""
         return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
@@ -103,13 +117,15 @@ class ProcessServer:
             elif not self.alive or time.monotonic() > deadline_s:
                 log = self.log.strip()
                 self.kill()
-                raise ResourceError(f"the local server of blocks {self.blocks} did not start: {log[-2000:]}")
+                raise ResourceError(f"the local server of blocks {self._wanted} did not start: {log[-2000:]}")
             else:
                 time.sleep(0.05)
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
         self.process.wait()
+        with contextlib.suppress(ResourceError):
+            _ = self.blocks  # what it served stays known when its log is gone
         if self.process.stdin is not None:
             self.process.stdin.close()
         self._directory.cleanup()
@@ -141,7 +157,6 @@ class ProcessServer:
             time.sleep(0.02)
         if found["blocks"] != str(wanted):
             raise ResourceError(f"the local server of blocks {self.blocks} did not move: {found[0]}")
-        self.blocks = wanted
 
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:  # once it was waited for, its number may belong to somebody else
@@ -152,8 +167,6 @@ class ThreadServer:
     """A server in a thread of this process: quick to start; it cannot be killed or paused."""
 
     def __init__(self, config: ServerConfig) -> None:
-        assert config.blocks is not None
-        self.blocks = config.blocks
         self.link = ""
         self.running: Running | None = None
         self._config = config
@@ -161,7 +174,7 @@ class ThreadServer:
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name=f"server {config.blocks}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"server {config.blocks or ''}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -177,13 +190,22 @@ class ThreadServer:
         self.running, self.link = running, running.link
         self._ready.set()
 
+    @property
+    def blocks(self) -> BlockRange:
+        """What it serves. Raises: ResourceError: nothing yet, or it is on its way."""
+        if self.running is not None and self.running.mover.present is not None:
+            return self.running.blocks
+        if self._config.blocks is None:
+            raise ResourceError(f"the local server of {self._config.num_blocks} blocks serves none at the moment")
+        return self._config.blocks
+
     def wait_ready(self) -> None:
         """Wait for its join link. Raises: what `serve` raises."""
         self._ready.wait(START_TIMEOUT_S)
         if self._error is not None:
             raise self._error
         if not self.link:
-            raise ResourceError(f"the local server of blocks {self.blocks} did not start in {START_TIMEOUT_S:.0f} s")
+            raise ResourceError(f"a local server did not start in {START_TIMEOUT_S:.0f} s")
 
     @property
     def alive(self) -> bool:
@@ -207,7 +229,6 @@ class ThreadServer:
         assert self.running is not None
         wanted = BlockRange(*blocks)
         asyncio.run_coroutine_threadsafe(self.running.move(wanted), self._loop).result(START_TIMEOUT_S)
-        self.blocks = wanted
 
 
 class LocalSwarm:
@@ -273,14 +294,15 @@ class LocalSwarm:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def add(self, blocks: tuple[int, int], *, arguments: Sequence[str] = ()) -> ProcessServer | ThreadServer:
+    def add(self, blocks: tuple[int, int] | int, *, arguments: Sequence[str] = ()) -> ProcessServer | ThreadServer:
         """Start one more server and wait until it serves.
 
         Args:
+            blocks: exactly these, as (start, end); or so many, which ones it chooses, and it moves by itself.
             arguments: flags of its own for `swarm serve`; processes only.
         """
         join = self.link if any(server.alive for server in self.servers) else self._join
-        server = self._start(BlockRange(*blocks), join, arguments)
+        server = self._start(blocks if isinstance(blocks, int) else BlockRange(*blocks), join, arguments)
         self.servers.append(server)
         server.wait_ready()
         return server
@@ -294,7 +316,7 @@ class LocalSwarm:
                 server.stop()
 
     def _start(
-        self, blocks: BlockRange, join: str | None, arguments: Sequence[str] = ()
+        self, blocks: BlockRange | int, join: str | None, arguments: Sequence[str] = ()
     ) -> ProcessServer | ThreadServer:
         if not self._in_process:
             flags = [part for name, value in self._precision.items() for part in (f"--{name}", value)]
@@ -303,7 +325,8 @@ class LocalSwarm:
         return ThreadServer(
             ServerConfig(
                 source=CheckpointSource(self._model),
-                blocks=blocks,
+                blocks=None if isinstance(blocks, int) else blocks,
+                num_blocks=blocks if isinstance(blocks, int) else None,
                 **self._precision,
                 initial_peers=peers,
                 **self._settings,

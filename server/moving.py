@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from .config import ServerConfig
 from .front import Front
 from .hardware import free_bytes
 from .placement import MemoryPlan, fits
+from .rebalancing import ASK_S, CHECKS_PER_PERIOD, PATIENCE_PERIODS, READ_BYTES, Population, own_move, reconsider
 from .tenure import Holding, Tenure
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,10 @@ class Mover:
         self.present: Tenure | None = None
         """What is in service; None: nothing at the moment."""
         self._owned = AsyncExitStack()
+        self._blocks_per_s = 0.0
+        """As measured in the first tenure; 0: not yet."""
+        self._is_movable = config.moves and config.blocks is None
+        """Whether it goes elsewhere without being told."""
         self._orders: asyncio.Queue[_Order] = asyncio.Queue(1)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -56,11 +63,15 @@ class Mover:
     async def settle(self, announcer: Announcer, holding: Holding) -> None:
         """Take the first blocks into service. Raises: what opening the tenure raises."""
         self._announcer = announcer
-        announcer.measure = lambda: {} if self.present is None else self.present.announced()
+        announcer.measure = self._announced
         await self._take(holding)
 
+    def _announced(self) -> dict[str, Any]:
+        fields = {} if self.present is None else self.present.announced()
+        return fields | {"movable": self._is_movable, "blocks_per_s": self._blocks_per_s}
+
     async def move(self, blocks: BlockRange) -> None:
-        """Serve these blocks instead; returns when they are in service and the old ones are gone.
+        """Serve these blocks instead, and stay there; returns when they are in service and the old ones are gone.
 
         Raises: BadRequest: the model has no such blocks. ResourceError: they do not fit, the server stays as it is.
         """
@@ -73,19 +84,62 @@ class Mover:
         await order.done
 
     async def run(self) -> None:
-        """Carry out moves one after the other, until cancelled."""
+        """Carry out moves one after the other, and look now and then whether to move, until cancelled."""
+        period_s = self._config.announce_period_s
+        wait_s = period_s / CHECKS_PER_PERIOD
         while True:
-            order = await self._orders.get()
             try:
-                await self._move(order.blocks)
-            except SwarmError as exc:
-                order.done.set_exception(exc)
-                if self.present is None:
-                    raise
+                async with asyncio.timeout(wait_s if self._is_movable else None):
+                    order = await self._orders.get()
+            except TimeoutError:
+                is_hindered = not await self._move_by_itself()
+                wait_s = period_s * (random.uniform(0, PATIENCE_PERIODS) if is_hindered else 1 / CHECKS_PER_PERIOD)
             else:
-                order.done.set_result(None)
-            finally:
-                order.done.cancel()
+                await self._obey(order)
+
+    async def _obey(self, order: _Order) -> None:
+        self._is_movable = False
+        try:
+            await self._move(order.blocks)
+        except SwarmError as exc:
+            order.done.set_exception(exc)
+            if self.present is None:
+                raise
+        else:
+            order.done.set_result(None)
+        finally:
+            order.done.cancel()
+
+    async def _move_by_itself(self) -> bool:
+        """Go where the swarm lacks this server more, if it does; False: others have hindered it. See rebalancing.py."""
+        here = self.tenure.blocks
+        if (blocks := await self._plan(own_move)) is None:
+            return True
+        await self._announcer.say(next_start=blocks.start, next_end=blocks.end)
+        await asyncio.sleep(min(ASK_S, self._config.announce_period_s / 3))
+        blocks = await self._plan(lambda population, server: reconsider(population, server, here.start))
+        if blocks is None:
+            await self._announcer.say(next_start=None, next_end=None)
+            return False
+        try:
+            await self._move(blocks)
+        except SwarmError as exc:
+            if self.present is None:
+                raise
+            self._is_movable = False  # the others wait for it no longer
+            logger.warning("this server stays at blocks %s from now on, since a move failed: %s", here, exc)
+            await self._announcer.say(next_start=None, next_end=None)
+        return True
+
+    async def _plan(self, decide: Callable[[Population, int], BlockRange | None]) -> BlockRange | None:
+        """Decide by what everybody announces now; a directory that cannot be reached gives no reason to go."""
+        own = self._announcer.current
+        try:
+            others = await self._announcer.others(max_bytes=READ_BYTES)
+        except SwarmError as exc:
+            logger.debug("no other servers can be looked up: %s", exc)
+            return None
+        return await asyncio.to_thread(decide, Population.of([own, *others], own.num_model_blocks), 0)
 
     async def drain(self) -> None:
         """Take no new calls, and let running ones finish for a while."""
@@ -151,6 +205,8 @@ class Mover:
             watch.add_done_callback(self._note_end)
             owned.callback(watch.cancel)
             self.present, self._owned = tenure, owned.pop_all()
+        if not self._blocks_per_s:
+            self._blocks_per_s = tenure.speed.decode_tokens_per_s * len(tenure.blocks)
         await self._front.serve(tenure.service)
         await self._announcer.say(state="online", next_start=None, next_end=None)
 

@@ -1,13 +1,10 @@
-"""Which blocks, on which device, in which dtype a new server should hold: pure functions of a snapshot."""
+"""How many blocks a server can hold, in how many bits, and with how much cache: pure functions of a snapshot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarm.announcement import Announcement
 from swarm.errors import ResourceError
-from swarm.ranges import BlockRange
 
 CACHE_TOKENS = 8192
 """Tokens of KV cache that a server should have room for beside its blocks."""
@@ -76,23 +73,6 @@ def plan_memory(
 def fits(needs: MemoryNeeds, memory: MemoryPlan, *, free_bytes: int) -> bool:
     """Whether blocks and their cache fit into what is free now."""
     return memory.num_blocks * needs.bytes_per_block + memory.cache_bytes <= _usable(free_bytes)
-
-
-def choose_blocks(servers: Sequence[Announcement], num_model_blocks: int, num_blocks: int) -> BlockRange:
-    """Return the range of `num_blocks` blocks that the swarm lacks most.
-
-    Coverage of a block is the sum of its servers' decode rates. The chosen window has the lexicographically
-    smallest sorted coverage: it serves the weakest block, then the next weakest, and so on; ties go to the front.
-    """
-    num_blocks = min(num_blocks, num_model_blocks)
-    coverage = [0.0] * num_model_blocks
-    for server in servers:
-        for block in server.blocks:
-            if block < num_model_blocks and server.state != "draining":
-                coverage[block] += server.decode_tokens_per_s or 1.0
-    starts = range(num_model_blocks - num_blocks + 1)
-    start = min(starts, key=lambda at: (sorted(coverage[at : at + num_blocks]), at))
-    return BlockRange(start, start + num_blocks)
 
 
 def _usable(free_bytes: int) -> int:

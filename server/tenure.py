@@ -68,6 +68,8 @@ class Tenure:
     sessions: SessionTable
     engine: Engine
     kept: KeptActivations
+    speed: Speed
+    """As measured before anybody used it."""
 
     @property
     def blocks(self) -> BlockRange:
@@ -121,7 +123,7 @@ async def open_tenure(
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
         kept = KeptActivations(config.kept_activation_bytes)
         service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept)
-        yield Tenure(holding, service, sessions, engine, kept)
+        yield Tenure(holding, service, sessions, engine, kept, speed)
 
 
 def _load(config: ServerConfig, checkpoint: Checkpoint, holding: Holding, thread: ComputeThread) -> Span:

@@ -80,7 +80,7 @@ Rate = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 _PLAIN_FIELDS = (
     "protocol_version", "software_version", "server_name", "model_name", "num_model_blocks", "hidden_size", "start",
     "end", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens",
-    "max_batch_size", "cache_free_tokens",
+    "max_batch_size", "cache_free_tokens", "blocks_per_s", "movable",
 )  # fmt: skip
 """What an announcement and its entry in the directory call alike."""
 
@@ -157,6 +157,8 @@ class Announcement(BaseModel):
     next_start: Annotated[int, Field(ge=0, le=100_000)] | None = None
     """First of the blocks that it is about to serve instead; None: it stays."""
     next_end: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    movable: bool = False
+    """Whether it goes by itself where the swarm needs it more."""
     direct: Annotated[list[HostPort], Field(max_length=8)] = []
     """Addresses of the gRPC port, best first; empty for a peer that only the tunnel reaches."""
     tls_certificate: Annotated[bytes, Field(max_length=4096)]
@@ -164,6 +166,8 @@ class Announcement(BaseModel):
     multiaddrs: Annotated[list[MultiaddrText], Field(max_length=16)] = []
     decode_tokens_per_s: Rate
     forward_tokens_per_s: Rate
+    blocks_per_s: Rate = 0.0
+    """Blocks run for single tokens, measured once, when nobody used it yet; 0: not known. Placement goes by it."""
     max_session_tokens: Count
     max_step_tokens: Count
     max_batch_tokens: Count

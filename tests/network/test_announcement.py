@@ -35,7 +35,7 @@ def test_announcement_survives_the_wire(make_announcement: Make) -> None:
 
 
 def test_where_a_server_is_about_to_move_survives_the_wire(make_announcement: Make) -> None:
-    announcement = make_announcement(next_start=1, next_end=3)
+    announcement = make_announcement(next_start=1, next_end=3, movable=True, blocks_per_s=96.0)
     known = announcement.model_dump(include={"peer_id", "model_fingerprint", "expires_at_s"})
     assert read(announcement.to_bytes(), **known) == announcement
     assert announcement.next_blocks == BlockRange(1, 3)

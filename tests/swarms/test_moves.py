@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from swarms_help import wait_until
 from tiny import load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.client import ClientConfig
-from swarm.errors import BadRequest
+from swarm.errors import BadRequest, ResourceError
 from swarm.link import JoinLink
 from swarm.ranges import BlockRange
 from swarm.server import LocalSwarm, moving
+from swarm.server.rebalancing import Population, own_move
 
 RANGES = [(0, 3), (0, 3), (3, 6)]
 NUM_TOKENS = 16
@@ -92,3 +94,68 @@ def test_a_server_that_cannot_move_stays_as_it_is(path, local):
             assert torch.equal(generate(remote, random_ids(1, 4)), generate(local, random_ids(1, 4)))
         finally:
             remote.close()
+
+
+def test_a_server_that_chose_its_blocks_fills_the_gap_of_one_that_leaves(path, local, monkeypatch):
+    """While a client generates, which waits meanwhile and goes on; servers that were told their blocks stay there."""
+    monkeypatch.setattr(moving, "CHECKS_PER_PERIOD", 30)
+    ids = random_ids(1, 8)
+    with LocalSwarm(path, RANGES[1:], dtype="float32", in_process=True) as swarm:
+        chooser = swarm.add(3)
+        there = chooser.blocks
+        assert there in (BlockRange(0, 3), BlockRange(3, 6))
+        stays, leaves = sorted(swarm.servers[:2], key=lambda server: server.blocks != there)
+        remote = join(path, swarm.link)
+        try:
+            with remote.inference_session(max_length=64):
+                text = generate(remote, ids, max_new_tokens=5)
+                leaves.stop()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+                assert (stays.blocks, chooser.blocks) == (there, leaves.blocks)
+                chooser.move((0, 6))
+                stays.stop()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+            assert torch.equal(text, generate(local, ids, max_new_tokens=15))
+        finally:
+            remote.close()
+
+
+def test_a_killed_server_is_replaced_by_another_process(path, local):
+    ids = random_ids(1, 8)
+    arguments = ("--announce-period", "2", "--cache-mib", "64", "--threads", "1", "--drain-timeout", "0.5")
+    with LocalSwarm(path, RANGES[1:], dtype="float32", arguments=arguments) as swarm:
+        chooser = swarm.add(3)
+        killed = next(server for server in swarm.servers[:2] if server.blocks != chooser.blocks)
+        remote = join(path, swarm.link)
+        try:
+            with remote.inference_session(max_length=64):
+                text = generate(remote, ids, max_new_tokens=5)
+                killed.kill()
+                text = torch.cat([text, generate(remote, None, max_new_tokens=5)], dim=1)
+            assert torch.equal(text, generate(local, ids, max_new_tokens=10))
+            wait_until(lambda: chooser.blocks == killed.blocks, "the process says where it is")
+            with pytest.raises(ResourceError, match="Did not move: block range 4:9 is outside the model"):
+                chooser.move((4, 9))
+        finally:
+            remote.close()
+
+
+def test_servers_that_choose_their_blocks_come_to_rest(path, monkeypatch):
+    """However often they look: nobody goes back to where it has been."""
+    looks: list[tuple[int, int]] = []
+
+    def counting(population: Population, server: int) -> BlockRange | None:
+        looks.append((int(population.start_S[server]), int(population.end_S[server])))
+        return own_move(population, server)
+
+    monkeypatch.setattr(moving, "CHECKS_PER_PERIOD", 60)
+    monkeypatch.setattr(moving, "own_move", counting)
+    moves: list[BlockRange] = []
+    with LocalSwarm(path, [(0, 6)], dtype="float32", in_process=True, settings={"on_moved": moves.append}) as swarm:
+        for _ in range(4):
+            swarm.add(3)
+        seen, num_moves = len(looks), -1
+        while len(moves) > num_moves:  # each round as long as it takes for everybody to look ten times or so
+            seen, num_moves = len(looks), len(moves)
+            wait_until(lambda seen=seen: len(looks) >= seen + 40, "servers look around", timeout_s=60)
+            assert num_moves <= 4, f"they go round in circles: {moves}"
