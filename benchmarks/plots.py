@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit("plots need matplotlib: pip install '.[benchmarks]'")
     matplotlib.use("Agg")
     results = read_results(arguments.results)
-    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak):
+    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak, draw_placement):
         draw(results, arguments.into)
 
 
@@ -111,6 +111,22 @@ def draw_soak(results: list[Result], into: Path) -> None:
             for number, values in enumerate(zip(*servers, strict=True)):
                 axes[0].plot([s / 60 for s in times_s], values, label=f"{result['label']}, server {number + 1}")
         _name(axes[0], configuration, "minutes", "MiB resident")
+
+
+def draw_placement(results: list[Result], into: Path) -> None:
+    """Throughput as a share of the optimum, and moves, by the number of servers; a row of panels per scenario."""
+    newest = {(each["scenario"], row["servers"], row["seed"], row["rule"]): row
+              for each in _of(results, "placement") for row in each.get("rows", [])}  # fmt: skip
+    scenarios = list(dict.fromkeys(scenario for scenario, *_ in newest))
+    for axes, scenario in _panels(into / "placement.png", scenarios, columns=2):
+        mine = [(key[3], row) for key, row in newest.items() if key[0] == scenario]
+        for rule in dict.fromkeys(rule for rule, _ in mine):
+            rows = sorted((row for each, row in mine if each == rule), key=lambda row: row["servers"])
+            for panel, name in zip(axes, ("of_optimum", "moves"), strict=True):
+                panel.plot(*_curve(rows, "servers", lambda row, name=name: row[name]), "o", alpha=0.6, label=rule)
+                panel.set_xscale("log")
+        _name(axes[0], scenario, "servers", "throughput / optimum, mean over time")
+        _name(axes[1], scenario, "servers", "moves")
 
 
 def _of(results: list[Result], benchmark: str) -> list[Result]:

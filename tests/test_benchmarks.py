@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ SCRIPTS = sorted(
     path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("gpu/*.py")) if 'if __name__ == "__main__"' in path.read_text()
 )
 TIMEOUT_S = 200
+
+Simulate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -79,3 +82,38 @@ def test_gpu_benchmarks_work_up_to_the_device(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ran"] and report["device_name"] == "cpu"
     assert all(row["tokens_per_s"]["median"] > 0 for row in report["rows"])
+
+
+@pytest.fixture
+def simulate(run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Simulate:
+    """Run benchmarks/placement.py; the row of each rule."""
+
+    def run_placement(*arguments: str) -> dict[str, Any]:
+        run_here(FOLDER / "placement.py", *arguments)
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        return {row["rule"]: row for row in rows}
+
+    return run_placement
+
+
+def test_servers_spread_better_and_move_less_than_by_the_published_rule(
+    simulate: Simulate,
+) -> None:
+    """A crowd comes and goes, neighbours leave together; everything follows from the seed."""
+    rows = simulate("--scenario", "trouble", "--servers", "200", "--hours", "6")
+    ours, published = rows["ours"], rows["petals 0.75"]
+    assert ours["of_optimum"] > published["of_optimum"] + 0.01
+    assert 0 < ours["moves"] < published["moves"]
+
+
+def test_a_gap_is_filled_within_one_announce_period_and_the_time_to_load(
+    simulate: Simulate,
+) -> None:
+    ours = simulate("--scenario", "gap", "--servers", "100", "--hours", "4", "--rules", "ours")["ours"]
+    assert ours["gaps"] == 1 and ours["longest_gap_before_loading_s"] <= 15.0
+
+
+def test_servers_come_to_rest_wherever_they_begin(simulate: Simulate) -> None:
+    for number in ("10", "100", "300"):
+        ours = simulate("--scenario", "still", "--servers", number, "--rules", "ours")["ours"]
+        assert ours["moves"] > 0 and ours["returns"] == 0 and ours["last_move_h"] < 1.0
