@@ -151,9 +151,14 @@ class Mover:
         await self._failed
 
     async def _move(self, blocks: BlockRange) -> None:
+        """Have these blocks in service, and say so."""
+        if blocks != self.tenure.blocks:
+            await self._go_to(blocks)
+        if self._config.on_moved is not None:
+            self._config.on_moved(blocks)
+
+    async def _go_to(self, blocks: BlockRange) -> None:
         old = self.tenure.holding
-        if blocks == old.blocks:
-            return
         share = len(blocks) / len(old.blocks)
         new = replace(old, blocks=blocks, memory=MemoryPlan(len(blocks), int(old.memory.cache_bytes * share)))
         beside = fits(new.precision.needs, new.memory, free_bytes=free_bytes(new.device))
@@ -164,8 +169,6 @@ class Mover:
             await self._make_before_break(new)
         else:
             await self._break_before_make(new)
-        if self._config.on_moved is not None:
-            self._config.on_moved(blocks)
 
     async def _make_before_break(self, holding: Holding) -> None:
         old, owned = self.tenure, self._owned
