@@ -136,7 +136,7 @@ def test_a_killed_server_is_replaced_by_another_process(path, local):
             wait_until(lambda: chooser.blocks == killed.blocks, "the process says where it is")
             with pytest.raises(ResourceError, match="Did not move: block range 4:9 is outside the model"):
                 chooser.move((4, 9))
-            chooser.move(killed.blocks)  # where it is already
+            chooser.move((killed.blocks.start, killed.blocks.end))  # where it is already
         finally:
             remote.close()
 
