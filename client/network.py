@@ -378,7 +378,10 @@ class Network:
                 self._failures.succeeded(server.peer_id)
 
     async def _look_for(self, peer_id: str) -> None:
-        """Ask a peer that cannot be reached whether it is back, while it is announced, so that no request has to."""
+        """Ask a peer that cannot be reached whether it is back, while it is announced, so that no request has to.
+
+        And meet those that come instead of it, before all that are known are gone.
+        """
         delay_s = self.config.avoid_s
         while server := next((each for each in self._servers if each.peer_id == peer_id), None):
             await asyncio.sleep(delay_s)
@@ -387,6 +390,8 @@ class Network:
                 self._failures.succeeded(peer_id)
                 return
             await self.connector.forget(peer_id)
+            with contextlib.suppress(NoRoute):
+                await self.servers(self._known.fingerprint, max_age_s=delay_s)
 
     async def aclose(self) -> None:
         """Tell servers that open sessions end, and stop what runs in the background."""
