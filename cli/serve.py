@@ -150,9 +150,9 @@ def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Or
         def on_ready(running: Running) -> None:
             lifetime.ready = True
             progress.stop()
-            if link_file is not None:
-                write_atomically(link_file, running.link + "\n")
             _print_ready(running)
+            if link_file is not None:  # whoever waits for it finds that it was said as well
+                write_atomically(link_file, running.link + "\n")
             orders.begin(running)
 
         await serve(replace(config, on_progress=on_progress, on_moved=_print_moved), lifetime.stop, on_ready)
