@@ -183,9 +183,9 @@ class RemoteCompute:
         others_asked: list[Hop] = []
 
         async def elsewhere(number: int) -> T:
-            avoid = attempt.refused_by | await self._network.suspects([hop, *others_asked], all_of_them=True)
-            max_age_s = attempt.max_age_s if number == 1 else 1.0
-            others = await self._network.route(needs, Attempt(max_age_s, avoid))
+            others = await self._network.route(
+                needs, await self._network.elsewhere(attempt, [hop, *others_asked], number)
+            )
             if is_backward and len(others) > 1:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])

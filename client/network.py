@@ -59,6 +59,9 @@ STEPS_AHEAD = 64
 PROBE_TIMEOUT_S = 5.0
 """How long a peer may take to say that it is alive."""
 
+FRESH_S = 1.0
+"""How old the known announcements may be when something has failed that newer ones might help with."""
+
 SUSPECT_S = 0.2
 """A peer that takes longer to say it is the first to be suspected when a step stalls."""
 
@@ -256,7 +259,7 @@ class Network:
                 if loop.time() >= deadline_s:
                     raise NoRoute(f"{exc}{f'; the last failure was: {last_failure}' if last_failure else ''}") from exc
                 await asyncio.sleep(min(0.5, max(0.0, deadline_s - loop.time())))
-                attempt = replace(attempt, max_age_s=1.0)
+                attempt = replace(attempt, max_age_s=FRESH_S)
             except (UserError, PeerError) as exc:
                 if isinstance(exc, UserError) and not exc.peer_id:
                     raise
@@ -269,7 +272,7 @@ class Network:
                     attempt = replace(attempt, refused_by=attempt.refused_by | {exc.peer_id})
                 else:
                     await self.note_failure(exc)
-                    attempt = replace(attempt, max_age_s=1.0 if num_failures > 1 else attempt.max_age_s)
+                    attempt = replace(attempt, max_age_s=FRESH_S if num_failures > 1 else attempt.max_age_s)
 
     async def while_alive(self, work: Awaitable[T], hops: Sequence[Hop], timeout_s: float) -> T:
         """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
@@ -293,13 +296,24 @@ class Network:
             if not answers:
                 raise blame(PeerUnavailable(f"peer {hop} does not answer within {PROBE_TIMEOUT_S:.0f} s"), hop)
 
-    async def suspects(self, hops: Sequence[Hop], *, all_of_them: bool = False) -> frozenset[str]:
-        """Ask the hops of something that has stalled whether they are alive; return the peers to avoid.
+    async def elsewhere(self, attempt: Attempt, hops: Sequence[Hop], number: int) -> Attempt:
+        """Return the attempt at something that stalls on these hops which goes another way.
 
-        These are those that are slow to answer, which count as failed if they never do; if none is, all of them.
+        The first other way leaves out those that are slow to say that they are alive, or all if none is. Later ones
+        leave out all of them, for that did not help, and may lead over servers that we have not met yet.
 
         Args:
-            all_of_them: avoid them all in any case: to leave out the silent ones did not help, or there is only one.
+            number: 1 for the first other way.
+        """
+        suspects = await self._suspects(hops)
+        if number == 1:
+            return replace(attempt, refused_by=attempt.refused_by | suspects)
+        return Attempt(FRESH_S, attempt.refused_by.union(hop.peer_id for hop in hops))
+
+    async def _suspects(self, hops: Sequence[Hop]) -> frozenset[str]:
+        """Ask hops whether they are alive; return those that are slow to answer, or all if none is.
+
+        Those that never answer count as failed.
         """
         asking = {hop.peer_id: self.try_in_background(self._ask(hop)) for hop in hops}
         if asking:
@@ -309,7 +323,7 @@ class Network:
             if not asking[peer_id].done():
                 self._silent[peer_id] += 1
                 asking[peer_id].add_done_callback(partial(self._no_longer_silent, peer_id))
-        return frozenset(asking) if all_of_them or not silent else silent
+        return silent or frozenset(asking)
 
     def _no_longer_silent(self, peer_id: str, _: asyncio.Task[bool]) -> None:
         self._silent[peer_id] -= 1
@@ -391,7 +405,7 @@ class Network:
                 return
             await self.connector.forget(peer_id)
             with contextlib.suppress(NoRoute):
-                await self.servers(self._known.fingerprint, max_age_s=delay_s)
+                await self.servers(self._known.fingerprint, max_age_s=FRESH_S)
 
     async def aclose(self) -> None:
         """Tell servers that open sessions end, and stop what runs in the background."""

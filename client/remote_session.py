@@ -92,9 +92,8 @@ class RemoteSession:
         async def hedge(number: int) -> Tensor:
             lanes.append(self._new_lane())
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
-            avoid = attempt.refused_by | draining | await self._network.suspects(hops, all_of_them=number > 1)
-            max_age_s = attempt.max_age_s if number == 1 else 1.0  # servers that we have not met yet may help
-            return await lanes[number].feed(step, record, Attempt(max_age_s, avoid))
+            leaving = replace(attempt, refused_by=attempt.refused_by | draining)
+            return await lanes[number].feed(step, record, await self._network.elsewhere(leaving, hops, number))
 
         outcome = await race(
             self._lane.feed(step, record, attempt),

@@ -33,7 +33,7 @@ UNKNOWN_PERIOD_S = 30.0
 FIRST_RELAY_TIMEOUT_S = 10.0
 """How long a server waits for relays before it announces itself; it goes on looking."""
 MAX_RELAY_ADDRESSES, MAX_ADDRESSES = 6, 16
-"""Of all libp2p addresses that are announced, and of those through relays."""
+"""Of the libp2p addresses that are announced: through relays, and in all."""
 
 
 class Say(Protocol):

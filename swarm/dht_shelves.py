@@ -1,8 +1,9 @@
 """Reading and writing buckets in the hivemind DHT with few messages.
 
 hivemind's own `get` fetches a value from everybody who has it, and `store` does so on its way. With buckets of 25 kB
-and five replicas that is most of the traffic, so here a read asks one holder, another one each time, and a write looks
-for the holders under a key next to the bucket's, where nothing lies.
+and five replicas that is most of the traffic, so here a read asks one holder, another one each time (all of them
+only when a small bucket is read first), and a write looks for the holders under a key next to the bucket's, where
+nothing lies.
 """
 
 from __future__ import annotations

@@ -38,13 +38,18 @@ async def resolve(host: str) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-def is_outside(host: str) -> bool:
-    """Whether a host is an IP address of the internet: not loopback, link-local, private, or for many."""
+def is_ip(host: str) -> bool:
+    """Whether this is an IP address, rather than a name."""
     try:
-        address = ip_address(host)
+        ip_address(host)
     except ValueError:
         return False
-    return address.is_global and not address.is_multicast
+    return True
+
+
+def is_outside(host: str) -> bool:
+    """Whether a host is an IP address of the internet: not loopback, link-local, private, or for many."""
+    return is_ip(host) and (address := ip_address(host)).is_global and not address.is_multicast
 
 
 class DiallingRule(Protocol):
@@ -94,9 +99,9 @@ class OutsideOnly:
 
     async def _addresses(self, hosts: Sequence[str]) -> dict[str, list[str]]:
         """The outside addresses of each host."""
-        names = list(dict.fromkeys(host for host in hosts if not _is_literal(host)))[:MAX_NAMES]
+        names = list(dict.fromkeys(host for host in hosts if not is_ip(host)))[:MAX_NAMES]
         resolved = await asyncio.gather(*(self.resolve(name) for name in names))
-        known = dict(zip(names, resolved, strict=True)) | {host: [host] for host in hosts if _is_literal(host)}
+        known = dict(zip(names, resolved, strict=True)) | {host: [host] for host in hosts if is_ip(host)}
         return {host: [each for each in found if is_outside(each)][:MAX_ADDRESSES] for host, found in known.items()}
 
 
@@ -128,15 +133,7 @@ async def rule_for(own_multiaddrs: Sequence[str], resolve: Resolve = resolve) ->
     """
     hosts = [found[1] for text in own_multiaddrs if (found := _MULTIADDR_HOST.fullmatch(text))]
     for host in dict.fromkeys(hosts):
-        addresses = [host] if _is_literal(host) else await resolve(host)
+        addresses = [host] if is_ip(host) else await resolve(host)
         if not addresses or any(map(is_outside, addresses)):
             return OutsideOnly(resolve)
     return Anywhere()
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True

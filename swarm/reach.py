@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from swarm.dialling import is_outside
+from swarm.dialling import is_ip, is_outside
 
 DIALS_PER_MINUTE = 32
 """How often one address is dialled: a home may have several servers."""
@@ -167,15 +167,6 @@ def libp2p_port(multiaddrs: Sequence[str]) -> int:
         if len(parts) > 4 and parts[3] == "tcp" and parts[4].isdecimal():
             return int(parts[4])
     return 0
-
-
-def is_ip(host: str) -> bool:
-    """Whether this is an IP address."""
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _network(host: str) -> str:

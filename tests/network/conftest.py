@@ -1,16 +1,20 @@
-"""Identities made once per run (RSA keys are slow to make) and announcements with sensible defaults."""
+"""Identities made once per run, nodes of them, and announcements with sensible defaults."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swarm.announcement import Announcement
+from swarm.dht import Dht, DhtConfig, open_dht
 from swarm.identity import Identity
+
+OpenNode = Callable[..., Awaitable[Dht]]
 
 MODEL = "f" * 64
 
@@ -24,6 +28,19 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 @pytest.fixture
 def identity_paths(identities: list[Identity]) -> list[Path]:
     return [identity.path for identity in identities]
+
+
+@pytest.fixture
+async def open_node(identities: list[Identity]) -> AsyncIterator[OpenNode]:
+    """`await open_node(1, client_mode=True)`: a node with that identity, which is closed at the end of the test."""
+    async with AsyncExitStack() as owned:
+
+        async def open_one(number: int, **options: Any) -> Dht:
+            return await owned.enter_async_context(
+                open_dht(DhtConfig(identity_path=identities[number].path, **options))
+            )
+
+        yield open_one
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from swarm import relays
-from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.dht import Dht
 from swarm.dial_back import answer_dial_back, ask, ask_some
 from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import PeerError, PeerUnavailable
@@ -36,17 +36,13 @@ class Network:
 
 
 @pytest.fixture
-async def network(identities: list[Identity]) -> AsyncIterator[Network]:
+async def network(open_node: Callable[..., Awaitable[Dht]]) -> AsyncIterator[Network]:
     """A server that does not listen, so that nobody can dial it, and whose tunnel sends back what it gets."""
     async with AsyncExitStack() as owned:
-
-        async def node(identity: Identity, **options: object) -> Dht:
-            return await owned.enter_async_context(open_dht(DhtConfig(identity_path=identity.path, **options)))  # type: ignore[arg-type]
-
-        relay = await node(identities[0])
+        relay = await open_node(0)
         peers = tuple(await relay.multiaddrs())
-        server = await node(identities[1], initial_peers=peers, client_mode=True)
-        client = await node(identities[2], initial_peers=peers, client_mode=True)
+        server = await open_node(1, initial_peers=peers, client_mode=True)
+        client = await open_node(2, initial_peers=peers, client_mode=True)
 
         async def echo(_info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while data := await reader.read(1 << 16):

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from swarm import tunnel
-from swarm.dht import Dht, DhtConfig, open_dht
+from swarm.dht import Dht
 from swarm.errors import PeerUnavailable
 from swarm.identity import TLS_NAME, Identity, TlsCertificate
 from swarm.tunnel import open_tunnel, serve_tunnel
@@ -65,16 +65,12 @@ class Network:
 
 
 @pytest.fixture
-async def network(identities: list[Identity]) -> AsyncIterator[Network]:
+async def network(open_node: Callable[..., Awaitable[Dht]], identities: list[Identity]) -> AsyncIterator[Network]:
     async with AsyncExitStack() as owned:
-
-        async def node(identity: Identity, **options: object) -> Dht:
-            return await owned.enter_async_context(open_dht(DhtConfig(identity_path=identity.path, **options)))  # type: ignore[arg-type]
-
-        bootstrap = await node(identities[0])
+        bootstrap = await open_node(0)
         peers = tuple(await bootstrap.multiaddrs())
-        server = await node(identities[1], initial_peers=peers)
-        client = await node(identities[2], initial_peers=peers, client_mode=True)
+        server = await open_node(1, initial_peers=peers)
+        client = await open_node(2, initial_peers=peers, client_mode=True)
         echo = await owned.enter_async_context(_open_echo_server(identities[1].tls_certificate()))
         await owned.enter_async_context(serve_tunnel(server, ("127.0.0.1", echo.port)))
         yield Network(server, client, echo)

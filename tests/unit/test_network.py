@@ -13,7 +13,7 @@ from fakes import FINGERPRINT, announcement, peer_id
 from swarm.client.config import ClientConfig
 from swarm.client.known_servers import ReadBudget
 from swarm.client.network import PROBE_TIMEOUT_S, Attempt, Network
-from swarm.client.routing import Hop, Needs
+from swarm.client.routing import Hop, Needs, plan_route
 from swarm.errors import (
     BadLink,
     BadRequest,
@@ -344,6 +344,28 @@ def test_a_client_reads_no_more_of_a_large_directory_than_it_may_in_any_minute()
     assert sum(size for _, size in read) > 300 * 150_000 / 60
 
 
+def test_while_a_peer_is_looked_for_those_that_come_instead_are_met():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory)
+        network._known._clock, network._known._budget = asyncio.get_running_loop().time, ReadBudget(200_000, 0.0)
+        await network.servers(FINGERPRINT)
+
+        async def answers(_: Hop) -> bool:
+            return False
+
+        network._answers = answers  # type: ignore[method-assign]
+        await network.note_failure(at_peer(PeerUnavailable("gone"), "A"))
+        await directory.announce(announcement("B", 0, 12))
+        await asyncio.sleep(5.0)
+        route = plan_route(network._known.roster, NEEDS, network.view())  # without asking the directory
+        assert [hop.peer_id for hop in route] == [peer_id("B")]
+        await network.aclose()
+
+    run(test)
+
+
 def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_avoided_until_they_do():
     async def test() -> None:
         directory = MemoryDirectory()
@@ -360,10 +382,14 @@ def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_a
             return hop is not c
 
         network._answers = answers  # type: ignore[method-assign]
-        assert await network.suspects([b]) == {b.peer_id}, "all, where none is slow to answer"
-        assert await network.suspects([]) == set()
-        assert await network.suspects([a, b, c], all_of_them=True) == {a.peer_id, b.peer_id, c.peer_id}
-        assert await network.suspects([a, b, c]) == {a.peer_id, c.peer_id}
+
+        async def avoided(*asked: Hop, number: int = 1) -> frozenset[str]:
+            return (await network.elsewhere(Attempt(), asked, number)).refused_by
+
+        assert await avoided(b) == {b.peer_id}, "all, where none is slow to answer"
+        assert await avoided() == set()
+        assert await avoided(a, b, c, number=2) == {a.peer_id, b.peer_id, c.peer_id}
+        assert await avoided(a, b, c) == {a.peer_id, c.peer_id}
         assert {hop.peer_id for hop in await network.route(NEEDS, Attempt())} == {b.peer_id}
         await asyncio.sleep(1.5)
         assert network._avoided() == {c.peer_id}
