@@ -8,7 +8,7 @@
 #if HAS_KERNELS
 #define GROUP 64
 #define BLOCK_ROWS 32 /* rows of w that stay in the L2 cache while all rows of x pass */
-#define AHEAD 1024    /* bytes from here that are asked for from memory */
+#define AHEAD 4096    /* bytes from here that are asked for from memory */
 
 struct product {
   const uint8_t *w;

@@ -4,25 +4,44 @@
 #include "product.h"
 
 #if HAS_KERNELS
-/* R rows of w from n on times C rows of x from m on, in 16 bits: several rows of either, for an instruction adds to a
- * sum only when the one before it has. */
-INLINE void dot_halves(const struct product *p, long n, long m, const int R, const int C) {
+#define PART 2048 /* columns after which another row of w has its turn, where eight rows of x exceed the L1 cache */
+
+/* Columns [from, to) of R rows of w from n on times C rows of x from m on, in 16 bits. Several rows of w, for an
+ * instruction adds to a sum only when the one before it has; of each, those are asked for from memory that come next.
+ * Sums that go on are in `sums`, those that do not are left there. */
+INLINE void dot_halves(const struct product *p, long n, long m, long from, long to, __m512 *sums, const int R,
+                       const int C) {
   const long K = p->K, whole = K / 32 * 32;
   const uint16_t *w = (const uint16_t *)p->w + n * K, *x = (const uint16_t *)p->x + m * K;
-  __m512 total[4][8];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) total[r][c] = _mm512_setzero_ps();
-  for (long k = 0; k < K; k += 32) {
+  __m512 total[2][8];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) total[r][c] = from ? sums[r * C + c] : _mm512_setzero_ps();
+  for (long k = from; k < to; k += 32) {
     const __mmask32 mask = k < whole ? 0xffffffff : 0xffff;
     __m512bh x_k[8];
     UNROLL for (int c = 0; c < C; c++) x_k[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + c * K + k);
     UNROLL for (int r = 0; r < R; r++) {
       const __m512bh w_k = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * K + k);
-      _mm_prefetch((const char *)(w + r * K + k) + AHEAD, _MM_HINT_T0);
+      _mm_prefetch((const char *)(w + r * K + k) + (R > 1 ? R * K * 2 : AHEAD), _MM_HINT_T0);
       UNROLL for (int c = 0; c < C; c++) total[r][c] = _mm512_dpbf16_ps(total[r][c], w_k, x_k[c]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) put(p, m + c, n + r, _mm512_reduce_add_ps(total[r][c]));
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
+    if (to < K) sums[r * C + c] = total[r][c];
+    else put(p, m + c, n + r, _mm512_reduce_add_ps(total[r][c]));
+}
+
+/* Rows [begin, end) of w times C rows of x from m on, in 16 bits. */
+INLINE void dots_halves(const struct product *p, long begin, long end, long m, const int C) {
+  const int R = C > 4 ? 2 : 1;
+  const long K = p->K, part = C > 4 ? PART : K;
+  __m512 sums[BLOCK_ROWS * 8];
+  for (long from = 0; from < K; from += part) {
+    const long to = from + part < K ? from + part : K;
+    long n = begin;
+    for (; n + R <= end; n += R) dot_halves(p, n, m, from, to, sums + (n - begin) * C, R, C);
+    for (; n < end; n++) dot_halves(p, n, m, from, to, sums + (n - begin) * C, 1, C);
+  }
 }
 
 /* The columns 32 i to 32 i + 31 of a group of w, as 16-bit integers. */
@@ -61,13 +80,8 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
 }
 
 INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C) {
-  long n = begin;
-  if (bits == 16) {
-    const int R = C > 2 ? 2 : 1;
-    for (; n + R <= end; n += R) dot_halves(p, n, m, R, C);
-    for (; n < end; n++) dot_halves(p, n, m, 1, C);
-  }
-  for (; n < end; n++) dot(p, n, m, bits, C);
+  if (bits == 16) dots_halves(p, begin, end, m, C);
+  else for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
 }
 
 __attribute__((target(ISA))) void share_wide_half(void *p) { share(p, 16); }
