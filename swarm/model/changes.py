@@ -1,0 +1,231 @@
+"""The kinds of changes that a client may make at a module of a block, for its own calls: declared here, never sent."""
+
+# I inputs of a module, O its outputs, R rank, K bottleneck size
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from torch.nn import functional
+
+from swarm.errors import BadRequest
+
+Drop = Callable[[Tensor, float], Tensor]
+"""Takes the input of a module and the share of its features to drop; returns it with those set to 0, others scaled."""
+
+_TARGET = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,7}")
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Scalars(BaseModel):
+    """What a kind of change has beside tensors."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class _LoraScalars(Scalars):
+    scaling: Annotated[float, Field(allow_inf_nan=False)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class _Ia3Scalars(Scalars):
+    of_input: bool = False
+
+
+class _BottleneckScalars(Scalars):
+    activation: Activation = "relu"
+
+
+@dataclass(frozen=True, eq=False)
+class Change(ABC):
+    """What is changed at one module of a block, for the calls that name the adapter.
+
+    A subclass's fields are the target, its tensors, and its scalars. Several changes at one module apply in the order
+    of their kinds' names.
+    """
+
+    kind: ClassVar[str]
+    scalars: ClassVar[type[Scalars]] = Scalars
+
+    target: str
+    """Name of the module within its block: "self_attn.q_proj", "mlp", …"""
+
+    def __post_init__(self) -> None:
+        if not _TARGET.fullmatch(self.target):
+            raise BadRequest(f"{self.target[:64]!r} is no name of a module: use one such as 'self_attn.q_proj'")
+        try:
+            self.scalars(**self.scalar_values())
+        except ValidationError as exc:
+            raise BadRequest(f"the {self.kind} change of {self.target}: {first_error(exc)}") from exc
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}/{self.kind}"
+
+    def scalar_values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.scalars.model_fields}
+
+    @classmethod
+    def tensor_names(cls) -> list[str]:
+        """The names of its tensors, in order."""
+        return sorted(each.name for each in fields(cls) if each.name not in {"target", *cls.scalars.model_fields})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, in the order of their names."""
+        return {name: getattr(self, name) for name in self.tensor_names()}
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether the module is given something else than without it."""
+        return False
+
+    @abstractmethod
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        """The shapes that its tensors must have at a module of this size."""
+
+    def check(self, in_features: int, out_features: int) -> None:
+        """Raise BadRequest unless it fits a module of this size."""
+        wanted = self.shapes(in_features, out_features)
+        for name, tensor in self.tensors().items():
+            if list(tensor.shape) != wanted[name]:
+                raise BadRequest(
+                    f"the {self.kind} change of {self.target} needs {name!r} of the shape {wanted[name]}, "
+                    f"not {list(tensor.shape)}"
+                )
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the module is given instead of x, [..., I]."""
+        return x
+
+    def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
+        """What the module returns instead of y.
+
+        Args:
+            x: what the module was given, [..., I].
+            y: what it made of it, [..., O].
+            drop: None: nothing is dropped, as when the model is not trained.
+        Returns: the shape and dtype of y; differentiable in x, y and the change's own tensors.
+        """
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Lora(Change):
+    """A product of low rank beside the module (Hu et al. 2021, LoRA): y + scaling * B A x.
+
+    It is computed in the dtype of A, as PEFT does. rsLoRA is another scaling.
+    """
+
+    kind: ClassVar[str] = "lora"
+    scalars: ClassVar[type[Scalars]] = _LoraScalars
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float = 1.0
+    dropout: float = 0.0
+    """Share of the features of x that are dropped in training."""
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        rank = self.a_RI.shape[0]
+        return {"a_RI": [rank, in_features], "b_OR": [out_features, rank]}
+
+    def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
+        x = x.to(self.a_RI.dtype)
+        if drop is not None and self.dropout:
+            x = drop(x, self.dropout)
+        low = functional.linear(functional.linear(x, self.a_RI), self.b_OR.to(self.a_RI.dtype))
+        return (y + low * self.scaling).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Ia3(Change):
+    """Learned factors of the module's outputs, or of its inputs (Liu et al. 2022, IA3)."""
+
+    kind: ClassVar[str] = "ia3"
+    scalars: ClassVar[type[Scalars]] = _Ia3Scalars
+
+    factors: Tensor
+    """[O], or [I] with `of_input`."""
+    of_input: bool = False
+
+    @property
+    def changes_input(self) -> bool:
+        return self.of_input
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        return {"factors": [in_features if self.of_input else out_features]}
+
+    def enter(self, x: Tensor) -> Tensor:
+        return (x.to(self.factors.dtype) * self.factors).to(x.dtype) if self.of_input else x
+
+    def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
+        return y if self.of_input else (y * self.factors).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Bias(Change):
+    """Something added to the module's outputs, beside the bias that it may have."""
+
+    kind: ClassVar[str] = "bias"
+
+    bias_O: Tensor
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        return {"bias_O": [out_features]}
+
+    def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
+        return (y + self.bias_O).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck(Change):
+    """A small network behind the module (Houlsby et al. 2019; Pfeiffer et al. 2021): y + up(activation(down(y)))."""
+
+    kind: ClassVar[str] = "bottleneck"
+    scalars: ClassVar[type[Scalars]] = _BottleneckScalars
+
+    down_KO: Tensor
+    down_bias_K: Tensor
+    up_OK: Tensor
+    up_bias_O: Tensor
+    activation: Activation = "relu"
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        size = self.down_KO.shape[0]
+        return {
+            "down_KO": [size, out_features],
+            "down_bias_K": [size],
+            "up_OK": [out_features, size],
+            "up_bias_O": [out_features],
+        }
+
+    def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
+        dtype = self.down_KO.dtype
+        low = functional.linear(y.to(dtype), self.down_KO, self.down_bias_K.to(dtype))
+        added = functional.linear(_ACTIVATIONS[self.activation](low), self.up_OK.to(dtype), self.up_bias_O.to(dtype))
+        return (y + added).to(y.dtype)
+
+
+KINDS: dict[str, type[Change]] = {each.kind: each for each in (Bias, Bottleneck, Ia3, Lora)}
+
+
+def first_error(exc: ValidationError) -> str:
+    """The first thing that pydantic found wrong, in one line."""
+    error = exc.errors()[0]
+    place = ".".join(str(part)[:64] for part in error["loc"])
+    return f"{place}: {error['msg'][:200]}" if place else error["msg"][:200]
