@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from swarm.errors import BadRequest
+from swarm.model.edits import Adapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +29,8 @@ class Piece:
     """bool, one per token 0..position+length-1, False for padding, on any device; None means no padding."""
     prompts_NPD: Tensor | None = None
     """Deep prompts of the blocks of the PackedSpan, on its device, added at the positions below P."""
+    adapters: Adapters | None = None
+    """What is changed in each of those blocks, on its device."""
 
     @property
     def num_keys(self) -> int:
@@ -65,3 +68,5 @@ class Piece:
         prompts = self.prompts_NPD
         if prompts is not None and (prompts.dim() != 3 or prompts.shape[::2] != (num_blocks, hidden_size)):
             raise BadRequest(f"the deep prompts must be {[num_blocks, 'any', hidden_size]}, not {list(prompts.shape)}")
+        if self.adapters is not None and len(self.adapters) != num_blocks:
+            raise BadRequest(f"adapters of {len(self.adapters)} blocks were given, there are {num_blocks}")

@@ -28,10 +28,11 @@ from transformers.masking_utils import causal_mask_function
 from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model import families
 from swarm.model.attention import RowAttention
+from swarm.model.edits import AddPrompt, make_edits
 from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
 from swarm.model.paged import PagedAttention, can_page, plan_paged
-from swarm.model.passage import AddPrompt, Passage
+from swarm.model.passage import Passage
 from swarm.model.pieces import Piece
 from swarm.model.sights import MaskFunction
 from swarm.model.singles import Scores
@@ -105,8 +106,9 @@ class PackedSpan:
             inputs = {"use_cache": True, "past_key_values": row}
             if self._span.takes_position_ids:
                 inputs["position_ids"] = row.position_ids_1T
+            edits = make_edits(_prompt_adder(pieces), [(piece.length, piece.adapters) for piece in pieces])
             with row.running():
-                return self._passage(x_TD.to(self._dtype).unsqueeze(0), inputs, _prompt_adder(pieces))[0]
+                return self._passage(x_TD.to(self._dtype).unsqueeze(0), inputs, edits)[0]
 
     def _check(self, x_TD: Tensor, pieces: Sequence[Piece]) -> None:
         hidden_size, num_blocks = self._span.hidden_size, len(self._span.blocks)

@@ -20,9 +20,11 @@ from swarm.errors import BadCheckpoint, BadRequest
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
+from swarm.model.dropout import Dropout
+from swarm.model.edits import Adapters, AddPrompt, make_edits
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import Progress, load_part
-from swarm.model.passage import AddPrompt, Passage
+from swarm.model.passage import Passage
 from swarm.model.quantization import Scheme, log_share
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
@@ -91,6 +93,8 @@ class Span(nn.Module):
         attention_mask_BT: Tensor | None = None,
         position_ids_BL: Tensor | None = None,
         prompts_NBPD: Tensor | None = None,
+        adapters: Adapters | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Run the blocks of this span on L tokens more.
 
@@ -101,13 +105,17 @@ class Span(nn.Module):
             attention_mask_BT: int64, 1 for a token and 0 for padding, cached tokens included; None means no padding.
             position_ids_BL: int64; None means the positions after the cached tokens.
             prompts_NBPD: deep prompts, added to what enters each block at the positions below P; B may be 1.
-        Returns: hidden states leaving the last block, in the span's dtype; differentiable in x and prompts when
-            gradients are enabled and there is no cache.
+            adapters: what is changed in each block, on the span's device.
+            dropout: drops features before those changes that say so; None: nothing is dropped.
+        Returns: hidden states leaving the last block, in the span's dtype; differentiable in x, prompts and adapters
+            when gradients are enabled and there is no cache.
         Raises:
             BadRequest: a shape does not fit the span, the cache or the call.
         """
         position = cache.length if cache is not None else 0
         self._check_shapes(x_BLD, cache, attention_mask_BT, position_ids_BL, prompts_NBPD)
+        if adapters is not None and len(adapters) != len(self.blocks):
+            raise BadRequest(f"adapters of {len(adapters)} blocks were given, the span has {len(self.blocks)}")
         x_BLD = x_BLD.to(self.dtype)
         inputs: dict[str, Any] = {"use_cache": cache is not None}
         if attention_mask_BT is not None:
@@ -116,14 +124,20 @@ class Span(nn.Module):
             position_ids_BL = torch.arange(position, position + x_BLD.shape[1], device=x_BLD.device).unsqueeze(0)
         if position_ids_BL is not None and self.takes_position_ids:
             inputs["position_ids"] = position_ids_BL
-        add_prompt = _prompt_adder(prompts_NBPD, position)
+        num_tokens = x_BLD.shape[0] * x_BLD.shape[1]
+        edits = make_edits(
+            _prompt_adder(prompts_NBPD, position),
+            [(num_tokens, adapters)],
+            dropout=dropout,
+            first_block=self.blocks.start,
+        )
         if cache is None:
-            return self._passage(x_BLD, inputs, add_prompt)
+            return self._passage(x_BLD, inputs, edits)
         inputs["past_key_values"] = cache
         cache.begin_step()
         finished = False
         try:
-            out_BLD = self._passage(x_BLD, inputs, add_prompt)
+            out_BLD = self._passage(x_BLD, inputs, edits)
             finished = True
         finally:
             if not finished:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from swarm.model.anatomy import anatomy_of, base_class_of
 from swarm.model.cutting import renumber, span_class
+from swarm.model.edits import Adapters
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import narrow
 from swarm.model.ragged import PackedSpan, Piece
@@ -45,6 +46,7 @@ class History:
     """In the order of its tokens."""
     padding: int = 0
     prompts_NPD: Tensor | None = None
+    adapters: Adapters | None = None
     length: int = 0
     cache: SpanCache = field(init=False)
 
@@ -64,8 +66,9 @@ class History:
             attention_mask_BT=None if mask is None else mask.long().unsqueeze(0),
             position_ids_BL=None if ids is None else ids.unsqueeze(0),
             prompts_NBPD=prompts,
+            adapters=self.adapters,
         )[0]
-        piece = Piece(length, position, runs_of(self.slots[: self.length]), ids, mask, self.prompts_NPD)
+        piece = Piece(length, position, runs_of(self.slots[: self.length]), ids, mask, self.prompts_NPD, self.adapters)
         expected[: max(0, self.padding - position)] = torch.nan  # nobody looks at what padding gives
         return piece, expected
 

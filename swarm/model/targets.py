@@ -1,0 +1,83 @@
+"""Which modules of a block a client may change, and how wide they are: found by looking at what passes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swarm.errors import BadRequest
+from swarm.model.edits import Adapters
+from swarm.model.passage import first_input
+from swarm.model.span import Span
+from swarm.ranges import BlockRange
+
+TRIAL_SHAPE = (2, 3)
+"""Sequences and tokens that are sent through once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """What one token is at a module, before and after."""
+
+    in_features: int
+    out_features: int
+
+
+Targets = Mapping[int, Mapping[str, Width]]
+"""Number of a block in the model -> name of a module within it -> how wide it is."""
+
+
+def find_targets(span: Span) -> Targets:
+    """Return the modules that see every token once, each by itself, whatever they are made of.
+
+    Linear layers of all precisions are among them, norms, attention and MLP as wholes; experts, which see some tokens,
+    and what sees heads apart are not.
+    """
+    seen: dict[int, dict[str, list[Width | None]]] = {number: {} for number in span.blocks}
+
+    def look(number: int, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = first_input(args, kwargs) if args or "hidden_states" in kwargs else None
+            y = output[0] if isinstance(output, tuple) and output else output
+            fits = _is_of_all_tokens(x) and _is_of_all_tokens(y)
+            if isinstance(output, tuple) and fits:  # what else a router returns would not follow its change
+                fits = y.shape[-1] == span.hidden_size
+            seen[number].setdefault(name, []).append(Width(x.shape[-1], y.shape[-1]) if fits else None)
+
+        return hook
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for number, layer in zip(span.blocks, span.layers, strict=True):
+            for name, module in layer.named_modules():
+                if name:
+                    hooks.callback(module.register_forward_hook(look(number, name), with_kwargs=True).remove)
+        span(torch.zeros(*TRIAL_SHAPE, span.hidden_size, dtype=span.dtype, device=span.device))
+    return {
+        number: {name: widths[0] for name, widths in of_block.items() if len(widths) == 1 and widths[0] is not None}
+        for number, of_block in seen.items()
+    }
+
+
+def _is_of_all_tokens(x: Any) -> bool:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.shape[:-1] in (TRIAL_SHAPE, (TRIAL_SHAPE[0] * TRIAL_SHAPE[1],))
+
+
+def check_adapters(adapters: Adapters, blocks: BlockRange, targets: Targets) -> None:
+    """Raise BadRequest unless every change is of a module that can be changed, and fits it."""
+    for number, adapter in zip(blocks, adapters, strict=True):
+        for change in adapter or ():
+            width = targets[number].get(change.target)
+            if width is None:
+                known = ", ".join(sorted(targets[number]))
+                raise BadRequest(f"block {number} has no module {change.target} that can be changed, but {known}")
+            try:
+                change.check(width.in_features, width.out_features)
+            except BadRequest as exc:
+                raise BadRequest(f"in block {number}, {exc}") from exc
