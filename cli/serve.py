@@ -50,6 +50,9 @@ def serve_command(
     relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
     relay_mbit: Annotated[float, typer.Option(help="Megabits per second that it carries at most.")] = 80.0,
     cache_mib: Annotated[int, typer.Option(help="KV cache; default: from free memory.", show_default=False)] = 0,
+    adapter_mib: Annotated[
+        int, typer.Option(help="Clients' adapters; 0: none; default: from free memory.", show_default=False)
+    ] = -1,
     max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
     kept_mib: Annotated[int, typer.Option(help="Activations kept for backward; 0: computed again.")] = 1024,
@@ -95,6 +98,7 @@ def serve_command(
         tunnel_only=tunnel_only,
         relay=replace(BESIDE_SERVING, max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None,
         cache_bytes=cache_mib << 20 or None,
+        adapter_bytes=None if adapter_mib < 0 else adapter_mib << 20,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),
         session_grace_s=session_grace,
         kept_activation_bytes=kept_mib << 20,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swarm.errors import BadRequest
+from swarm.model.adapters import Lora, ModelAdapter, frozen
 from swarm.ranges import BlockRange
 
 from .compute import Batch, RemoteCompute
@@ -20,7 +22,7 @@ class RemoteBlocks(nn.Module):
     """The blocks of a model that run elsewhere; it has no parameters.
 
     `blocks[4:9]` is a module over some of them, `blocks[4]` over one. The hidden states that enter and leave have
-    the shape [B, L, D]; gradients flow back to the inputs (and prompts), never into the blocks.
+    the shape [B, L, D]; gradients flow back to the inputs (prompts, adapters), never into the blocks.
     """
 
     def __init__(self, loop: LoopThread, compute: RemoteCompute, blocks: BlockRange, hidden_size: int) -> None:
@@ -51,6 +53,7 @@ class RemoteBlocks(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         prompts: Tensor | None = None,
+        adapters: ModelAdapter | None = None,
     ) -> Tensor:
         """Run hidden states through the blocks.
 
@@ -59,12 +62,17 @@ class RemoteBlocks(nn.Module):
             attention_mask: int64 [B, L], 0 for padding.
             position_ids: int64 [B or 1, L]; None: 0, 1, ...
             prompts: deep prompts [N, B or 1, P, D] for these blocks, added at the first P positions of each.
+            adapters: what is changed in the blocks of the model, block 0 first; their tensors get gradients too.
+                Features are dropped where a change says so, each time others, drawn by torch's generator.
         Raises: BadRequest: a shape does not fit. NoRoute: no servers for some blocks within the timeout.
         """
         self._check(x_BLD, attention_mask, position_ids, prompts)
-        wanted = x_BLD.requires_grad or (prompts is not None and prompts.requires_grad)
-        differentiable = wanted and torch.is_grad_enabled()
-        y_BLD: Tensor = _RemoteFunction.apply(self, differentiable, attention_mask, position_ids, x_BLD, prompts)
+        if adapters is not None and len(adapters) < self.blocks.end:
+            raise BadRequest(f"adapters of {len(adapters)} blocks were given, these are blocks {self.blocks}")
+        tensors = _tensors_of(adapters, self.blocks)
+        wanted = any(each is not None and each.requires_grad for each in (x_BLD, prompts, *tensors))
+        call = _Call(self, wanted and torch.is_grad_enabled(), attention_mask, position_ids, frozen(adapters))
+        y_BLD: Tensor = _RemoteFunction.apply(call, x_BLD, prompts, *tensors)
         return y_BLD
 
     def _check(self, x_BLD: Tensor, mask_BL: Tensor | None, ids_BL: Tensor | None, prompts_NBPD: Tensor | None) -> None:
@@ -92,39 +100,65 @@ class RemoteBlocks(nn.Module):
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}"
 
-    def _batch(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None, prompts_NBPD: Tensor | None
-    ) -> Batch:
+    def _batch(self, call: _Call, x_BLD: Tensor, prompts_NBPD: Tensor | None) -> Batch:
         """The tensors on the CPU, prompts padded in front so that index 0 is block 0 of the model."""
         prompts = None
         if prompts_NBPD is not None:
             num_before = self.blocks.start
             padding = prompts_NBPD.new_zeros(num_before, *prompts_NBPD.shape[1:], device="cpu")
             prompts = torch.cat([padding, prompts_NBPD.detach().cpu()])
-        mask = None if mask_BL is None else mask_BL.cpu().to(torch.int64)
-        ids = None if position_ids_BL is None else position_ids_BL.cpu().to(torch.int64)
-        return Batch(x_BLD.detach().cpu(), mask, ids, prompts)
+        mask = None if call.mask_BL is None else call.mask_BL.cpu().to(torch.int64)
+        ids = None if call.position_ids_BL is None else call.position_ids_BL.cpu().to(torch.int64)
+        return Batch(x_BLD.detach().cpu(), mask, ids, prompts, call.adapters, _dropout_seed(call.adapters))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """What a call brings that gets no gradients."""
+
+    blocks: RemoteBlocks
+    differentiable: bool
+    mask_BL: Tensor | None
+    position_ids_BL: Tensor | None
+    adapters: ModelAdapter | None
 
 
 class _RemoteFunction(torch.autograd.Function):
     """Forward and backward calls as one differentiable operation."""
 
     @staticmethod
-    def forward(
-        ctx: Any, blocks: RemoteBlocks, differentiable: bool, mask: Any, position_ids: Any, x_BLD: Tensor, prompts: Any
-    ) -> Tensor:
-        batch = blocks._batch(x_BLD, mask, position_ids, prompts)
-        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks, keep=differentiable))
-        if differentiable:
+    def forward(ctx: Any, call: _Call, x_BLD: Tensor, prompts: Tensor | None, *tensors: Tensor) -> Tensor:
+        blocks = call.blocks
+        batch = blocks._batch(call, x_BLD, prompts)
+        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks, keep=call.differentiable))
+        if call.differentiable:
             ctx.blocks, ctx.batch, ctx.traces = blocks, batch, traces
+            ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
         return y_BLD.to(x_BLD.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[None, None, None, None, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         blocks: RemoteBlocks = ctx.blocks
         grad = grad_BLD.cpu().contiguous()
-        dx_BLD, dprompts = blocks._loop.run(blocks._compute.backward(ctx.batch, ctx.traces, grad))
+        gradients = blocks._loop.run(blocks._compute.backward(ctx.batch, ctx.traces, grad))
+        dprompts = gradients.dprompts_NBPD
         if dprompts is not None:
             dprompts = dprompts[blocks.blocks.start :].to(grad_BLD.device)
-        return None, None, None, None, dx_BLD.to(grad_BLD.device), dprompts
+        dadapters = [each for number in blocks.blocks for each in gradients.dadapters.get(number, ())]
+        cast = [gradient.to(*like) for gradient, like in zip(dadapters, ctx.like, strict=True)]
+        return None, gradients.dx_BLD.to(grad_BLD.device), dprompts, *cast
+
+
+def _tensors_of(adapters: ModelAdapter | None, blocks: BlockRange) -> list[Tensor]:
+    """The tensors of the adapters of some blocks, in the order in which gradients come back."""
+    chosen = () if adapters is None else adapters[blocks.start : blocks.end]
+    return [tensor for adapter in chosen if adapter is not None for tensor in adapter.tensors().values()]
+
+
+def _dropout_seed(adapters: ModelAdapter | None) -> int | None:
+    """A new seed, if anything is to be dropped."""
+    changes = [change for adapter in adapters or () if adapter is not None for change in adapter]
+    if not any(isinstance(change, Lora) and change.dropout for change in changes):
+        return None
+    return int(torch.randint(1 << 62, ()))

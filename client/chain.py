@@ -19,6 +19,8 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
+from swarm.model.adapters import ModelAdapter
+from swarm.model.edits import Adapters
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import Step, read_tensors, write_message
@@ -27,6 +29,7 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .network import Network, blame, cancel_and_wait
 from .routing import Hop
+from .uploads import names_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,12 @@ class ChainConfig:
     open_timeout_s: float
     prompts_NBPD: Tensor | None = None
     """Deep prompts of all blocks of the model."""
+    adapters: ModelAdapter | None = None
+    """What is changed in the blocks of the model."""
+
+    def adapters_of(self, blocks: BlockRange) -> Adapters | None:
+        """What is changed in these blocks."""
+        return None if self.adapters is None else self.adapters[blocks.start : blocks.end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +188,19 @@ class Chain:
         """
         hop, config = self.hops[index], self._config
         channel = await leases.enter_async_context(self._network.connector.lease(hop.address))
+        answer = await self._network.uploads.calling(
+            hop,
+            config.adapters_of(hop.blocks),
+            config.fingerprint,
+            lambda: self._ask_to_open(index, pb_grpc.BlocksStub(channel)),
+        )
+        self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
+        return int(answer.opened.position)
+
+    async def _ask_to_open(self, index: int, stub: pb_grpc.BlocksStub) -> pb.SessionResponse:
+        hop, config = self.hops[index], self._config
         async with self._errors_of(index):
-            call = pb_grpc.BlocksStub(channel).Session()
+            call = stub.Session()
             self._calls[index] = call
             first, more = self._opening(index)
 
@@ -195,8 +215,7 @@ class Chain:
                 raise self._blame(index, "closed the session at once")
             if answer.WhichOneof("kind") != "opened":
                 raise ProtocolError(f"peer {hop} did not answer `open` with `opened`")
-        self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
-        return int(answer.opened.position)
+        return answer
 
     def _opening(self, index: int) -> tuple[pb.SessionRequest, list[bytes]]:
         hop, config = self.hops[index], self._config
@@ -213,6 +232,7 @@ class Chain:
             timeout_ms=int(config.open_timeout_s * 1000),
             prompts=packed.specs[0],
             data=packed.data,
+            adapters=names_of(config.adapters_of(hop.blocks)),
         )
         if index + 1 < len(self.hops):
             opening.next.CopyFrom(self.hops[index + 1].address.to_wire())

@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import NoRoute, PromptTooLong, ProtocolError
+from swarm.model.adapters import ModelAdapter
+from swarm.model.edits import Adapters
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import read_tensors, write_message
@@ -29,6 +31,7 @@ from .hedging import Hedges, StepTimes
 from .network import Attempt, Network, blame, cancel_and_wait
 from .racing import race
 from .routing import Hop, Needs
+from .uploads import names_of
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
 
@@ -52,6 +55,12 @@ class Batch:
     position_ids_BL: Tensor | None = None
     prompts_NBPD: Tensor | None = None
     """Deep prompts of all blocks of the model (block 0 first), or None."""
+    adapters: ModelAdapter | None = None
+    """What is changed in the blocks of the model."""
+    dropout_seed: int | None = None
+    """For the changes that drop features; None: nothing is dropped."""
+    first_row: int = 0
+    """Which sequence of the whole batch the first one is."""
 
     def split(self, max_tokens: int, max_rows: int) -> list[Batch]:
         """Cut along the batch. Raises: PromptTooLong: one sequence alone has more tokens."""
@@ -73,7 +82,28 @@ class Batch:
         prompts = self.prompts_NBPD
         if prompts is not None and prompts.shape[1] > 1:
             prompts = prompts[:, start:end]
-        return Batch(self.x_BLD[start:end], rows(self.mask_BL), rows(self.position_ids_BL), prompts)
+        return replace(
+            self,
+            x_BLD=self.x_BLD[start:end],
+            mask_BL=rows(self.mask_BL),
+            position_ids_BL=rows(self.position_ids_BL),
+            prompts_NBPD=prompts,
+            first_row=self.first_row + start,
+        )
+
+    def adapters_of(self, blocks: BlockRange) -> Adapters | None:
+        """What is changed in these blocks."""
+        return None if self.adapters is None else self.adapters[blocks.start : blocks.end]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What a batch's backward gives."""
+
+    dx_BLD: Tensor
+    dprompts_NBPD: Tensor | None
+    dadapters: Mapping[int, Sequence[Tensor]]
+    """Number of a block -> gradients of its adapter's tensors, in the order of their names, float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +145,8 @@ class RemoteCompute:
         results = await _gather_bounded([partial(self._forward_part, part, blocks, keep) for part in parts])
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
-    async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients with respect to the batch's hidden states and to its prompts (None without)."""
+    async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> Gradients:
+        """Return the gradients with respect to the batch's hidden states, prompts and adapters."""
         sizes = [trace.segments[0].x_BLD.shape[0] for trace in traces]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         jobs = [
@@ -124,12 +154,14 @@ class RemoteCompute:
             for start, size, trace in zip(starts, sizes, traces, strict=True)
         ]
         results = await _gather_bounded(jobs)
-        dx_BLD = torch.cat([dx for dx, _ in results])
+        dx_BLD = torch.cat([each.dx_BLD for each in results])
+        dadapters = {number: _sums([each.dadapters[number] for each in results]) for number in results[0].dadapters}
         prompts = batch.prompts_NBPD
         if prompts is None:
-            return dx_BLD, None
-        dprompts = [dprompt for _, dprompt in results if dprompt is not None]
-        return dx_BLD, torch.cat(dprompts, dim=1) if prompts.shape[1] > 1 else torch.stack(dprompts).sum(dim=0)
+            return Gradients(dx_BLD, None, dadapters)
+        dprompts = [each.dprompts_NBPD for each in results if each.dprompts_NBPD is not None]
+        summed = torch.cat(dprompts, dim=1) if prompts.shape[1] > 1 else torch.stack(dprompts).sum(dim=0)
+        return Gradients(dx_BLD, summed, dadapters)
 
     async def _micro_batch_size(self, blocks: BlockRange) -> tuple[int, int]:
         """How many tokens and how many sequences all servers of a route take at once."""
@@ -161,8 +193,8 @@ class RemoteCompute:
         async def attempt(attempt: Attempt) -> tuple[Tensor, Segment]:
             async def run(hop: Hop) -> tuple[Tensor, Segment]:
                 segment = Segment(hop, batch.x_BLD, secrets.token_bytes(16) if keep else b"")
-                y_BLD, _ = await self._call(hop, batch, None, segment.forward_id)
-                return y_BLD, segment
+                result = await self._call(hop, batch, None, segment.forward_id)
+                return result.dx_BLD, segment
 
             needs = self._needs_of(batch, rest)
             hops = await self._network.route(needs, attempt)
@@ -204,9 +236,10 @@ class RemoteCompute:
             self._hedges.ended(size, won=outcome.winner > 0 and other is others_asked[-1])
         return outcome.result
 
-    async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+    async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> Gradients:
         prompts = batch.prompts_NBPD
         dprompts = None if prompts is None else torch.zeros_like(prompts)
+        dadapters: dict[int, Sequence[Tensor]] = {}
         segments = list(trace.segments)
         while segments:
             segment = segments.pop()
@@ -214,13 +247,13 @@ class RemoteCompute:
 
             async def attempt(
                 attempt: Attempt, segment: Segment = segment, grad: Tensor = grad_BLD
-            ) -> tuple[Tensor, Tensor | None] | None:
+            ) -> Gradients | None:
                 needs = self._needs_of(batch, segment.hop.blocks)
                 hops = await self._network.route(needs, attempt, prefer=segment.hop.peer_id)
                 if len(hops) > 1:
                     return None
 
-                async def run(hop: Hop) -> tuple[Tensor, Tensor | None] | None:
+                async def run(hop: Hop) -> Gradients:
                     return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
                 return await self._raced(run, hops[0], needs, attempt, is_backward=True)
@@ -231,24 +264,62 @@ class RemoteCompute:
                 _, finer = await self._forward_part(replace(batch, x_BLD=segment.x_BLD), blocks, keep=True)
                 segments.extend(finer.segments)
                 continue
-            grad_BLD = result[0]
-            if dprompts is not None and result[1] is not None:
-                dprompts[blocks.start : blocks.end] = result[1]
-        return grad_BLD, dprompts
+            grad_BLD = result.dx_BLD
+            dadapters.update(result.dadapters)
+            if dprompts is not None and result.dprompts_NBPD is not None:
+                dprompts[blocks.start : blocks.end] = result.dprompts_NBPD
+        return Gradients(grad_BLD, dprompts, dadapters)
 
-    async def _call(
+    async def _call(self, hop: Hop, batch: Batch, grad_BLD: Tensor | None, forward_id: bytes) -> Gradients:
+        """One Forward (without a gradient; what leaves the blocks is in place of one) or Backward on one peer.
+
+        Raises: PeerError, UserError.
+        """
+        is_backward = grad_BLD is not None
+        adapters = batch.adapters_of(hop.blocks)
+        opening, more = self._opening(hop, batch, grad_BLD, forward_id)
+        batch_size, length, _ = batch.x_BLD.shape
+        began_s = time.monotonic()
+        with self._network.working(hop, batch_size * length):
+            tensors = await self._network.uploads.calling(
+                hop, adapters, self._needs.fingerprint, lambda: self._exchange(hop, opening, more, batch, is_backward)
+            )
+        self._network.succeeded(hop.peer_id)
+        self._took(hop, is_backward, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
+        y_BLD, dprompts, *rest = tensors
+        if y_BLD is None or [_shape(each) for each in tensors] != self._answer_shapes(hop, batch, is_backward):
+            raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
+        dtype, gradients = batch.x_BLD.dtype, iter(rest)
+        dadapters = {
+            number: [next(gradients) for _ in adapter.tensors()]
+            for number, adapter in zip(hop.blocks, adapters or (), strict=False)
+            if adapter is not None and is_backward
+        }
+        return Gradients(y_BLD.to(dtype), None if dprompts is None else dprompts.to(dtype), dadapters)
+
+    def _answer_shapes(self, hop: Hop, batch: Batch, is_backward: bool) -> list[torch.Size | None]:
+        """Shapes of the tensors that a call returns."""
+        if not is_backward:
+            return [batch.x_BLD.shape, None]
+        prompts = batch.prompts_NBPD
+        adapters = [each for each in batch.adapters_of(hop.blocks) or () if each is not None]
+        return [
+            batch.x_BLD.shape,
+            None if prompts is None else torch.Size([len(hop.blocks), *prompts.shape[1:]]),
+            *(tensor.shape for adapter in adapters for tensor in adapter.tensors().values()),
+        ]
+
+    def _opening(
         self, hop: Hop, batch: Batch, grad_BLD: Tensor | None, forward_id: bytes
-    ) -> tuple[Tensor, Tensor | None]:
-        """One Forward (without a gradient) or Backward on one peer. Raises: PeerError, UserError."""
+    ) -> tuple[pb.ComputeOpen, list[bytes]]:
+        """The message of a call, and the parts of its tensors that did not fit into it."""
         dtype = torch_dtype(hop.server.dtype)
         prompts = batch.prompts_NBPD
-        if prompts is not None:
-            prompts = prompts[hop.blocks.start : hop.blocks.end].to(dtype)
         packed = pack(
             batch.x_BLD.to(dtype),
             batch.mask_BL,
             batch.position_ids_BL,
-            prompts,
+            None if prompts is None else prompts[hop.blocks.start : hop.blocks.end].to(dtype),
             None if grad_BLD is None else grad_BLD.to(dtype),
             codec=self._network.config.codec,
         )
@@ -263,17 +334,11 @@ class RemoteCompute:
             grad_outputs=packed.specs[4],
             data=packed.data,
             forward_id=forward_id,
+            adapters=names_of(batch.adapters_of(hop.blocks)),
+            dropout_seed=batch.dropout_seed,
+            first_row=batch.first_row,
         )
-        batch_size, length, _ = batch.x_BLD.shape
-        began_s = time.monotonic()
-        with self._network.working(hop, batch_size * length):
-            y_BLD, dprompts = await self._exchange(hop, opening, packed.more, is_backward=grad_BLD is not None)
-        wanted = [batch.x_BLD.shape, None if prompts is None or grad_BLD is None else prompts.shape]
-        if [None if each is None else each.shape for each in (y_BLD, dprompts)] != wanted or y_BLD is None:
-            raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
-        self._network.succeeded(hop.peer_id)
-        self._took(hop, grad_BLD is not None, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
-        return y_BLD.to(batch.x_BLD.dtype), None if dprompts is None else dprompts.to(batch.x_BLD.dtype)
+        return opening, packed.more
 
     def _took(self, hop: Hop, is_backward: bool, size: int, seconds: float) -> None:
         times = self._times.pop((hop.peer_id, is_backward), None) or StepTimes()
@@ -283,18 +348,21 @@ class RemoteCompute:
             del self._times[next(iter(self._times))]
 
     async def _exchange(
-        self, hop: Hop, opening: pb.ComputeOpen, more: list[bytes], *, is_backward: bool
+        self, hop: Hop, opening: pb.ComputeOpen, more: list[bytes], batch: Batch, is_backward: bool
     ) -> list[Tensor | None]:
         timeout_s = self._network.config.compute_timeout_s
-        max_bytes = 8 * sum(math.prod(spec.shape) for spec in optional(opening, "hidden_states", "prompts") if spec)
+        max_bytes = 8 * sum(math.prod(shape) for shape in self._answer_shapes(hop, batch, is_backward) if shape)
 
         async def exchange(call: grpc.aio.StreamStreamCall) -> list[Tensor | None]:
-            await write_message(call.write, pb.ComputeRequest(open=opening), more)
+            try:
+                await write_message(call.write, pb.ComputeRequest(open=opening), more)
+            except asyncio.InvalidStateError:
+                logger.debug("%s ended a call while it was made", hop)  # its status says why
             message = await call.read()
             if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
                 await call.code()
                 raise ProtocolError(f"peer {hop} answered without a result")
-            specs = optional(message.result, "hidden_states", "prompts")
+            specs = [*optional(message.result, "hidden_states", "prompts"), *message.result.adapter_grads]
             return await read_tensors(call.read, specs, message.result.data, max_bytes=max_bytes)
 
         async with self._network.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
@@ -304,6 +372,15 @@ class RemoteCompute:
                 return await self._network.while_alive(exchange(call), [hop], timeout_s)
             finally:
                 call.cancel()
+
+
+def _sums(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The sums of tensors that stand at the same place."""
+    return [torch.stack(tensors).sum(dim=0) for tensors in zip(*parts, strict=True)]
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 async def _gather_bounded(jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

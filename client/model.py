@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest
+from swarm.model.adapters import ModelAdapter, frozen
 from swarm.model.remote_cache import RemoteCache
 from swarm.ranges import BlockRange
 
@@ -64,6 +65,8 @@ class SwarmCall:
     hidden_size: int
     blocks: RemoteBlocks
     prompts: Prompts | None = None
+    adapters: Callable[[], ModelAdapter | None] = lambda: None
+    """Says what is changed in the blocks: asked for each stateless call, and when a session opens."""
     state: _ThreadState = field(default_factory=_ThreadState)
 
     def __call__(
@@ -92,19 +95,20 @@ class SwarmCall:
     def _stateless(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> Tensor:
         prompts = self.prompts
         if prompts is None:
-            return self.blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL)
+            return self.blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL, adapters=self.adapters())
         y_BLD = self.blocks(
             prompts.prepend(x_BLD),
             attention_mask=prompts.prepend_mask(mask_BL),
             position_ids=prompts.prepend_position_ids(position_ids_BL),
             prompts=prompts.deep_NBPD,
+            adapters=self.adapters(),
         )
         return y_BLD[:, prompts.pre_seq_len :]
 
     def _cached(
         self, x_BLD: Tensor, cache: SessionCache, mask_BL: Tensor | None, position_ids_BL: Tensor | None
     ) -> Tensor:
-        if torch.is_grad_enabled() and x_BLD.requires_grad:
+        if torch.is_grad_enabled() and (x_BLD.requires_grad or self._trains_adapters):
             raise BadRequest(
                 "gradients do not flow through a session's cache: call the model with use_cache=False to train it, "
                 "or under torch.no_grad() to generate"
@@ -124,6 +128,11 @@ class SwarmCall:
             return y_BLD
         # The head looks at the last positions only; the others are not fetched.
         return torch.cat([y_BLD.new_zeros(y_BLD.shape[0], length - num_outputs, y_BLD.shape[2]), y_BLD], dim=1)
+
+    @property
+    def _trains_adapters(self) -> bool:
+        changed = [adapter for adapter in self.adapters() or () if adapter is not None]
+        return any(tensor.requires_grad for adapter in changed for tensor in adapter.tensors().values())
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -157,6 +166,7 @@ class DistributedMixin:
             hidden_size=swarm.hidden_size,
             open_timeout_s=OPEN_TIMEOUT_S,
             prompts_NBPD=None if deep is None else deep.detach().cpu().clone(),
+            adapters=frozen(swarm.adapters()),
         )
         connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens)
         session = _ActiveSession(

@@ -38,6 +38,7 @@ from .config import ClientConfig
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
+from .uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Network:
     def __init__(self, config: ClientConfig, directory: Directory, connector: Connector) -> None:
         self.config = config
         self.connector = connector
+        self.uploads = Uploads(connector, self.while_alive, config.compute_timeout_s)
+        """Adapters on their way to servers."""
         self._directory = directory
         self._known = KnownServers(
             directory,

@@ -189,7 +189,13 @@ async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht
     wanted = len(config.blocks) if config.blocks is not None else config.num_blocks
     if wanted is not None and config.blocks is None:
         wanted = min(wanted, num_model_blocks)
-    memory = plan_memory(precision.needs, free_bytes=free, num_model_blocks=num_model_blocks, num_blocks=wanted)
+    memory = plan_memory(
+        precision.needs,
+        free_bytes=free,
+        num_model_blocks=num_model_blocks,
+        num_blocks=wanted,
+        adapter_bytes=config.adapter_bytes,
+    )
     if config.cache_bytes is not None:
         memory = replace(memory, cache_bytes=config.cache_bytes)
     blocks = config.blocks

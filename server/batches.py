@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swarm.model.dropout import Dropout
+from swarm.model.edits import Adapters
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 from swarm.v1 import blocks_pb2 as pb
 
+from .adapters import Lease
 from .engine import Turns
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
@@ -41,6 +44,12 @@ class Batch:
     """How the hidden states came, and how the answer goes back."""
     forward_id: bytes = b""
     """Ties a Backward to its Forward; empty: the Forward keeps nothing."""
+    adapters: Lease | None = None
+    """What is changed in the blocks, already where the blocks are."""
+    dropout_seed: int | None = None
+    """None: nothing is dropped."""
+    first_row: int = 0
+    """Which sequence of the client's whole batch the first one is."""
 
     @property
     def num_rows(self) -> int:
@@ -49,6 +58,12 @@ class Batch:
     @property
     def length(self) -> int:
         return self.x_BLD.shape[1]
+
+    @property
+    def changes(self) -> tuple[Adapters | None, int | None, int]:
+        """What happens in the blocks beside the client's tensors."""
+        adapters = None if self.adapters is None else self.adapters.adapters
+        return adapters, self.dropout_seed, self.first_row
 
     def rows(self, start: int, end: int) -> Batch:
         """The sequences [start, end)."""
@@ -66,7 +81,18 @@ class Batch:
             position_ids_BL=rows(self.position_ids_BL),
             prompts_NBPD=prompts,
             grad_BLD=None if self.grad_BLD is None else self.grad_BLD[start:end],
+            first_row=self.first_row + start,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What a Backward returns, on the CPU."""
+
+    dx_BLD: Tensor
+    dprompts_NBPD: Tensor | None
+    dadapters: Sequence[Tensor]
+    """float32: of all tensors of the adapters, block by block, in the order of their names."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,16 +102,16 @@ class _Graph:
     start: int
     end: int
     inputs: list[Tensor]
-    """Hidden states, and prompts if there are any; leaves."""
+    """Hidden states, prompts if there are any, and the tensors of the adapters; leaves."""
+    changes: tuple[Adapters | None, int | None, int]
     y_BLD: Tensor
     num_bytes: int
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the batch has the shapes of the one that this was made of."""
-        shapes = [batch.rows(self.start, self.end).x_BLD.shape]
-        if batch.prompts_NBPD is not None:
-            shapes.append(batch.rows(self.start, self.end).prompts_NBPD.shape)  # type: ignore[union-attr]
-        return shapes == [tensor.shape for tensor in self.inputs]
+        """Whether the batch has the shapes of the one that this was made of, and the same changes."""
+        part = batch.rows(self.start, self.end)
+        shapes = [part.x_BLD.shape] + ([] if part.prompts_NBPD is None else [part.prompts_NBPD.shape])
+        return self.changes == part.changes and shapes == [tensor.shape for tensor in self.inputs[: len(shapes)]]
 
 
 class KeptActivations:
@@ -148,16 +174,15 @@ def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def run_backward(
-    span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept: KeptActivations
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the inputs, [B, L, D], and of the prompts, on the CPU.
+def run_backward(span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept: KeptActivations) -> Gradients:
+    """Return the gradients of the inputs, [B, L, D], of the prompts and of the adapters.
 
     Activations that the Forward of this batch has left here are used; the others are computed again.
     """
     graphs = collections.deque(graph for graph in kept.take(batch.forward_id) if graph.fits(batch))
     prompts = batch.prompts_NBPD
     dprompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
+    dadapters = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in _adapter_tensors(batch)]
     gradients, at = [], 0
     with _boundaries(span, turns):
         while at < batch.num_rows:
@@ -166,32 +191,43 @@ def run_backward(
             else:
                 before = graphs[0].start if graphs else batch.num_rows
                 graph = _graph(span, batch, at, min(before, at + turns.rows(before - at, batch.length)))
-            grads = torch.autograd.grad(
-                graph.y_BLD, graph.inputs, grad_BLD[at : graph.end].to(graph.y_BLD.device, graph.y_BLD.dtype)
-            )
+            dy_BLD = grad_BLD[at : graph.end].to(graph.y_BLD.device, graph.y_BLD.dtype)
+            grads = torch.autograd.grad(graph.y_BLD, graph.inputs, dy_BLD, materialize_grads=True)
             gradients.append(grads[0].cpu())
             if dprompts is not None:
                 rows = slice(at, graph.end) if dprompts.shape[1] > 1 else slice(None)
                 dprompts[:, rows] += grads[1].cpu()
+            for total, gradient in zip(dadapters, grads[len(grads) - len(dadapters) :], strict=True):
+                total += gradient
             at = graph.end
             del graph, grads
     dx_BLD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    return dx_BLD, None if dprompts is None else dprompts.to(span.dtype)
+    dprompts = None if dprompts is None else dprompts.to(span.dtype)
+    return Gradients(dx_BLD, dprompts, [total.cpu() for total in dadapters])
+
+
+def _adapter_tensors(batch: Batch) -> list[Tensor]:
+    adapters = batch.changes[0] or ()
+    return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors().values()]
 
 
 def _on_device(span: Span, batch: Batch) -> list[Tensor]:
-    """The tensors that gradients may be wanted of: hidden states, and prompts if there are any."""
+    """The tensors that gradients may be wanted of: hidden states, prompts if there are any, and those of adapters."""
     tensors = [batch.x_BLD] if batch.prompts_NBPD is None else [batch.x_BLD, batch.prompts_NBPD]
-    return [tensor.to(span.device, span.dtype) for tensor in tensors]
+    return [tensor.to(span.device, span.dtype) for tensor in tensors] + _adapter_tensors(batch)
 
 
 def _run_span(span: Span, batch: Batch, inputs: list[Tensor]) -> Tensor:
     device = span.device
+    adapters, seed, first_row = batch.changes
+    rest = iter(inputs[1 if batch.prompts_NBPD is None else 2 :])
     return span(
         inputs[0],
         attention_mask_BT=None if batch.mask_BL is None else batch.mask_BL.to(device),
         position_ids_BL=None if batch.position_ids_BL is None else batch.position_ids_BL.to(device),
-        prompts_NBPD=inputs[1] if len(inputs) == 2 else None,
+        prompts_NBPD=None if batch.prompts_NBPD is None else inputs[1],
+        adapters=adapters and [each and each.with_tensors([next(rest) for _ in each.tensors()]) for each in adapters],
+        dropout=None if seed is None else Dropout(seed, first_row, batch.length),
     )
 
 
@@ -201,7 +237,7 @@ def _graph(span: Span, batch: Batch, start: int, end: int) -> _Graph:
     with torch.enable_grad(), _counting_saved(span) as saved:
         inputs = [tensor.detach().requires_grad_() for tensor in _on_device(span, part)]
         y_BLD = _run_span(span, part, inputs)
-    return _Graph(start, end, inputs, y_BLD, saved.num_bytes)
+    return _Graph(start, end, inputs, part.changes, y_BLD, saved.num_bytes)
 
 
 @dataclass(slots=True)

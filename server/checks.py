@@ -43,12 +43,13 @@ class ServiceLimits:
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
 
-    def to_wire(self) -> pb.Limits:
+    def to_wire(self, max_adapter_bytes: int) -> pb.Limits:
         return pb.Limits(
             max_session_tokens=self.max_session_tokens,
             max_step_tokens=self.max_step_tokens,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_size=self.max_batch_size,
+            max_adapter_bytes=max_adapter_bytes,
         )
 
 

@@ -66,6 +66,8 @@ class ServerConfig:
     """How decoding, prefill and training share the time."""
     session_grace_s: float = 30.0
     """How long the cache of a session whose connection broke is kept, so that it can go on; 0: not at all."""
+    adapter_bytes: int | None = None
+    """Budget for what clients change in the blocks; None: from the free memory; 0: they may change nothing."""
     kept_activation_bytes: int = 1 << 30
     """Budget for activations of Forward calls that wait for their Backward; 0: always computed again."""
     metrics_port: int | None = None
@@ -92,6 +94,8 @@ class ServerConfig:
             raise BadRequest(f"quantization must be one of {', '.join(CHOICES)}, not {self.quantization!r}")
         if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
             raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
+        if self.adapter_bytes is not None and self.adapter_bytes < 0:
+            raise BadRequest("adapter_bytes must not be negative")
         if self.metrics_port is not None and not 0 < self.metrics_port < 65536:
             raise BadRequest(f"metrics_port {self.metrics_port} is not between 1 and 65535")
         if not 0 <= self.port < 65536:

@@ -22,6 +22,7 @@ from swarm.streams import PART_TIMEOUT_S, Step, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
+from .adapters import AdapterStore
 from .checks import ServiceLimits
 from .engine import Engine
 from .hardware import own_addresses
@@ -42,13 +43,20 @@ class Decoding:
     """The sessions of a server, as their streams drive them."""
 
     def __init__(
-        self, span: Span, engine: Engine, sessions: SessionTable, connector: Connector, limits: ServiceLimits
+        self,
+        span: Span,
+        engine: Engine,
+        sessions: SessionTable,
+        connector: Connector,
+        limits: ServiceLimits,
+        adapters: AdapterStore,
     ) -> None:
         self._span = span
         self._engine = engine
         self._sessions = sessions
         self._connector = connector
         self._limits = limits
+        self._adapters = adapters
         self._own_addresses = own_addresses()
         self._draining = asyncio.Event()
 
@@ -61,25 +69,29 @@ class Decoding:
         """Check what is asked for, take it in when there is room, and open the way to the next hop."""
         blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
-        prompts = await self._read_prompts(context.read, opening, blocks)
-        key = SessionKey(
-            session_id=opening.session_id,
-            blocks=blocks,
-            batch_size=opening.batch_size,
-            max_tokens=opening.max_tokens,
-            prompts_digest=b"" if prompts is None else _digest(prompts),
-        )
-        timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
-        async with self._sessions.open(key, epoch=opening.epoch, prompts_NBPD=prompts, timeout_s=timeout_s) as session:
-            try:
-                session.shares_machine = any(self._is_here(target) for target in opening.next.direct)
-                async with (
-                    self._open_delivery(context, opening, session) as session.deliver,
-                    self._passing_on(session),
-                ):
-                    yield session
-            finally:
-                self._engine.forget(session)
+        with self._adapters.lease(opening.adapters, blocks) as adapters:
+            prompts = await self._read_prompts(context.read, opening, blocks)
+            key = SessionKey(
+                session_id=opening.session_id,
+                blocks=blocks,
+                batch_size=opening.batch_size,
+                max_tokens=opening.max_tokens,
+                prompts_digest=b"" if prompts is None else _digest(prompts),
+                adapters=tuple(opening.adapters) if adapters.adapters else (),
+            )
+            timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
+            async with self._sessions.open(
+                key, epoch=opening.epoch, prompts_NBPD=prompts, adapters=adapters, timeout_s=timeout_s
+            ) as session:
+                try:
+                    session.shares_machine = any(self._is_here(target) for target in opening.next.direct)
+                    async with (
+                        self._open_delivery(context, opening, session) as session.deliver,
+                        self._passing_on(session),
+                    ):
+                        yield session
+                finally:
+                    self._engine.forget(session)
 
     def attach(self, attach: pb.SessionAttach, peer: str) -> ServerSession:
         """Return the session that a Push stream feeds.

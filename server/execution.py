@@ -118,6 +118,7 @@ def _pieces(each: Slice) -> list[Piece]:
             position_ids_L=None if ids_BL is None else ids_BL[row],
             key_mask_T=cache.key_mask(row, end),
             prompts_NPD=None if prompts_NBPD is None else prompts_NBPD[:, row if prompts_NBPD.shape[1] > 1 else 0],
+            adapters=session.adapters,
         )
         for row in range(session.batch_size)
     ]
@@ -146,5 +147,6 @@ class SessionExecutor:
             else mask_BT[:, : each.position + each.length].to(span.device, torch.int64),
             position_ids_BL=None if ids_BL is None else ids_BL.to(span.device),
             prompts_NBPD=session.prompts_NBPD,
+            adapters=session.adapters,
         )
         return [y_BLD.cpu()]

@@ -62,6 +62,11 @@ class Front(pb_grpc.BlocksServicer):
         service = await self._service(context, "Backward")
         await service.Backward(requests, context)
 
+    async def PutAdapters(self, requests: object, context: grpc.aio.ServicerContext) -> pb.PutAdaptersResponse:
+        """See the wire contract."""
+        service = await self._service(context, "PutAdapters")
+        return await service.PutAdapters(requests, context)
+
     async def _service(self, context: grpc.aio.ServicerContext, call: str) -> BlocksService:
         async with errors_to_wire(context, call):
             if self.present is None:

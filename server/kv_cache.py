@@ -17,6 +17,7 @@ from swarm.errors import SessionLost, UnsupportedModel
 from swarm.model.span_cache import SpanCache
 from swarm.v1 import blocks_pb2 as pb
 
+from .adapters import Lease
 from .pages import OutOfPages, PageCopy, PagePool
 
 # B batch, L length, T cached + L, D hidden
@@ -56,9 +57,9 @@ class StepInput:
 class PageNames:
     """Names of a session's full pages: hashes of everything that their keys and values follow from.
 
-    A name covers its page, the name of the page before it, and for the first page the context: blocks and prompts. A
-    step that goes back into the middle of a page, reorders or pads sequences ends the naming: those pages are not
-    shared.
+    A name covers its page, the name of the page before it, and for the first page the context: blocks, prompts and
+    adapters. A step that goes back into the middle of a page, reorders or pads sequences ends the naming: those pages
+    are not shared.
     """
 
     def __init__(self, batch_size: int, page_tokens: int, context: bytes) -> None:
@@ -104,16 +105,24 @@ class PageNames:
 
 
 class SessionCache:
-    """The pages of a session's sequences, which all have the same length.
+    """The pages of a session's sequences, which all have the same length, and its share in the adapters that made them.
 
     Everything that takes or frees pages is called under the guard of the SessionTable; `own` belongs to the compute
     thread.
     """
 
     def __init__(
-        self, pool: PagePool, batch_size: int, *, expected_tokens: int, own: SpanCache | None, ballast_pages: int = 0
+        self,
+        pool: PagePool,
+        batch_size: int,
+        *,
+        expected_tokens: int,
+        own: SpanCache | None,
+        ballast_pages: int = 0,
+        adapters: Lease | None = None,
     ) -> None:
         self._pool = pool
+        self._adapters = adapters
         self._tables = [pool.open(expected_tokens) for _ in range(batch_size)]
         self._ballast = pool.open()
         pool.append(self._ballast, ballast_pages * pool.page_tokens)
@@ -205,6 +214,8 @@ class SessionCache:
             self._pool.close(table)
         self._tables.clear()
         self.own = None
+        if self._adapters is not None:
+            self._adapters.close()
 
     def _reorder(self, beam_idx: Sequence[int]) -> None:
         """Let sequence b be what sequence beam_idx[b] was: those that go on keep their tables, further copies fork."""

@@ -35,6 +35,10 @@ class ServerCollector(Collector):
         yield from self._of_engine(tenure.engine.statistics())
         yield from self._of_sessions(tenure.sessions.statistics())
         yield _gauge("kept_activation_bytes", "Activations that wait for their Backward.", tenure.kept.used_bytes)
+        adapters = tenure.adapters.statistics()
+        yield _gauge("adapters", "Adapters that clients have sent.", adapters.num_adapters)
+        yield _gauge("adapters_in_use", "Those that sessions and batches use now.", adapters.num_used)
+        yield _gauge("adapter_bytes", "What they take.", adapters.used_bytes)
         yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", tenure.kept.num_hits)
 
     def _of_engine(self, statistics: EngineStatistics) -> Iterator[Metric]:

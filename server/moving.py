@@ -20,7 +20,7 @@ from .announcer import Announcer
 from .config import ServerConfig
 from .front import Front
 from .hardware import free_bytes
-from .placement import MemoryPlan, fits
+from .placement import fits
 from .rebalancing import ASK_S, CHECKS_PER_PERIOD, PATIENCE_PERIODS, READ_BYTES, Population, own_move, reconsider
 from .tenure import Holding, Tenure
 
@@ -160,7 +160,8 @@ class Mover:
     async def _go_to(self, blocks: BlockRange) -> None:
         old = self.tenure.holding
         share = len(blocks) / len(old.blocks)
-        new = replace(old, blocks=blocks, memory=MemoryPlan(len(blocks), int(old.memory.cache_bytes * share)))
+        memory = replace(old.memory, num_blocks=len(blocks), cache_bytes=int(old.memory.cache_bytes * share))
+        new = replace(old, blocks=blocks, memory=memory)
         beside = fits(new.precision.needs, new.memory, free_bytes=free_bytes(new.device))
         logger.info(
             "moving from blocks %s to %s, %s", old.blocks, blocks, "loading first" if beside else "leaving first"

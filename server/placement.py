@@ -9,6 +9,9 @@ from swarm.errors import ResourceError
 CACHE_TOKENS = 8192
 """Tokens of KV cache that a server should have room for beside its blocks."""
 
+MAX_ADAPTER_BYTES = 512 << 20
+"""Room for adapters, where nobody says how much; an eighth of what the blocks leave, if that is less."""
+
 RESERVE_FRACTION = 0.15
 """Share of the free memory left for activations and for the rest of the machine."""
 
@@ -29,6 +32,8 @@ class MemoryPlan:
 
     num_blocks: int
     cache_bytes: int
+    adapter_bytes: int
+    """For what clients change in the blocks."""
 
 
 def choose_quantization(
@@ -49,15 +54,21 @@ def choose_quantization(
 
 
 def plan_memory(
-    needs: MemoryNeeds, *, free_bytes: int, num_model_blocks: int, num_blocks: int | None = None
+    needs: MemoryNeeds,
+    *,
+    free_bytes: int,
+    num_model_blocks: int,
+    num_blocks: int | None = None,
+    adapter_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Return how many blocks fit, with room for CACHE_TOKENS of cache each, and the cache budget.
+    """Return how many blocks fit, with room for CACHE_TOKENS of cache each, and the budgets of cache and adapters.
 
     Args:
         num_blocks: wanted number of blocks; None: as many as fit.
+        adapter_bytes: wanted room for adapters; None: some of what the blocks leave.
     Raises: ResourceError: not even one block fits, or fewer than the wanted number.
     """
-    usable = _usable(free_bytes)
+    usable = _usable(free_bytes) - (adapter_bytes or 0)
     smallest = needs.bytes_per_block + needs.cache_bytes_per_token * 256
     wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // _with_cache(needs)))
     if wanted * smallest > usable:
@@ -66,13 +77,18 @@ def plan_memory(
             f"{_mib(wanted * smallest)} MiB, {_mib(usable)} MiB can be used here: free some memory, "
             f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use fewer bits (--quantization)"
         )
-    cache_bytes = min(usable - wanted * needs.bytes_per_block, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
-    return MemoryPlan(wanted, cache_bytes)
+    left = usable - wanted * needs.bytes_per_block
+    if adapter_bytes is None:
+        adapter_bytes = min(MAX_ADAPTER_BYTES, left // 8)
+        left -= adapter_bytes
+    cache_bytes = min(left, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
+    return MemoryPlan(wanted, cache_bytes, adapter_bytes)
 
 
 def fits(needs: MemoryNeeds, memory: MemoryPlan, *, free_bytes: int) -> bool:
-    """Whether blocks and their cache fit into what is free now."""
-    return memory.num_blocks * needs.bytes_per_block + memory.cache_bytes <= _usable(free_bytes)
+    """Whether blocks, their cache and their adapters fit into what is free now."""
+    budgets = memory.cache_bytes + memory.adapter_bytes
+    return memory.num_blocks * needs.bytes_per_block + budgets <= _usable(free_bytes)
 
 
 def _usable(free_bytes: int) -> int:

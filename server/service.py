@@ -24,6 +24,7 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
+from .adapters import AdapterStore
 from .batches import Batch, KeptActivations, run_backward, run_forward
 from .checks import ServiceLimits
 from .decoding import Decoding
@@ -32,7 +33,7 @@ from .sessions import SessionTable
 
 logger = logging.getLogger(__name__)
 
-FIRST_MESSAGE_TIMEOUT_S = 30.0
+MESSAGE_TIMEOUT_S = 30.0
 """How long a caller may take to say what it wants."""
 
 
@@ -58,6 +59,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         connector: Connector,
         limits: ServiceLimits,
         kept: KeptActivations,
+        adapters: AdapterStore,
     ) -> None:
         self._model = model
         self._views = views
@@ -66,7 +68,8 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._sessions = sessions
         self._limits = limits
         self._kept = kept
-        self._decoding = Decoding(views.span, engine, sessions, connector, limits)
+        self._adapters = adapters
+        self._decoding = Decoding(views.span, engine, sessions, connector, limits, adapters)
         self._can_rewind = views.span.can_rewind
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -96,7 +99,7 @@ class BlocksService(pb_grpc.BlocksServicer):
             blocks=pb.BlockRange(start=self._span.blocks.start, end=self._span.blocks.end),
             dtype=wire_dtype(self._span.dtype),
             hidden_size=self._span.hidden_size,
-            limits=self._limits.to_wire(),
+            limits=self._limits.to_wire(self._adapters.max_request_bytes),
             load=pb.Load(
                 num_sessions=self._sessions.num_sessions,
                 cache_used_bytes=self._sessions.cache_used_bytes,
@@ -111,7 +114,7 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def Session(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
         async with errors_to_wire(context, "Session"), self._counted():
-            opening = (await _first_message(context, "open")).open
+            opening = (await _next_message(context, "open")).open
             self._check_caller(opening)
             async with self._decoding.open(context, opening) as session:
                 opened = pb.SessionOpened(
@@ -125,15 +128,14 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def Push(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PushResponse:
         """See the wire contract. What goes wrong here ends the session, whose client is told on its own stream."""
         async with errors_to_wire(context, "Push"), self._counted(admit=True):
-            attach = (await _first_message(context, "attach")).attach
+            attach = (await _next_message(context, "attach")).attach
             checks.check_version(attach.protocol_version)
             await self._decoding.run(context.read, self._decoding.attach(attach, context.peer()), from_client=False)
         return pb.PushResponse()
 
     async def Forward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
-        async with errors_to_wire(context, "Forward"), self._counted():
-            batch = await self._read_batch(context)
+        async with errors_to_wire(context, "Forward"), self._counted(), self._open_batch(context) as batch:
             span = self._views.view(batch.blocks)
             y_BLD = await self._engine.train(
                 lambda turns: run_forward(span, batch, turns, self._kept), num_rows=batch.num_rows, length=batch.length
@@ -144,25 +146,40 @@ class BlocksService(pb_grpc.BlocksServicer):
 
     async def Backward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
-        async with errors_to_wire(context, "Backward"), self._counted():
-            batch = await self._read_batch(context)
+        async with errors_to_wire(context, "Backward"), self._counted(), self._open_batch(context) as batch:
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
             span = self._views.view(batch.blocks)
-            dx_BLD, dprompts = await self._engine.train(
+            gradients = await self._engine.train(
                 lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
                 num_rows=batch.num_rows,
                 length=batch.length,
             )
-            packed = pack(dx_BLD, dprompts, codec=batch.codec)
-            result = pb.ComputeResult(hidden_states=packed.specs[0], prompts=packed.specs[1], data=packed.data)
+            # An optimizer adds up the gradients of adapters: they go as they are.
+            packed = pack(gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters)
+            result = pb.ComputeResult(
+                hidden_states=packed.specs[0],
+                prompts=packed.specs[1],
+                adapter_grads=packed.specs[2:],
+                data=packed.data,
+            )
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
 
-    def _check_caller(self, opening: pb.SessionOpen | pb.ComputeOpen) -> None:
+    async def PutAdapters(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PutAdaptersResponse:
+        """See the wire contract."""
+        async with errors_to_wire(context, "PutAdapters"), self._counted():
+            self._check_caller((await _next_message(context, "open")).open)
+            while (message := await _next_message(context, "adapter", or_end=True)) is not None:
+                await self._adapters.receive(message.adapter, context.read)
+        return pb.PutAdaptersResponse()
+
+    def _check_caller(self, opening: pb.SessionOpen | pb.ComputeOpen | pb.PutAdaptersOpen) -> None:
         checks.check_version(opening.protocol_version)
         checks.check_fingerprint(opening.model_fingerprint, self._model.fingerprint, self._model.name)
 
-    async def _read_batch(self, context: grpc.aio.ServicerContext) -> Batch:
-        wire: pb.ComputeOpen = (await _first_message(context, "open")).open
+    @asynccontextmanager
+    async def _open_batch(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Batch]:
+        """Check what is asked for, read its tensors, and keep the adapters that it names while the body runs."""
+        wire: pb.ComputeOpen = (await _next_message(context, "open")).open
         self._check_caller(wire)
         blocks = checks.check_blocks(wire.blocks, self._span.blocks, self._span.num_model_blocks)
         specs = optional(wire, "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs")
@@ -170,14 +187,27 @@ class BlocksService(pb_grpc.BlocksServicer):
         checks.check_batch_spec(specs[0], hidden_size, self._limits, max_tokens=max_tokens)
         batch_size, length, _ = wire.hidden_states.shape
         checks.check_prompts_spec(specs[3], blocks, batch_size, hidden_size, self._limits)
-        max_bytes = checks.max_message_bytes(max_tokens, hidden_size, len(blocks), self._limits)
-        tensors = await read_tensors(context.read, specs, wire.data, max_bytes=max_bytes)
-        x_BLD, mask_BL, ids_BL, prompts, grad_BLD = tensors
-        assert x_BLD is not None
-        checks.check_mask(mask_BL, batch_size, length)
-        checks.check_position_ids(ids_BL, batch_size, length)
         checks.check_forward_id(wire.forward_id)
-        return Batch(blocks, x_BLD, mask_BL, ids_BL, prompts, grad_BLD, wire.hidden_states.codec, wire.forward_id)
+        max_bytes = checks.max_message_bytes(max_tokens, hidden_size, len(blocks), self._limits)
+        with self._adapters.lease(wire.adapters, blocks) as lease:
+            tensors = await read_tensors(context.read, specs, wire.data, max_bytes=max_bytes)
+            x_BLD, mask_BL, ids_BL, prompts, grad_BLD = tensors
+            assert x_BLD is not None
+            checks.check_mask(mask_BL, batch_size, length)
+            checks.check_position_ids(ids_BL, batch_size, length)
+            yield Batch(
+                blocks,
+                x_BLD,
+                mask_BL,
+                ids_BL,
+                prompts,
+                grad_BLD,
+                wire.hidden_states.codec,
+                wire.forward_id,
+                lease,
+                wire.dropout_seed if wire.HasField("dropout_seed") else None,
+                wire.first_row,
+            )
 
     @asynccontextmanager
     async def _counted(self, *, admit: bool = False) -> AsyncIterator[None]:
@@ -194,13 +224,18 @@ class BlocksService(pb_grpc.BlocksServicer):
                 self._idle.set()
 
 
-async def _first_message(context: grpc.aio.ServicerContext, kind: str) -> Any:
-    """Return the message that begins a call. Raises: ProtocolError: it is of another kind, or none comes."""
+async def _next_message(context: grpc.aio.ServicerContext, kind: str, *, or_end: bool = False) -> Any:
+    """Return the message that a call begins or goes on with; None at its end, if that may be.
+
+    Raises: ProtocolError: it is of another kind, or none comes.
+    """
     try:
-        async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
+        async with asyncio.timeout(MESSAGE_TIMEOUT_S):
             message = await context.read()
     except TimeoutError as exc:
-        raise ProtocolError(f"no message came within {FIRST_MESSAGE_TIMEOUT_S:.0f} s") from exc
+        raise ProtocolError(f"no message came within {MESSAGE_TIMEOUT_S:.0f} s") from exc
+    if message is grpc.aio.EOF and or_end:
+        return None
     if message is grpc.aio.EOF or message.WhichOneof("kind") != kind:
-        raise ProtocolError(f"the first message of this call must be `{kind}`")
+        raise ProtocolError(f"the next message of this call must be `{kind}`")
     return message

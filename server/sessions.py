@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost, SwarmError
+from swarm.model.edits import Adapters
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 
+from .adapters import Lease
 from .kv_cache import PageNames, SessionCache, StepInput
 from .pages import PagePool
 
@@ -45,6 +47,8 @@ class SessionKey:
     batch_size: int
     max_tokens: int
     prompts_digest: bytes = b""
+    adapters: tuple[bytes, ...] = ()
+    """The digest of each block's adapter."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +60,8 @@ class ServerSession:
     span: Span
     cache: SessionCache
     prompts_NBPD: Tensor | None
+    adapters: Adapters | None
+    """What is changed in each block."""
     names: PageNames | None
     """None where pages cannot be shared."""
     last_step_id: int = 0
@@ -152,16 +158,25 @@ class SessionTable:
 
     @asynccontextmanager
     async def open(
-        self, key: SessionKey, *, epoch: int, prompts_NBPD: Tensor | None, timeout_s: float
+        self,
+        key: SessionKey,
+        *,
+        epoch: int,
+        prompts_NBPD: Tensor | None,
+        adapters: Lease | None = None,
+        timeout_s: float,
     ) -> AsyncIterator[ServerSession]:
         """Keep a session while the body runs: a new one, or one of this key that is still here.
+
+        Args:
+            adapters: what the key names; shared, for as long as something is cached.
 
         Raises: BadRequest: the id belongs to another session. PromptTooLong: it could not fit even alone.
             CacheFull: those that run left no room within the timeout.
         """
         session = self._open_again(key, epoch, prompts_NBPD)
         if session is None:
-            session = await self._open_new(key, epoch, prompts_NBPD, timeout_s)
+            session = await self._open_new(key, epoch, prompts_NBPD, adapters, timeout_s)
         self._sessions[key.session_id] = session
         error: BaseException | None = None
         try:
@@ -258,14 +273,14 @@ class SessionTable:
                 self._close(old.cache)
                 return None
             promised = self._promised.pop(old, 0)
-            session = ServerSession(key, epoch, old.span, old.cache, old.prompts_NBPD, old.names)
+            session = ServerSession(key, epoch, old.span, old.cache, old.prompts_NBPD, old.adapters, old.names)
             session.opened_at_s = old.opened_at_s
             if promised:
                 self._promised[session] = promised
             return session
 
     async def _open_new(
-        self, key: SessionKey, epoch: int, prompts_NBPD: Tensor | None, timeout_s: float
+        self, key: SessionKey, epoch: int, prompts_NBPD: Tensor | None, adapters: Lease | None, timeout_s: float
     ) -> ServerSession:
         span, pool = self.views.view(key.blocks), self.pool
         prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
@@ -285,12 +300,14 @@ class SessionTable:
                 expected_tokens=key.max_tokens,
                 own=None if self._packed else span.new_cache(key.batch_size),
                 ballast_pages=prompt_pages,
+                adapters=None if adapters is None else adapters.share(),
             )
-            context = repr((key.blocks, key.prompts_digest)).encode()
+            context = repr((key.blocks, key.prompts_digest, key.adapters)).encode()
             names = PageNames(key.batch_size, pool.page_tokens, context) if self._packed else None
             if prompts_NBPD is not None:
                 prompts_NBPD = prompts_NBPD.to(span.device, span.dtype)
-            session = ServerSession(key, epoch, span, cache, prompts_NBPD, names)
+            changed = None if adapters is None else adapters.adapters
+            session = ServerSession(key, epoch, span, cache, prompts_NBPD, changed, names)
             self._promised[session] = key.batch_size
         return session
 

@@ -20,9 +20,11 @@ from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import SpanViews
 from swarm.model.ragged import is_packable
 from swarm.model.span import Span, load_span
+from swarm.model.targets import find_targets
 from swarm.peers import Connector
 from swarm.ranges import BlockRange
 
+from .adapters import AdapterStore
 from .batches import KeptActivations
 from .compute import ComputeThread
 from .config import ServerConfig
@@ -68,6 +70,7 @@ class Tenure:
     sessions: SessionTable
     engine: Engine
     kept: KeptActivations
+    adapters: AdapterStore
     speed: Speed
     """As measured before anybody used it."""
 
@@ -118,12 +121,14 @@ async def open_tenure(
         logger.info("loading blocks %s of %s", holding.blocks, checkpoint.name)
         span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
         speed = await thread.run(lambda: measure_speed(span))
+        targets = await thread.run(lambda: find_targets(span))
         sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
         owned.callback(sessions.drop_kept)
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
         kept = KeptActivations(config.kept_activation_bytes)
-        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept)
-        yield Tenure(holding, service, sessions, engine, kept, speed)
+        adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
+        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept, adapters)
+        yield Tenure(holding, service, sessions, engine, kept, adapters, speed)
 
 
 def _load(config: ServerConfig, checkpoint: Checkpoint, holding: Holding, thread: ComputeThread) -> Span:

@@ -11,7 +11,8 @@
     ├── PeerError                  one peer failed; another may do better
     │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
     │   ├── SessionLost            it no longer holds the session's cache
-    │   ├── CacheFull              it has no room for this session now
+    │   ├── CacheFull              it has no room for this session, or its adapters, now
+    │   ├── AdapterMissing         it does not hold an adapter that was named; send it and ask again
     │   ├── Draining               it is about to leave, or has left these blocks for others
     │   └── ProtocolError          it sent something that the wire contract does not allow
     ├── NoRoute                    no set of live peers covers all blocks
@@ -90,9 +91,16 @@ class SessionLost(PeerError):
 
 
 class CacheFull(PeerError):
-    """The peer has no room for this session at present."""
+    """The peer has no room for this session, or its adapters, at present."""
 
     code = pb.ERROR_CODE_CACHE_FULL
+
+
+class AdapterMissing(PeerError):
+    """The peer does not hold an adapter that the request names (any more); send it and ask again."""
+
+    code = pb.ERROR_CODE_ADAPTER_MISSING
+    retry = pb.RETRY_SAME_PEER
 
 
 class Draining(PeerError):

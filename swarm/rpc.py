@@ -60,6 +60,7 @@ _STATUS = {
     pb.ERROR_CODE_CACHE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     pb.ERROR_CODE_DRAINING: grpc.StatusCode.UNAVAILABLE,
     pb.ERROR_CODE_PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
+    pb.ERROR_CODE_ADAPTER_MISSING: grpc.StatusCode.NOT_FOUND,
 }
 
 _CLASSES: dict[int, type[SwarmError]] = {
@@ -72,6 +73,7 @@ _CLASSES: dict[int, type[SwarmError]] = {
     pb.ERROR_CODE_CACHE_FULL: errors.CacheFull,
     pb.ERROR_CODE_DRAINING: errors.Draining,
     pb.ERROR_CODE_PROTOCOL: ProtocolError,
+    pb.ERROR_CODE_ADAPTER_MISSING: errors.AdapterMissing,
 }
 
 _MAX_ERROR_TEXT = 1000

@@ -68,12 +68,35 @@ async def read_tensors(
     if data:
         unpacker.feed(data)
     while not unpacker.done:
-        try:
-            async with asyncio.timeout(PART_TIMEOUT_S):
-                message = await read()
-        except TimeoutError as exc:
-            raise PeerUnavailable(f"the rest of a message did not come within {PART_TIMEOUT_S:.0f} s") from exc
-        if message is grpc.aio.EOF or message.WhichOneof("kind") != "more":
-            raise ProtocolError("a message ended before the bytes that its tensors need had come")
-        unpacker.feed(message.more)
+        unpacker.feed(await _read_part(read))
     return unpacker.tensors()
+
+
+async def read_bytes(read: Callable[[], Awaitable[Any]], data: bytes, num_bytes: int) -> bytes:
+    """Return the bytes of a message whose first part is `data`, reading more parts as needed.
+
+    Args:
+        num_bytes: how many there are; whoever calls has checked that so many are welcome.
+    Raises: ProtocolError: parts that do not add up to them.
+    """
+    parts, received = [data], len(data)
+    while received < num_bytes:
+        parts.append(await _read_part(read))
+        received += len(parts[-1])
+        if not parts[-1]:
+            raise ProtocolError("a message part carries no bytes although some are missing")
+    if received > num_bytes:
+        raise ProtocolError(f"{num_bytes} bytes were announced, {received} came")
+    return b"".join(parts)
+
+
+async def _read_part(read: Callable[[], Awaitable[Any]]) -> bytes:
+    """Return the next part of a message that has begun."""
+    try:
+        async with asyncio.timeout(PART_TIMEOUT_S):
+            message = await read()
+    except TimeoutError as exc:
+        raise PeerUnavailable(f"the rest of a message did not come within {PART_TIMEOUT_S:.0f} s") from exc
+    if message is grpc.aio.EOF or message.WhichOneof("kind") != "more":
+        raise ProtocolError("a message ended before the bytes that it announced had come")
+    return bytes(message.more)

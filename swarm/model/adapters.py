@@ -24,7 +24,7 @@ from torch import Tensor
 from swarm.errors import BadRequest
 from swarm.model.changes import KINDS, Bias, Bottleneck, Change, Ia3, Lora, first_error
 
-__all__ = ["KINDS", "Bias", "BlockAdapter", "Bottleneck", "Change", "Ia3", "Lora", "ModelAdapter"]
+__all__ = ["KINDS", "Bias", "BlockAdapter", "Bottleneck", "Change", "Ia3", "Lora", "ModelAdapter", "frozen"]
 
 MAX_ADAPTER_BYTES = 1 << 30
 """Of one block's adapter, unless a server says less."""
@@ -127,6 +127,14 @@ class BlockAdapter:
 
 ModelAdapter = Sequence[BlockAdapter | None]
 """One entry for each block of a model, block 0 first; None where nothing is changed."""
+
+
+def frozen(adapters: ModelAdapter | None) -> ModelAdapter | None:
+    """The same adapters, their files made here and now: an optimizer may change the tensors before they are sent."""
+    for adapter in adapters or ():
+        if adapter is not None:
+            adapter.to_bytes()
+    return adapters
 
 
 class _Entry(BaseModel):

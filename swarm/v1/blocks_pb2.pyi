@@ -33,6 +33,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_CACHE_FULL: _ClassVar[ErrorCode]
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_PROTOCOL: _ClassVar[ErrorCode]
+    ERROR_CODE_ADAPTER_MISSING: _ClassVar[ErrorCode]
 
 class Retry(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +59,7 @@ ERROR_CODE_SESSION_LOST: ErrorCode
 ERROR_CODE_CACHE_FULL: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_PROTOCOL: ErrorCode
+ERROR_CODE_ADAPTER_MISSING: ErrorCode
 RETRY_UNSPECIFIED: Retry
 RETRY_NEVER: Retry
 RETRY_SAME_PEER: Retry
@@ -138,16 +140,18 @@ class DescribeResponse(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., peer_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_model_blocks: _Optional[int] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., dtype: _Optional[_Union[DType, str]] = ..., hidden_size: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., can_rewind: _Optional[bool] = ..., clock_s: _Optional[float] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_session_tokens", "max_step_tokens", "max_batch_tokens", "max_batch_size")
+    __slots__ = ("max_session_tokens", "max_step_tokens", "max_batch_tokens", "max_batch_size", "max_adapter_bytes")
     MAX_SESSION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_session_tokens: int
     max_step_tokens: int
     max_batch_tokens: int
     max_batch_size: int
-    def __init__(self, max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ...) -> None: ...
+    max_adapter_bytes: int
+    def __init__(self, max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_adapter_bytes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length")
@@ -192,7 +196,7 @@ class SessionClose(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch")
+    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch", "adapters")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +209,7 @@ class SessionOpen(_message.Message):
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     session_id: bytes
@@ -217,7 +222,8 @@ class SessionOpen(_message.Message):
     prompts: TensorSpec
     data: bytes
     epoch: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ..., adapters: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SessionAttach(_message.Message):
     __slots__ = ("protocol_version", "session_id", "epoch")
@@ -302,7 +308,7 @@ class ComputeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ComputeOpen, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class ComputeOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data", "forward_id")
+    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data", "forward_id", "adapters", "dropout_seed", "first_row")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +319,9 @@ class ComputeOpen(_message.Message):
     GRAD_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     FORWARD_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     blocks: BlockRange
@@ -323,7 +332,10 @@ class ComputeOpen(_message.Message):
     grad_outputs: TensorSpec
     data: bytes
     forward_id: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., forward_id: _Optional[bytes] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[bytes]
+    dropout_seed: int
+    first_row: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., forward_id: _Optional[bytes] = ..., adapters: _Optional[_Iterable[bytes]] = ..., dropout_seed: _Optional[int] = ..., first_row: _Optional[int] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
     __slots__ = ("result", "more")
@@ -334,11 +346,45 @@ class ComputeResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[ComputeResult, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class ComputeResult(_message.Message):
-    __slots__ = ("hidden_states", "prompts", "data")
+    __slots__ = ("hidden_states", "prompts", "data", "adapter_grads")
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_GRADS_FIELD_NUMBER: _ClassVar[int]
     hidden_states: TensorSpec
     prompts: TensorSpec
     data: bytes
-    def __init__(self, hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    adapter_grads: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., adapter_grads: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
+
+class PutAdaptersRequest(_message.Message):
+    __slots__ = ("open", "adapter", "more")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    open: PutAdaptersOpen
+    adapter: AdapterFile
+    more: bytes
+    def __init__(self, open: _Optional[_Union[PutAdaptersOpen, _Mapping]] = ..., adapter: _Optional[_Union[AdapterFile, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
+
+class PutAdaptersOpen(_message.Message):
+    __slots__ = ("protocol_version", "model_fingerprint")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_fingerprint: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class AdapterFile(_message.Message):
+    __slots__ = ("digest", "num_bytes", "data")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    num_bytes: int
+    data: bytes
+    def __init__(self, digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PutAdaptersResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

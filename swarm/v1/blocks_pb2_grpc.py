@@ -62,6 +62,11 @@ class BlocksStub:
                 request_serializer=swarm_dot_v1_dot_blocks__pb2.ComputeRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_blocks__pb2.ComputeResponse.FromString,
                 _registered_method=True)
+        self.PutAdapters = channel.stream_unary(
+                '/swarm.v1.Blocks/PutAdapters',
+                request_serializer=swarm_dot_v1_dot_blocks__pb2.PutAdaptersRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_blocks__pb2.PutAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class BlocksServicer:
@@ -101,7 +106,15 @@ class BlocksServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Backward(self, request_iterator, context):
-        """The gradient with respect to the inputs (and prompts) of a Forward; activations are recomputed unless kept.
+        """The gradient with respect to the inputs (prompts, adapters) of a Forward; activations are recomputed unless kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutAdapters(self, request_iterator, context):
+        """Adapters for blocks, which later requests name by their digests. First message: open. The server forgets those that
+        were not used for longest when it needs their room; a request that names one that it lacks fails with ADAPTER_MISSING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +147,11 @@ def add_BlocksServicer_to_server(servicer, server):
                     servicer.Backward,
                     request_deserializer=swarm_dot_v1_dot_blocks__pb2.ComputeRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_blocks__pb2.ComputeResponse.SerializeToString,
+            ),
+            'PutAdapters': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutAdapters,
+                    request_deserializer=swarm_dot_v1_dot_blocks__pb2.PutAdaptersRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_blocks__pb2.PutAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -274,6 +292,33 @@ class Blocks:
             '/swarm.v1.Blocks/Backward',
             swarm_dot_v1_dot_blocks__pb2.ComputeRequest.SerializeToString,
             swarm_dot_v1_dot_blocks__pb2.ComputeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutAdapters(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/swarm.v1.Blocks/PutAdapters',
+            swarm_dot_v1_dot_blocks__pb2.PutAdaptersRequest.SerializeToString,
+            swarm_dot_v1_dot_blocks__pb2.PutAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,7 +17,7 @@ def random_change(kind: str, target: str, width: Width, draw: torch.Generator) -
     """A change whose tensors are not zero anywhere."""
 
     def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw) * 0.3
+        return torch.randn(*shape, generator=draw) * 0.05
 
     size_in, size_out = width.in_features, width.out_features
     if kind == "lora":

@@ -46,6 +46,6 @@ def test_too_little_memory_for_the_wanted_blocks_advises_fewer():
 
 
 def test_further_blocks_fit_if_they_and_their_cache_do():
-    memory = MemoryPlan(num_blocks=2, cache_bytes=50 * MIB)
+    memory = MemoryPlan(num_blocks=2, cache_bytes=40 * MIB, adapter_bytes=10 * MIB)
     assert fits(NEEDS, memory, free_bytes=300 * MIB)
     assert not fits(NEEDS, memory, free_bytes=290 * MIB)
