@@ -237,5 +237,6 @@ async def _next_message(context: grpc.aio.ServicerContext, kind: str, *, or_end:
     if message is grpc.aio.EOF and or_end:
         return None
     if message is grpc.aio.EOF or message.WhichOneof("kind") != kind:
-        raise ProtocolError(f"the next message of this call must be `{kind}`")
+        which = "next" if or_end else "first"
+        raise ProtocolError(f"the {which} message of this call must be `{kind}`")
     return message

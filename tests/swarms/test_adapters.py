@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+import pytest
 import torch
-from tiny import random_ids
+from changing import changed, random_adapter
+from swarms_help import wait_until
+from test_bad_input import assert_refused, compute, open_stub, opening, talk
+from test_training import fingerprints, through_layers
+from tiny import load_local, random_ids
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-
-from changing import changed, random_adapter
-
-from swarm.model.adapters import BlockAdapter
+from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
+from swarm.errors import AdapterMissing, BadRequest, ProtocolError
+from swarm.link import JoinLink
+from swarm.model.adapters import BlockAdapter, Lora
 from swarm.model.targets import find_targets
+from swarm.rpc import translate
+from swarm.server import LocalSwarm
+from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
 
@@ -61,3 +72,300 @@ def test_loss_and_gradients_of_all_kinds(llama):
     adapters, ids = make_adapters(llama.swarm), random_ids(2, 9)
     adapters[3] = None
     assert_same(train_remote(llama.remote, adapters, ids), train_local(llama.local, adapters, ids))
+
+
+def test_micro_batches_add_up_and_what_was_not_kept_is_computed_again(llama, swarms, monkeypatch):
+    adapters, ids = make_adapters(llama.swarm), random_ids(5, 9)
+    wanted = train_local(llama.local, adapters, ids)
+    remote = swarms.join(llama.swarm, llama.path, config={"micro_batch_tokens": 20})  # 2 + 2 + 1 sequences
+    assert_same(train_remote(remote, adapters, ids), wanted)
+    for server in llama.swarm.servers:
+        monkeypatch.setattr(server.running.mover.tenure.kept, "max_bytes", 0)
+    assert_same(train_remote(remote, adapters, ids), wanted)
+
+
+def test_dropout_is_the_same_however_a_batch_is_cut(llama, swarms, monkeypatch):
+    adapters = [
+        BlockAdapter([Lora("mlp.up_proj", torch.randn(4, 64) * 0.1, torch.randn(96, 4) * 0.1, 0.5, dropout=0.4)])
+        for _ in range(6)
+    ]
+    ids, results = random_ids(4, 9), []
+    remotes = [llama.remote, swarms.join(llama.swarm, llama.path, config={"micro_batch_tokens": 20})]
+    for number, remote in enumerate([*remotes, llama.remote]):
+        torch.manual_seed(5)
+        if number == 2:
+            for server in llama.swarm.servers:
+                monkeypatch.setattr(server.running.mover.tenure.kept, "max_bytes", 0)
+        results.append(train_remote(remote, adapters, ids))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    torch.manual_seed(6)
+    assert abs(train_remote(llama.remote, adapters, ids)[0] - results[0][0]) > 1e-4
+
+
+def test_slices_of_remote_blocks_are_changed_as_well(llama):
+    adapters = make_adapters(llama.swarm)
+    leaves, tensors = with_leaves(adapters)
+    local_leaves, local_tensors = with_leaves(adapters)
+    x_BLD, results = torch.randn(2, 7, 64), []
+    with changed(llama.local.model.layers, local_leaves):
+        results.append(through_layers(llama.local, llama.local.model.layers[1:4], x_BLD))
+    results.append(llama.remote.remote_blocks[1:4](x_BLD, adapters=leaves))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
+    grads = [
+        torch.autograd.grad(y.pow(2).mean(), of, allow_unused=True)
+        for y, of in zip(results, (local_tensors, tensors), strict=True)
+    ]
+    assert [each is None for each in grads[0]] == [each is None for each in grads[1]]
+    assert_same([each for each in grads[1] if each is not None], [each for each in grads[0] if each is not None])
+    with pytest.raises(BadRequest, match="adapters of 3 blocks"):
+        llama.remote.remote_blocks[1:4](x_BLD, adapters=leaves[:3])
+
+
+# Decoding
+
+
+def generate(model: Any, ids: Tensor, **how: Any) -> Tensor:
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=12, do_sample=False, **how)
+
+
+def layers_of(local: Any) -> Any:
+    return local.model.layers if hasattr(local, "model") else local.transformer.h
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "qwen3_next"])
+def test_clients_with_different_adapters_decode_at_the_same_time(swarms, model_type):
+    ranges = ((0, 2), (2, 4), (4, 6)) if model_type == "llama" else ((0, 1), (1, 3), (3, 4))
+    swarm, path = swarms.get(model_type, ranges)
+    local, ids = load_local(path), random_ids(2, 20)
+    choices = [make_adapters(swarm, seed=1), make_adapters(swarm, seed=2), None, make_adapters(swarm, seed=1)]
+    clients, wanted = [swarms.join(swarm, path) for _ in choices], []
+    for client, adapters in zip(clients, choices, strict=True):
+        client._swarm.adapters = lambda adapters=adapters: adapters
+        with changed(layers_of(local), adapters or [None] * len(layers_of(local))):
+            wanted.append(generate(local, ids))
+    assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(wanted[0], wanted[2])
+    with ThreadPoolExecutor() as pool:
+        ours = list(pool.map(lambda client: generate(client, ids), clients))
+    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
+
+
+def test_training_with_adapters_changes_no_server_and_nobody_else(llama, swarms):
+    other, ids = swarms.join(llama.swarm, llama.path), random_ids(2, 9)
+    before, logits = fingerprints(llama.swarm), other(ids, use_cache=False).logits.detach()
+    adapters, losses = make_adapters(llama.swarm, kinds=("lora",)), []
+    leaves, tensors = with_leaves(adapters)
+    optimizer = torch.optim.Adam(tensors, lr=0.01)
+    for _ in range(8):
+        now = [each.with_tensors(list(each.tensors().values())) for each in leaves]
+        llama.remote._swarm.adapters = lambda now=now: now
+        try:
+            loss = llama.remote(input_ids=ids, labels=ids, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+        finally:
+            llama.remote._swarm.adapters = lambda: None
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert fingerprints(llama.swarm) == before
+    assert torch.equal(other(ids, use_cache=False).logits, logits)
+
+
+def test_gradients_of_adapters_do_not_flow_through_a_cache(llama):
+    leaves, _ = with_leaves(make_adapters(llama.swarm))
+    llama.remote._swarm.adapters = lambda: leaves
+    try:
+        for parameter in llama.remote.parameters():
+            parameter.requires_grad_(False)
+        with pytest.raises(BadRequest, match="use_cache=False"):
+            llama.remote(random_ids(1, 4), use_cache=True)
+    finally:
+        llama.remote._swarm.adapters = lambda: None
+        for parameter in llama.remote.parameters():
+            parameter.requires_grad_(True)
+
+
+# What servers forget, and servers that are lost
+
+
+def stores(swarm: Any) -> list[Any]:
+    return [server.running.mover.tenure.adapters for server in swarm.servers]
+
+
+@pytest.fixture(scope="module")
+def small(all_swarms: Any, tiny_model: Any) -> Iterator[tuple[LocalSwarm, Path]]:
+    """Servers with room for three clients' adapters."""
+    path = tiny_model("llama")
+    with LocalSwarm(
+        str(path), ranges=[(0, 3), (3, 6)], dtype="float32", in_process=True, settings={"adapter_bytes": 350_000}
+    ) as swarm:
+        yield swarm, path
+
+
+def test_adapters_that_were_forgotten_are_sent_again(small, swarms):
+    swarm, path = small
+    local, ids = load_local(path), random_ids(1, 9)
+    remote = swarms.join(swarm, path)
+    choices = [make_adapters(swarm, seed=seed) for seed in range(5)]
+    for seed in (0, 1, 2, 3, 4, 0, 4):
+        assert_same(train_remote(remote, choices[seed], ids), train_local(local, choices[seed], ids))
+        assert all(0 < store.statistics().used_bytes <= 350_000 for store in stores(swarm))
+    assert all(store.statistics().num_used == 0 for store in stores(swarm))
+
+
+def test_adapters_of_an_open_session_stay(small, swarms):
+    swarm, path = small
+    local, ids = load_local(path), random_ids(1, 6)
+    remote, adapters = swarms.join(swarm, path), make_adapters(swarm, seed=0)
+    with changed(local.model.layers, adapters):
+        wanted = generate(local, ids)
+    remote._swarm.adapters = lambda: adapters
+    with remote.inference_session(max_length=40):
+        with torch.no_grad():
+            first = remote.generate(ids, max_new_tokens=4, do_sample=False)
+        for seed in range(1, 5):
+            remote._swarm.adapters = lambda seed=seed: make_adapters(swarm, seed=seed)
+            remote(ids, use_cache=False)
+        assert all(store.statistics().num_used == 3 for store in stores(swarm))
+        with torch.no_grad():
+            rest = remote.generate(max_new_tokens=8, do_sample=False)
+    assert torch.equal(torch.cat([first, rest], dim=1), wanted)
+    wait_until(lambda: all(store.statistics().num_used == 0 for store in stores(swarm)), "adapters are given back")
+
+
+def test_adapters_larger_than_the_room_are_refused(small, swarms):
+    swarm, path = small
+    remote = swarms.join(swarm, path)
+    large = [BlockAdapter([Lora("mlp", torch.zeros(512, 64), torch.zeros(64, 512))]) for _ in range(6)]
+    remote._swarm.adapters = lambda: large
+    with pytest.raises(BadRequest, match="bytes was announced, this server takes at most 175000"):
+        remote(random_ids(1, 4), use_cache=False)
+
+
+def test_a_server_killed_while_a_session_with_adapters_decodes(tiny_model):
+    path = tiny_model("llama")
+    arguments = ("--announce-period", "3", "--cache-mib", "64", "--threads", "1", "--drain-timeout", "0.5")
+    with LocalSwarm(str(path), ranges=[(0, 3), (3, 6), (3, 6)], dtype="float32", arguments=arguments) as swarm:
+        remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), join=swarm.link).eval()
+        try:
+            local, ids = load_local(path), random_ids(1, 6)
+            adapters = [
+                BlockAdapter([Lora("self_attn.q_proj", torch.randn(4, 64), torch.randn(64, 4), 0.3)]) for _ in range(6)
+            ]
+            remote._swarm.adapters = lambda: adapters
+            with changed(local.model.layers, adapters):
+                wanted = generate(local, ids)
+            with remote.inference_session(max_length=40) as session, torch.no_grad():
+                first = remote.generate(ids, max_new_tokens=4, do_sample=False)
+                peer_id = session.route[-1].peer_id
+                next(each for each in swarm.servers if peer_id in JoinLink.parse(each.link).initial_peers[0]).kill()
+                rest = remote.generate(max_new_tokens=8, do_sample=False)
+                assert session.route[-1].peer_id != peer_id
+            assert torch.equal(torch.cat([first, rest], dim=1), wanted)
+        finally:
+            remote.close()
+
+
+# What nobody should send
+
+
+@pytest.fixture
+def server(llama: Any) -> Iterator[Any]:
+    """The announcement of the server of blocks 2:4; afterwards it holds what it held, and works."""
+    before = [store.statistics() for store in stores(llama.swarm)]
+    yield next(hop.server for hop in llama.remote.explain_route() if hop.server.start == 2)
+    wait_until(lambda: [store.statistics() for store in stores(llama.swarm)] == before, "nothing is left")
+    ids = random_ids(1, 5)
+    assert torch.equal(generate(llama.remote, ids), generate(llama.local, ids))
+
+
+async def put(stub: Any, server: Any, *messages: Any) -> None:
+    opening = pb.PutAdaptersOpen(protocol_version=PROTOCOL_VERSION, model_fingerprint=server.model_fingerprint)
+    call = stub.PutAdapters()
+    try:
+        for message in (opening, *messages):
+            kind = {pb.PutAdaptersOpen: "open", pb.AdapterFile: "adapter", bytes: "more"}[type(message)]
+            await call.write(pb.PutAdaptersRequest(**{kind: message}))
+        await call.done_writing()
+    except asyncio.InvalidStateError:
+        pass  # it ended while we wrote; its status says why
+    try:
+        await call
+    except grpc.aio.AioRpcError as exc:
+        raise translate(exc, "peer") from exc
+
+
+def file(data: bytes, **changes: Any) -> pb.AdapterFile:
+    fields = {"digest": hashlib.sha256(data).digest(), "num_bytes": len(data), "data": data}
+    return pb.AdapterFile(**(fields | changes))
+
+
+def good(target: str = "mlp", rows: int = 64, value: float = 0.1) -> bytes:
+    return BlockAdapter([Lora(target, torch.ones(2, 64), torch.full((rows, 2), value))]).to_bytes()
+
+
+@pytest.mark.parametrize(
+    "message, error, sentence",
+    [
+        (file(good(), num_bytes=10 * 2**30), BadRequest, "a block's adapter of 10737418240 bytes was announced"),
+        (file(good(), digest=bytes(32)), BadRequest, "not that of its bytes"),
+        (file(good(), digest=b"short"), ProtocolError, "32 bytes"),
+        (file(good(), num_bytes=len(good()) + 1), ProtocolError, "before the bytes that it announced"),
+        (file(good(), num_bytes=5), ProtocolError, "5 bytes were announced"),
+        (file(b"\x80\x04pickled"), BadRequest, "not a whole safetensors file"),
+        (file(good()[:-4]), BadRequest, "not a whole safetensors file"),
+        (file(good(value=torch.nan)), BadRequest, "not finite"),
+        (file(good().replace(b"mlp/lora", b"mlp/code")), BadRequest, "changed by 'code', which is not known here"),
+        (b"more", ProtocolError, "must be `adapter`"),
+    ],
+)
+async def test_files_that_are_no_adapters(server, message, error, sentence):
+    async with open_stub(server) as stub:
+        with pytest.raises(error, match=sentence) as caught:
+            await put(stub, server, message)
+    assert type(caught.value) is error and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
+        (good(rows=63), r"in block 2, the lora change of mlp needs 'b_OR' of the shape \[64, 2\], not \[63, 2\]"),
+        (good(target="mlp.gone"), "block 2 has no module mlp.gone that can be changed, but input_layernorm, mlp"),
+    ],
+)
+async def test_adapters_that_do_not_fit_the_blocks(llama, data, sentence):
+    server = next(hop.server for hop in llama.remote.explain_route() if hop.server.start == 2)
+    digest = hashlib.sha256(data).digest()
+    async with open_stub(server) as stub:
+        for names, wanted, error in (
+            ([b"", bytes(32)], "1 of the adapters that were named are not here", AdapterMissing),
+            ([digest], "adapters of 1 blocks were named", BadRequest),
+            ([digest, b""], sentence, BadRequest),
+        ):
+            await put(stub, server, file(data))
+            await assert_refused(error, wanted, stub.Forward(), compute(server, adapters=names))
+            gradient = torch.zeros(1, 3, 64)
+            await assert_refused(error, wanted, stub.Backward(), compute(server, adapters=names, grad_outputs=gradient))
+            await assert_refused(error, wanted, stub.Session(), pb.SessionRequest(open=opening(server, adapters=names)))
+
+
+async def test_a_session_opened_again_with_other_adapters_is_refused(llama):
+    server = next(hop.server for hop in llama.remote.explain_route() if hop.server.start == 2)
+    data = good()
+    names = [hashlib.sha256(data).digest(), b""]
+    async with open_stub(server) as stub:
+        await put(stub, server, file(data))
+        first = opening(server, adapters=names, epoch=1)
+        call = stub.Session()
+        await talk(call, pb.SessionRequest(open=first), num_answers=1)
+        for others in ([], names[::-1]):
+            again = opening(server, session_id=first.session_id, adapters=others, epoch=2)
+            await assert_refused(
+                BadRequest, "a session with this id is open already", stub.Session(), pb.SessionRequest(open=again)
+            )
+        again = opening(server, session_id=first.session_id, adapters=names, epoch=2)
+        second = stub.Session()
+        await talk(second, pb.SessionRequest(open=again), num_answers=1)
+        second.cancel()
