@@ -23,7 +23,7 @@ from swarm.model.adapters import ModelAdapter
 from swarm.model.edits import Adapters
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
-from swarm.streams import Step, read_tensors, write_message
+from swarm.streams import Step, ask, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -202,14 +202,8 @@ class Chain:
         async with self._errors_of(index):
             call = stub.Session()
             self._calls[index] = call
-            first, more = self._opening(index)
-
-            async def exchange() -> pb.SessionResponse:
-                await write_message(call.write, first, more)
-                return await call.read()
-
             timeout_s = config.open_timeout_s + self._network.config.connect_timeout_s
-            answer = await self._network.while_alive(exchange(), [hop], timeout_s)
+            answer = await self._network.while_alive(ask(call, *self._opening(index)), [hop], timeout_s)
             if answer is grpc.aio.EOF:
                 await call.code()
                 raise self._blame(index, "closed the session at once")

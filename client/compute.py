@@ -23,7 +23,7 @@ from swarm.model.adapters import ModelAdapter
 from swarm.model.edits import Adapters
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
-from swarm.streams import read_tensors, write_message
+from swarm.streams import ask, read_tensors
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -354,11 +354,7 @@ class RemoteCompute:
         max_bytes = 8 * sum(math.prod(shape) for shape in self._answer_shapes(hop, batch, is_backward) if shape)
 
         async def exchange(call: grpc.aio.StreamStreamCall) -> list[Tensor | None]:
-            try:
-                await write_message(call.write, pb.ComputeRequest(open=opening), more)
-            except asyncio.InvalidStateError:
-                logger.debug("%s ended a call while it was made", hop)  # its status says why
-            message = await call.read()
+            message = await ask(call, pb.ComputeRequest(open=opening), more)
             if message is grpc.aio.EOF or message.WhichOneof("kind") != "result":
                 await call.code()
                 raise ProtocolError(f"peer {hop} answered without a result")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from swarm.codec import Unpacker, pack
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.v1 import blocks_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 PART_TIMEOUT_S = 60.0
 """How long the next part of a message that has begun may take."""
@@ -55,6 +58,18 @@ async def write_message(write: Callable[[Any], Awaitable[None]], first: Any, mor
     await write(first)
     for part in more:
         await write(type(first)(more=part))
+
+
+async def ask(call: grpc.aio.StreamStreamCall, first: Any, more: Sequence[bytes]) -> Any:
+    """Send a message as `write_message` does and return the first one of the answer, or gRPC's end of a stream.
+
+    Raises: AioRpcError: the other side refused, perhaps before it had all.
+    """
+    try:
+        await write_message(call.write, first, more)
+    except asyncio.InvalidStateError:
+        logger.debug("a call ended while its message was sent")  # reading says why
+    return await call.read()
 
 
 async def read_tensors(
