@@ -289,7 +289,7 @@ class RemoteCompute:
         y_BLD, dprompts, *rest = tensors
         if y_BLD is None or [_shape(each) for each in tensors] != self._answer_shapes(hop, batch, is_backward):
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
-        dtype, gradients = batch.x_BLD.dtype, iter(rest)
+        dtype, gradients = batch.x_BLD.dtype, iter([each for each in rest if each is not None])
         dadapters = {
             number: [next(gradients) for _ in adapter.tensors()]
             for number, adapter in zip(hop.blocks, adapters or (), strict=False)

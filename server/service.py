@@ -159,7 +159,7 @@ class BlocksService(pb_grpc.BlocksServicer):
             result = pb.ComputeResult(
                 hidden_states=packed.specs[0],
                 prompts=packed.specs[1],
-                adapter_grads=packed.specs[2:],
+                adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
                 data=packed.data,
             )
             await write_message(context.write, pb.ComputeResponse(result=result), packed.more)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Self
 
@@ -68,7 +68,7 @@ class BlockAdapter:
         """The same changes with other tensors, in the order of `tensors()`."""
         named = dict(zip(self.tensors(), tensors, strict=True))
         return BlockAdapter(
-            [replace(each, **{name: named[f"{each.name}/{name}"] for name in each.tensor_names()}) for each in self]
+            [each.with_tensors({name: named[f"{each.name}/{name}"] for name in each.tensor_names()}) for each in self]
         )
 
     @property

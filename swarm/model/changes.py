@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -88,6 +88,11 @@ class Change(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, in the order of their names."""
         return {name: getattr(self, name) for name in self.tensor_names()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same change with other tensors."""
+        others: dict[str, Any] = dict(tensors)
+        return replace(self, **others)
 
     @property
     def changes_input(self) -> bool:

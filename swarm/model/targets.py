@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,10 @@ def find_targets(span: Span) -> Targets:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = first_input(args, kwargs) if args or "hidden_states" in kwargs else None
             y = output[0] if isinstance(output, tuple) and output else output
-            fits = _is_of_all_tokens(x) and _is_of_all_tokens(y)
-            if isinstance(output, tuple) and fits:  # what else a router returns would not follow its change
-                fits = y.shape[-1] == span.hidden_size
-            seen[number].setdefault(name, []).append(Width(x.shape[-1], y.shape[-1]) if fits else None)
+            width = Width(x.shape[-1], y.shape[-1]) if _is_of_all_tokens(x) and _is_of_all_tokens(y) else None
+            if isinstance(output, tuple) and width is not None and width.out_features != span.hidden_size:
+                width = None  # a router: what else it returns would not follow its change
+            seen[number].setdefault(name, []).append(width)
 
         return hook
 
@@ -63,7 +63,7 @@ def find_targets(span: Span) -> Targets:
     }
 
 
-def _is_of_all_tokens(x: Any) -> bool:
+def _is_of_all_tokens(x: Any) -> TypeGuard[Tensor]:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     return x.shape[:-1] in (TRIAL_SHAPE, (TRIAL_SHAPE[0] * TRIAL_SHAPE[1],))

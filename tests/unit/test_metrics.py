@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from test_engine import Bench, open_bench
 
 from swarm.errors import ResourceError
+from swarm.server.adapters import AdapterStore
 from swarm.server.batches import KeptActivations
 from swarm.server.metrics import ServerCollector, serve_metrics
 
@@ -35,7 +37,8 @@ def read_metrics(port: int) -> dict[tuple[str, str], float]:
 
 def in_service(bench: Bench) -> Any:
     """What a collector reads of a tenure."""
-    return SimpleNamespace(engine=bench.engine, sessions=bench.table, kept=KeptActivations(1 << 20))
+    adapters = AdapterStore(0, {}, torch.device("cpu"))
+    return SimpleNamespace(engine=bench.engine, sessions=bench.table, kept=KeptActivations(1 << 20), adapters=adapters)
 
 
 async def test_metrics_follow_what_the_engine_does():
