@@ -195,7 +195,7 @@ def test_slices_of_rows_with_dropout_add_up_to_the_whole(span: Span) -> None:
     x_BLD = torch.randn(3, 5, span.hidden_size)
     y_BLD = span(x_BLD, adapters=adapters, dropout=Dropout(7, 0, 5))
     parts = [span(x_BLD[row : row + 1], adapters=adapters, dropout=Dropout(7, row, 5)) for row in range(3)]
-    torch.testing.assert_close(torch.cat(parts), y_BLD, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts), y_BLD, atol=1e-4, rtol=0)
     assert not torch.allclose(span(x_BLD, adapters=adapters), y_BLD)
 
 
