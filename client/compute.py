@@ -284,11 +284,11 @@ class RemoteCompute:
             tensors = await self._network.uploads.calling(
                 hop, adapters, self._needs.fingerprint, lambda: self._exchange(hop, opening, more, batch, is_backward)
             )
-        self._network.succeeded(hop.peer_id)
-        self._took(hop, is_backward, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
         y_BLD, dprompts, *rest = tensors
         if y_BLD is None or [_shape(each) for each in tensors] != self._answer_shapes(hop, batch, is_backward):
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
+        self._network.succeeded(hop.peer_id)
+        self._took(hop, is_backward, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
         dtype, gradients = batch.x_BLD.dtype, iter([each for each in rest if each is not None])
         dadapters = {
             number: [next(gradients) for _ in adapter.tensors()]

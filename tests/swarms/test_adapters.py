@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 import torch
 from changing import changed, random_adapter
-from swarms_help import wait_until
+from swarms_help import wait_idle, wait_until
 from test_bad_input import assert_refused, compute, open_stub, opening, talk
 from test_training import fingerprints, through_layers
 from tiny import load_local, random_ids
@@ -151,6 +151,20 @@ def test_clients_with_different_adapters_decode_at_the_same_time(swarms, model_t
     assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
 
 
+def test_sessions_share_pages_only_with_the_same_adapters(llama, swarms):
+    clients, ids = [swarms.join(llama.swarm, llama.path) for _ in range(2)], random_ids(1, 40)
+    for seeds in ((1, 1), (1, 2)):
+        for client, seed in zip(clients, seeds, strict=True):
+            client._swarm.adapters = lambda seed=seed: make_adapters(llama.swarm, seed=seed)
+        sessions = [client.inference_session(max_length=64) for client in clients]
+        with sessions[0], sessions[1]:
+            for client, session in zip(clients, sessions, strict=True):
+                client.generate(ids, max_new_tokens=2, do_sample=False, session=session)
+            shared = [server.running.sessions.statistics().cache_shared_bytes for server in llama.swarm.servers]
+        assert all(each > 0 for each in shared) if seeds == (1, 1) else not any(shared)
+        wait_idle(llama.swarm)
+
+
 def test_training_with_adapters_changes_no_server_and_nobody_else(llama, swarms):
     other, ids = swarms.join(llama.swarm, llama.path), random_ids(2, 9)
     before, logits = fingerprints(llama.swarm), other(ids, use_cache=False).logits.detach()
@@ -242,6 +256,13 @@ def test_adapters_larger_than_the_room_are_refused(small, swarms):
     remote._swarm.adapters = lambda: large
     with pytest.raises(BadRequest, match="bytes was announced, this server takes at most 175000"):
         remote(random_ids(1, 4), use_cache=False)
+
+
+async def test_a_server_says_how_much_it_takes(small, swarms):
+    server = swarms.join(*small).explain_route()[0].server
+    async with open_stub(server) as stub:
+        answer = await stub.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION))
+    assert answer.limits.max_adapter_bytes == 175_000
 
 
 def test_a_server_killed_while_a_session_with_adapters_decodes(tiny_model):
