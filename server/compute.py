@@ -12,16 +12,30 @@ from typing import TypeVar
 
 import torch
 
+from .cores import keep_apart
+
 T = TypeVar("T")
 
 
 class ComputeThread:
-    """One thread for everything that uses the model, so that nothing around it needs a lock. A context manager."""
+    """One thread for everything that uses the model, so that nothing around it needs a lock. A context manager.
 
-    def __init__(self, *, num_threads: int | None = None) -> None:
+    Args:
+        num_threads: that torch computes with; None: as it likes.
+        uses_cores: whether it computes on this machine's cores, each of torch's threads on one of its own.
+    """
+
+    def __init__(self, *, num_threads: int | None = None, uses_cores: bool = False) -> None:
         self.closed = False
         """Set when the thread is asked to end; long work looks at it to give up early."""
-        self._threads = concurrent.futures.ThreadPoolExecutor(1, "compute", lambda: _use_threads(num_threads))
+
+        def prepare() -> None:
+            if num_threads is not None:
+                torch.set_num_threads(num_threads)
+            if uses_cores:
+                keep_apart()
+
+        self._threads = concurrent.futures.ThreadPoolExecutor(1, "compute", prepare)
 
     def __enter__(self) -> ComputeThread:
         return self
@@ -37,8 +51,3 @@ class ComputeThread:
     def submit(self, work: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run `work` in the thread, after what was submitted before."""
         return self._threads.submit(work)
-
-
-def _use_threads(num_threads: int | None) -> None:
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)

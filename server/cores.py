@@ -1,4 +1,4 @@
-"""Servers that share a machine's cores take turns on them.
+"""On which cores a server computes, and when: each of its threads on one of its own; servers that share them in turns.
 
 Two processes that compute at once, each with a thread for every core, wait for each other's threads at the end of
 every operation: both together do far less than one after the other. While a server waits for its turn, the steps of
@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,15 @@ SULK_S = 5.0
 
 POLL_S = 0.0003
 """How often to ask whether the cores are free."""
+
+TASKS, SYSTEM_CPUS = Path("/proc/self/task"), Path("/sys/devices/system/cpu")
+"""Where Linux tells of this process's threads, and of the cores."""
+
+MAX_NAME_CHARS = 15
+"""Of a thread, as Linux keeps it."""
+
+PARALLEL_ELEMENTS = 1 << 20
+"""An operation on so many elements is worth all of torch's threads."""
 
 
 def cores_path(device: torch.device, num_threads: int) -> Path | None:
@@ -85,6 +95,38 @@ class Cores:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
+
+
+def keep_apart() -> None:
+    """Bind each of the threads that torch computes with to a core of its own, if they take all that we may use.
+
+    Left alone, two of them that wake up after a pause are often on one core while another one idles. Operations end
+    with barriers, so each then takes milliseconds, until the system moves a thread. Called by the thread that computes;
+    where a system offers no way to bind threads, nothing happens.
+    """
+    name = f"compute{threading.get_native_id()}"[:MAX_NAME_CHARS]
+    try:
+        (TASKS / str(threading.get_native_id()) / "comm").write_text(name)
+        torch.zeros(PARALLEL_ELEMENTS).add_(1)  # now torch has its threads, which have our name
+        threads = [int(each.name) for each in TASKS.iterdir() if (each / "comm").read_text().strip() == name]
+        cores = cores_by_number()
+        if len(threads) != len(cores):
+            logger.debug("%d threads on %d cores go where they like", len(threads), len(cores))
+            return
+        for thread, core in zip(sorted(threads), cores, strict=True):
+            os.sched_setaffinity(thread, core)
+    except (OSError, AttributeError) as exc:  # not Linux, or not allowed
+        logger.debug("threads go where they like: %s", exc)
+
+
+def cores_by_number() -> list[set[int]]:
+    """The cores that we may use, each as the numbers under which the system knows it."""
+    allowed = os.sched_getaffinity(0)
+    siblings = [SYSTEM_CPUS / f"cpu{number}" / "topology" / "thread_siblings_list" for number in allowed]
+    by_core: dict[str, set[int]] = {path.read_text(): set() for path in siblings}
+    for number, path in zip(allowed, siblings, strict=True):
+        by_core[path.read_text()].add(number)
+    return list(by_core.values())
 
 
 def _open(path: Path) -> int | None:

@@ -117,7 +117,8 @@ async def open_tenure(
     num_threads = config.num_threads or torch.get_num_threads()
     async with AsyncExitStack() as owned:
         cores = owned.enter_context(closing(Cores(cores_path(holding.device, num_threads))))
-        thread = owned.enter_context(ComputeThread(num_threads=config.num_threads))
+        uses_cores = holding.device.type == "cpu"
+        thread = owned.enter_context(ComputeThread(num_threads=config.num_threads, uses_cores=uses_cores))
         logger.info("loading blocks %s of %s", holding.blocks, checkpoint.name)
         span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
         speed = await thread.run(lambda: measure_speed(span))

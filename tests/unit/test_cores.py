@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from swarm.server import cores
+from swarm.server.compute import ComputeThread
 from swarm.server.cores import Cores, cores_path
 
 
@@ -65,3 +68,31 @@ def test_without_a_file_nobody_waits(tmp_path):
         each.pause()
         each.give_back()
         each.close()
+
+
+def threads_of(thread: ComputeThread) -> list[set[int]]:
+    """On which cores each of the threads may run that a compute thread computes with."""
+    name = f"compute{thread.submit(threading.get_native_id).result()}"
+    torch_threads = [each.name for each in cores.TASKS.iterdir() if (each / "comm").read_text().strip() == name]
+    return [os.sched_getaffinity(int(each)) for each in torch_threads]
+
+
+@pytest.mark.skipif(not cores.TASKS.exists(), reason="only Linux says which threads there are")
+def test_threads_that_take_all_cores_have_one_each_and_the_others_go_where_they_like():
+    before = os.sched_getaffinity(0)
+    mine = cores.cores_by_number()
+    with ComputeThread(num_threads=len(mine), uses_cores=True) as thread:
+        assert sorted(map(sorted, threads_of(thread))) == sorted(map(sorted, mine))
+    with ComputeThread(num_threads=len(mine) + 1, uses_cores=True) as thread:
+        assert all(each == before for each in threads_of(thread))
+    assert os.sched_getaffinity(0) == before
+
+
+def test_numbers_of_one_core_stay_together(tmp_path, monkeypatch):
+    for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings)
+    monkeypatch.setattr(cores, "SYSTEM_CPUS", tmp_path)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert cores.cores_by_number() == [{0, 2}, {1, 3}]
