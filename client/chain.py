@@ -112,6 +112,7 @@ class Chain:
         self._results: dict[int, asyncio.Future[StepOutput]] = {}
         self._last_step_id = 0
         self._failure: SwarmError | None = None
+        self._finishing: asyncio.Task[None] | None = None
 
     async def send(self, step: Step) -> asyncio.Future[StepOutput]:
         """Send a step into the first hop; the future gives the last hop's output, [B, num_outputs, D].
@@ -278,7 +279,15 @@ class Chain:
             result.set_result(StepOutput(y_BLD, list(wire.hop_us) if len(wire.hop_us) == len(self.hops) else []))
 
     async def finish(self) -> None:
-        """End the streams in order, so that the servers free their caches at once and keep none for a while."""
+        """End the streams in order, so that the servers free their caches at once and keep none for a while.
+
+        Several may ask for it, a session that is closed and a client that leaves: they wait for the same end.
+        """
+        if self._finishing is None:
+            self._finishing = asyncio.create_task(self._finish())
+        await asyncio.shield(self._finishing)
+
+    async def _finish(self) -> None:
         try:
             async with asyncio.timeout(FINISH_TIMEOUT_S):
                 for index, call in enumerate(self._calls):

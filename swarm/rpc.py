@@ -28,11 +28,16 @@ ERROR_METADATA_KEY = "swarm-error-bin"
 
 _MAX_MESSAGE_BYTES = 4 * CHUNK_BYTES
 
+_PING_TIMEOUT_MS = 5_000
+"""A connection on which a ping stays unanswered for so long is dead. gRPC's default is a minute, which also counts for
+the pings by which it measures a line's bandwidth, and those of the keepalive wait for them."""
+
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -43,7 +48,8 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 2 * _PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", 2 * _PING_TIMEOUT_MS),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
