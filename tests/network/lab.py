@@ -58,7 +58,8 @@ class Lab:
         self._internet = f"{self._prefix}net"
         self._namespaces: list[str] = []
         self._processes: list[subprocess.Popen[str]] = []
-        self._num_links = 0
+        self._ports: dict[str, str] = {}
+        """Namespace -> where its cable ends on the bridge."""
 
     def __enter__(self) -> Lab:
         try:
@@ -96,6 +97,14 @@ class Lab:
         for chain in ("INPUT", "FORWARD"):
             _run(*in_router, "iptables", "-A", chain, *unasked)
         return host
+
+    def cut(self, number: int) -> None:
+        """Pull the cable of a public host: nothing arrives any more on either side, and nobody is told."""
+        self._ip(self._internet, "link", "set", self._ports[f"{self._prefix}p{number}"], "down")
+
+    def heal(self, number: int) -> None:
+        """Put the cable back."""
+        self._ip(self._internet, "link", "set", self._ports[f"{self._prefix}p{number}"], "up")
 
     def forward_port(self, number: int, port: int) -> None:
         """Let the router of a home pass connections to one TCP port on to its host, as a person would set it up."""
@@ -152,8 +161,7 @@ class Lab:
         return name
 
     def _plug_in(self, name: str, address: str) -> None:
-        self._num_links += 1
-        port = f"port{self._num_links}"
+        port = self._ports[name] = f"port{len(self._ports)}"
         self._ip(name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._internet)
         self._ip(self._internet, "link", "set", port, "master", "bridge", "up")
         self._ip(name, "addr", "add", f"{address}/24", "dev", "eth0")
