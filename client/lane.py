@@ -29,6 +29,26 @@ logger = logging.getLogger(__name__)
 # B batch, L length, D hidden
 
 
+LEAST_PART_TOKENS = 256
+"""Tokens in a part of a long step, at least: with fewer, passes take longer for each token."""
+
+PARTS_PER_HOP = 2
+
+
+def part_tokens(num_tokens: int, num_hops: int, most: int) -> int:
+    """How many tokens of each sequence to send at once in a step of so many.
+
+    While a hop computes a part, the next one is on its way to it and the one before is on its way from it. What the
+    lines take for the last part alone, and the hops, is not hidden by anything: the shorter it is, the better.
+
+    Args:
+        most: what every hop takes.
+    """
+    if num_hops > 1:
+        most = min(most, max(LEAST_PART_TOKENS, -(-num_tokens // (PARTS_PER_HOP * num_hops))))
+    return max(1, most)
+
+
 class Lane:
     """One route's copy of a session.
 
@@ -45,6 +65,7 @@ class Lane:
         self._config = config
         self._on_draining = on_draining
         self._chain: Chain | None = None
+        self._hops: Sequence[Hop] = ()
         self._chain_length = 0
         """Leading tokens of the record that the caches of the chain are known to hold."""
         self._tickets = Tickets()
@@ -57,8 +78,13 @@ class Lane:
 
     @property
     def hops(self) -> Sequence[Hop]:
-        """The hops in use; empty before the first step and after a failure."""
-        return () if self._chain is None else self._chain.hops
+        """The hops in use, or being opened; empty before the first step and after a failure."""
+        return self._hops
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all hops are open."""
+        return self._chain is not None
 
     @property
     def draining(self) -> frozenset[str]:
@@ -68,6 +94,15 @@ class Lane:
     def num_tokens_for(self, step: Step) -> int:
         """Tokens per sequence that feeding a step takes, of the record's."""
         return step.position + step.x_BLD.shape[1] - self._start_of(step)
+
+    def bound_s(self, step: Step) -> float | None:
+        """How long feeding a step should take at most, opening a chain included; None: nothing is known of that."""
+        num_tokens = self.num_tokens_for(step)
+        if self._chain is not None:
+            return self.times.bound_s(num_tokens)
+        opening_s = self._network.openings.bound_s(1)
+        feeding_s = self._network.feedings.bound_s(num_tokens * self._config.batch_size)
+        return None if opening_s is None or feeding_s is None else opening_s + feeding_s
 
     def _start_of(self, step: Step) -> int:
         start = min(step.position, self._chain_length)
@@ -105,7 +140,7 @@ class Lane:
 
     async def _send(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
         """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
-        length = max(1, chain.max_step_tokens // self._config.batch_size)
+        length = part_tokens(record.length - start, len(chain.hops), chain.max_step_tokens // self._config.batch_size)
         began_s = time.monotonic()
         pending: list[asyncio.Future[StepOutput]] = []
         for begin in range(start, record.length, length):
@@ -123,22 +158,25 @@ class Lane:
             self._network.succeeded(hop.peer_id)
         seconds, num_tokens = time.monotonic() - began_s, record.length - start
         self.times.took(num_tokens, seconds)
+        self._network.feedings.took(num_tokens * self._config.batch_size, seconds)
         if num_tokens == 1:
             self._network.took(chain.hops, outputs[0].hop_us, self._config.batch_size, seconds)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
     async def _open_chain(self, attempt: Attempt) -> Chain:
-        hops = await self._network.route(self._needs, attempt)
+        self._hops = hops = await self._network.route(self._needs, attempt)
+        began_s = time.monotonic()
         self._tickets = self._tickets.following(hops)
         self.times = StepTimes()
         opening = open_chain(self._network, self._config, hops, self._tickets, lambda: self._on_draining(self))
         self._chain = await self._owned.enter_async_context(opening)
+        self._network.openings.took(1, time.monotonic() - began_s)
         self._chain_length = min(self._chain.position, self._valid_length)
         return self._chain
 
     async def _drop(self) -> None:
         """Break the streams; the servers keep what they hold for a while."""
-        self._chain, self._chain_length = None, 0
+        self._chain, self._hops, self._chain_length = None, (), 0
         owned, self._owned = self._owned, AsyncExitStack()
         await owned.aclose()
 

@@ -35,6 +35,7 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .config import ClientConfig
+from .hedging import StepTimes
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
@@ -94,6 +95,10 @@ class Network:
         )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
+        self.openings = StepTimes()
+        """How long opening the chains of sessions takes."""
+        self.feedings = StepTimes()
+        """How long steps take, of all sessions, by their tokens in all sequences: what a new chain goes by."""
         self._survey = Survey(connector)
         self._surveying: asyncio.Task[None] | None = None
         self._tokens_under_way: collections.Counter[str] = collections.Counter()

@@ -87,9 +87,11 @@ class RemoteSession:
         """Feed the step; while that takes longer than it should, feed it on other routes as well."""
         lanes = [self._lane]
         hops, draining = self._lane.hops, self._lane.draining
-        bound_s = self._lane.times.bound_s(self._lane.num_tokens_for(step)) if hops else None
+        bound_s = self._lane.bound_s(step)
 
         async def hedge(number: int) -> Tensor:
+            nonlocal hops
+            hops = hops or lanes[0].hops  # which it may have chosen since
             lanes.append(self._new_lane())
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
             leaving = replace(attempt, refused_by=attempt.refused_by | draining)
@@ -102,7 +104,7 @@ class RemoteSession:
             self._network.note_failure,
         )
         for number, lane in enumerate(lanes):
-            if number and lane.hops:
+            if number and lane.is_open:
                 self._hedges.ended(record.length, won=number == outcome.winner)
         self._lane = lanes[outcome.winner]
         if outcome.winner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -237,6 +238,28 @@ def test_a_server_that_hangs_is_left(herd, remote, local):
                 server.resume()
     assert paused and torch.equal(ours, generate(local, ids))
     assert_gradient(gradient, local, batch)
+
+
+def test_a_server_that_hangs_before_a_session_opens_costs_it_no_more_than_a_late_step(herd, path, local):
+    """How long opening and a first prefill take is known from earlier sessions, and raced as any step is."""
+    herd.wait_redundant()
+    ids = random_ids(1, 8, seed=54)
+    client = join(path, herd.swarm.link, silence_s=20.0)
+    try:
+        for _ in range(16):
+            generate(client, ids, max_new_tokens=2)
+        server = herd.server_of(client.explain_route()[0].peer_id)
+        server.pause()
+        try:
+            began_s = time.monotonic()
+            ours = generate(client, ids)
+            seconds = time.monotonic() - began_s
+        finally:
+            server.resume()
+    finally:
+        client.close()
+    assert torch.equal(ours, generate(local, ids))
+    assert seconds < 4.0  # openings are given up after five
 
 
 def test_a_client_that_is_gone_leaves_no_session(herd, path):
