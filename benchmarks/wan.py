@@ -98,7 +98,7 @@ def medians(remote: Any, ids: torch.Tensor, num_tokens: int, num_samples: int) -
     return statistics.median(first_s), statistics.median(each_s)
 
 
-def run(setting: Setting, prompt_tokens: int, num_tokens: int) -> list[dict[str, Any]]:
+def run(setting: Setting, lines: Sequence[Line], prompt_tokens: int, num_tokens: int) -> list[dict[str, Any]]:
     shape = SHAPES[setting.shape]
     num_blocks, hidden_size = shape["num_hidden_layers"], shape["hidden_size"]
     cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
@@ -113,7 +113,7 @@ def run(setting: Setting, prompt_tokens: int, num_tokens: int) -> list[dict[str,
         remote = AutoDistributedModelForCausalLM.from_pretrained(directory, join=swarm.link)
         owned.callback(remote.close)
         servers = range(setting.num_servers)
-        for line in LINES:
+        for line in lines:
             # The reference beside each measurement: this machine's speed changes in the course of minutes.
             shaper.set(Quality(), servers)
             _, token_s = medians(remote, short, num_tokens, setting.num_samples)
@@ -146,9 +146,11 @@ def main() -> None:
     parser = new_parser(__doc__ or "", num_servers=3, num_samples=3)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=16, help="tokens of each sample")
+    parser.add_argument("--lines", default="0,1,2,3", help="which of " + "; ".join(map(str, LINES)))
     arguments = parser.parse_args()
     setting = setting_of(arguments)
-    rows = run(setting, arguments.prompt_tokens, arguments.length)
+    lines = [LINES[int(number)] for number in arguments.lines.split(",")]
+    rows = run(setting, lines, arguments.prompt_tokens, arguments.length)
     print_result("wan", setting, prompt_tokens=arguments.prompt_tokens, rows=rows)
 
 
