@@ -79,7 +79,7 @@ class Ours:
     def _confirm(self, simulation: Simulation, server: Server) -> None:
         if server.state != "asking":
             return
-        view = simulation.view(server.check_lag_s)
+        view = simulation.view(server.confirm_lag_s)
         population, numbers = view.population, view.numbers
         index = int(np.flatnonzero(numbers == server.number)[0])
         blocks = rebalancing.reconsider(population, index, server.start)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm.ranges import BlockRange
-from swarm.server.rebalancing import CHECKS_PER_PERIOD, PATIENCE_PERIODS, READ_BYTES, Population
+from swarm.server.rebalancing import CHECKS_PER_PERIOD, CONFIRM_BYTES, PATIENCE_PERIODS, READ_BYTES, Population
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,6 +81,8 @@ class Server:
     """How old what it reads of the directory is when it joins."""
     check_lag_s: float
     """The same when it looks whether to move."""
+    confirm_lag_s: float
+    """The same before it goes."""
     phase_s: float
     crashes: bool
     start: int = 0
@@ -145,8 +147,9 @@ class Simulation:
         self.now_s = 0.0
         self.record = Record()
         self.servers: list[Server] = []
-        num_reads = np.ceil(world.num_servers * ENTRY_BYTES / READ_BYTES)
-        self.rotation_s = float(num_reads - 1) * ANNOUNCE_PERIOD_S / CHECKS_PER_PERIOD
+        self.num_bytes = world.num_servers * ENTRY_BYTES
+        """Of the directory."""
+        self.rotation_s = float(np.ceil(self.num_bytes / READ_BYTES) - 1) * ANNOUNCE_PERIOD_S / CHECKS_PER_PERIOD
         """How long a server that looks whether to move takes to read the whole directory."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -176,6 +179,7 @@ class Simulation:
             load_s=length * world.load_s_per_block * float(rng.lognormal(0.0, 0.5)),
             lag_s=lag_s,
             check_lag_s=lag_s + rotation * self.rotation_s,
+            confirm_lag_s=lag_s + rotation * self.rotation_s * max(0.0, 1 - CONFIRM_BYTES / self.num_bytes),
             phase_s=float(rng.uniform(0, ANNOUNCE_PERIOD_S)),
             crashes=bool(rng.random() < world.crash_share),
             tie=float(rng.random()),

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from swarm.announcement import Announcement
-from swarm.directory import MAX_READ_BYTES, Directory
+from swarm.directory import Directory
 from swarm.errors import SwarmError
 from swarm.survey import Survey
 
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 SURVEYED, SURVEY_PERIODS = 8, 8
 """How many other servers are called to see how far they are, and every how many announcements."""
+
+SURVEY_BYTES = 50_000
+"""About how much of the directory is read for that: each time another part of a large swarm's."""
 
 WITHDRAW_TIMEOUT_S = 5.0
 
@@ -49,7 +52,7 @@ class Announcer:
         except SwarmError as exc:
             logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
 
-    async def others(self, *, max_bytes: float = MAX_READ_BYTES) -> list[Announcement]:
+    async def others(self, *, max_bytes: float) -> list[Announcement]:
         """What the other servers of the model announce; see Directory.servers.
 
         Raises: PeerUnavailable: the directory cannot be reached.
@@ -76,7 +79,7 @@ class Announcer:
 
     async def _look_around(self) -> None:
         try:
-            servers = await self.others()
+            servers = await self.others(max_bytes=SURVEY_BYTES)
         except SwarmError as exc:
             logger.debug("no other servers can be looked up: %s", exc)
             return

@@ -21,7 +21,16 @@ from .config import ServerConfig
 from .front import Front
 from .hardware import free_bytes
 from .placement import fits
-from .rebalancing import ASK_S, CHECKS_PER_PERIOD, PATIENCE_PERIODS, READ_BYTES, Population, own_move, reconsider
+from .rebalancing import (
+    ASK_S,
+    CHECKS_PER_PERIOD,
+    CONFIRM_BYTES,
+    PATIENCE_PERIODS,
+    READ_BYTES,
+    Population,
+    own_move,
+    reconsider,
+)
 from .tenure import Holding, Tenure
 
 logger = logging.getLogger(__name__)
@@ -113,11 +122,11 @@ class Mover:
     async def _move_by_itself(self) -> bool:
         """Go where the swarm lacks this server more, if it does; False: others have hindered it. See rebalancing.py."""
         here = self.tenure.blocks
-        if (blocks := await self._plan(own_move)) is None:
+        if (blocks := await self._plan(own_move, READ_BYTES)) is None:
             return True
         await self._announcer.say(next_start=blocks.start, next_end=blocks.end)
         await asyncio.sleep(min(ASK_S, self._config.announce_period_s / 3))
-        blocks = await self._plan(lambda population, server: reconsider(population, server, here.start))
+        blocks = await self._plan(lambda population, server: reconsider(population, server, here.start), CONFIRM_BYTES)
         if blocks is None:
             await self._announcer.say(next_start=None, next_end=None)
             return False
@@ -131,11 +140,17 @@ class Mover:
             await self._announcer.say(next_start=None, next_end=None)
         return True
 
-    async def _plan(self, decide: Callable[[Population, int], BlockRange | None]) -> BlockRange | None:
-        """Decide by what everybody announces now; a directory that cannot be reached gives no reason to go."""
+    async def _plan(
+        self, decide: Callable[[Population, int], BlockRange | None], max_bytes: float
+    ) -> BlockRange | None:
+        """Decide by what everybody announces; a directory that cannot be reached gives no reason to go.
+
+        Args:
+            max_bytes: about how much of the directory to read for that.
+        """
         own = self._announcer.current
         try:
-            others = await self._announcer.others(max_bytes=READ_BYTES)
+            others = await self._announcer.others(max_bytes=max_bytes)
         except SwarmError as exc:
             logger.debug("no other servers can be looked up: %s", exc)
             return None

@@ -45,8 +45,11 @@ MAX_RATIO = 30.0
 CHECKS_PER_PERIOD = 2
 """How often a server looks whether it should move, in each announce period."""
 
-READ_BYTES = 400_000
-"""About how much of the directory it reads each time: 1,000 servers; of more, the rest is what it has read before."""
+READ_BYTES = 100_000
+"""About how much of the directory it reads each time: 250 servers; of more, the rest is what it has read before."""
+
+CONFIRM_BYTES = 400_000
+"""The same before it goes, which few do: what it decides then should not rest on what has changed meanwhile."""
 
 ASK_S = 3.0
 """How long a server waits between announcing that it goes and going, to see what others have announced meanwhile."""
