@@ -29,26 +29,6 @@ logger = logging.getLogger(__name__)
 # B batch, L length, D hidden
 
 
-LEAST_PART_TOKENS = 256
-"""Tokens in a part of a long step, at least: with fewer, passes take longer for each token."""
-
-PARTS_PER_HOP = 2
-
-
-def part_tokens(num_tokens: int, num_hops: int, most: int) -> int:
-    """How many tokens of each sequence to send at once in a step of so many.
-
-    While a hop computes a part, the next one is on its way to it and the one before is on its way from it. What the
-    lines take for the last part alone, and the hops, is not hidden by anything: the shorter it is, the better.
-
-    Args:
-        most: what every hop takes.
-    """
-    if num_hops > 1:
-        most = min(most, max(LEAST_PART_TOKENS, -(-num_tokens // (PARTS_PER_HOP * num_hops))))
-    return max(1, most)
-
-
 class Lane:
     """One route's copy of a session.
 
@@ -140,7 +120,7 @@ class Lane:
 
     async def _send(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
         """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
-        length = part_tokens(record.length - start, len(chain.hops), chain.max_step_tokens // self._config.batch_size)
+        length = max(1, chain.max_step_tokens // self._config.batch_size)
         began_s = time.monotonic()
         pending: list[asyncio.Future[StepOutput]] = []
         for begin in range(start, record.length, length):
