@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import load_part
 from swarm.model.remote_cache import RemoteCache
+from swarm.model.shadows import RemoteLayers
 
 logger = logging.getLogger(__name__)
 
@@ -106,34 +107,6 @@ class RemoteBlocks(nn.Module):
         if cache is not None:
             cache.advance(length)
         return (x_BLD, None) if self._returns_tuple else x_BLD
-
-
-class RemoteLayers(nn.ModuleList):
-    """The layer list of the client: shadows of all blocks to look at, one module to run.
-
-    The shadows have the shapes of the real weights as plain tensors on `meta`, not as parameters. Otherwise
-    `parameters()` would hand meta tensors to optimizers, `state_dict()` would save them, and `.to(device)` would fail.
-    PEFT finds its targets by module names and sizes and is content with them.
-    """
-
-    def __init__(self, layers: nn.ModuleList, remote: RemoteBlocks) -> None:
-        super().__init__(layers)
-        self.__dict__["remote"] = remote
-        for module in self.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name in list(tensors):
-                    tensor = tensors.pop(name)
-                    module.__dict__[name] = None if tensor is None else tensor.detach().to("meta")
-            module._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialize
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self.__dict__["remote"]
-
-    def __getitem__(self, index: Any) -> Any:
-        return [self.__dict__["remote"]] if isinstance(index, slice) else super().__getitem__(index)
-
-    def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
 
 
 class _ClientHalf:
@@ -214,6 +187,9 @@ def load_client_half(
     AttentionMaskInterface.register(REMOTE_ATTENTION, _no_mask)
     model.config._attn_implementation_internal = REMOTE_ATTENTION
     use_half_kernels(model)
+    for module in model.modules():
+        if isinstance(module, RemoteLayers):  # only now: nothing on `meta` is given kernels
+            module.to(torch.device(device), model.dtype)
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model
@@ -317,4 +293,4 @@ def _generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> Gene
     return GenerationConfig.from_pretrained(path.parent)
 
 
-__all__ = ["RemoteCache", "RemoteCall", "RemoteLayers", "load_client_half"]
+__all__ = ["RemoteCache", "RemoteCall", "load_client_half"]

@@ -23,7 +23,7 @@ from transformers import (
 from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
-from swarm.model.client_half import RemoteLayers
+from swarm.model.shadows import RemoteLayers, RemoteTensor
 from swarm.model.span import Span, load_span
 from swarm.ranges import BlockRange
 
@@ -241,7 +241,7 @@ def test_shadows_have_the_shapes_of_the_real_weights(llama: Both) -> None:
     layers = llama.client.model.layers
     assert isinstance(layers, RemoteLayers) and len(layers) == 4
     shadow = llama.client.get_submodule("model.layers.2.self_attn.q_proj")
-    assert isinstance(shadow, torch.nn.Linear) and shadow.weight.is_meta
+    assert isinstance(shadow, torch.nn.Linear) and isinstance(shadow.weight, RemoteTensor)
     assert shadow.weight.shape == llama.whole.model.layers[2].self_attn.q_proj.weight.shape
 
 
