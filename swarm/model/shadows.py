@@ -1,4 +1,4 @@
-"""What a client sees of the blocks: modules with the names, types and shapes of the real ones, without their weights."""
+"""What a client sees of the blocks: modules with the names, types and shapes of the real ones, but no weights."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ class RemoteTensor(Tensor):
             "merges an adapter into them, starts it from them (PiSSA, OLoRA, CorDA, LoftQ, ...) or scales it by them "
             "(DoRA) works on a local copy of the model only"
         )
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            raise BadRequest(
+                "the weights and biases of remote blocks never change, so they cannot be trained: leave bias='none', "
+                "or use BeftConfig, which trains biases of its own beside them"
+            )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"RemoteTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
