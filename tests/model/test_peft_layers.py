@@ -13,6 +13,7 @@ from exact import save_tiny
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    EvaConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -20,6 +21,7 @@ from peft import (
     PeftModel,
     VeraConfig,
     get_peft_model,
+    initialize_lora_eva_weights,
 )
 from tiny_configs import VOCAB, tiny_config
 from torch import Tensor
@@ -92,3 +94,206 @@ def test_logits_and_gradients_equal_local_peft(both: tuple[Any, Any], method: st
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
+
+
+FAMILIES = {
+    "llama": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "qwen3": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gemma2": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "mixtral": (["q_proj", "o_proj"], ["k_proj", "v_proj", "o_proj"], ["o_proj"]),
+    "falcon": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "bloom": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "gpt2": (["c_attn", "c_fc"], ["c_attn", "c_proj"], ["c_proj"]),
+}
+"""What LoRA changes, what IA3 changes, and the feed-forward modules among the latter."""
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_other_families_equal_local_peft(tmp_path: Path, model_type: str) -> None:
+    lora, ia3, feedforward = FAMILIES[model_type]
+    save_tiny(tmp_path, tiny_config(model_type))
+    conv = model_type == "gpt2"
+    for config in (
+        LoraConfig(r=4, target_modules=lora, fan_in_fan_out=conv),
+        IA3Config(target_modules=ia3, feedforward_modules=feedforward, fan_in_fan_out=conv),
+    ):
+        ours, theirs = adapt(open_adapted(tmp_path), config)
+        assert_same(ours, theirs)
+        gradients = []
+        for model in (ours, theirs):
+            model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+            gradients.append([each.grad for each in model.parameters() if each.grad is not None])
+        for found, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=1e-4)
+
+
+def test_new_adapters_are_initialized_as_local_ones_are(llama_directory: Path) -> None:
+    for init in (True, "gaussian", False):
+        results = []
+        for model in open_adapted(llama_directory):
+            torch.manual_seed(5)
+            adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+            results.append([each for each in adapted.parameters() if each.requires_grad])
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_adapters_lie_where_the_client_does_and_follow_it(both: tuple[Any, Any]) -> None:
+    client, _ = both
+    client.to(torch.bfloat16)
+    weight = client.model.layers[1].self_attn.q_proj.weight
+    assert isinstance(weight, RemoteTensor) and (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
+    ours = get_peft_model(client, LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=False)
+    added = [each for name, each in ours.named_parameters() if "lora" in name]
+    assert len(added) == 8 and {(each.device.type, each.dtype) for each in added} == {("cpu", torch.bfloat16)}
+    client.to("meta")
+    assert client.model.layers[1].mlp.up_proj.weight.is_meta
+
+
+def test_several_adapters_are_chosen_stacked_scaled_and_switched_off(both: tuple[Any, Any]) -> None:
+    one, two = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), LoraConfig(r=2, target_modules=["q_proj"])
+    plain = logits(both[1])
+    ours, theirs = adapt(both, one)
+    for model in (ours, theirs):
+        model.add_adapter("two", two)
+        model.set_adapter("two")
+    fill(ours, theirs, seed=1)
+    seen = []
+    for active in ("default", "two", ["default", "two"]):
+        for model in (ours, theirs):
+            model.base_model.set_adapter(active)
+        assert_same(ours, theirs)
+        seen.append(logits(ours))
+    assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+    for model in (ours, theirs):
+        model.base_model.model.model.layers[2].self_attn.q_proj.scale_layer(3.0)
+    assert_same(ours, theirs)
+    assert not torch.allclose(logits(ours), seen[2])
+    with ours.disable_adapter():
+        torch.testing.assert_close(logits(ours), plain, atol=1e-5, rtol=0)
+    for model in (ours, theirs):
+        model.delete_adapter("default")
+    assert_same(ours, theirs)
+    for model in (ours, theirs):
+        model.base_model.model.model.layers[2].self_attn.q_proj.unscale_layer()
+    torch.testing.assert_close(logits(ours), seen[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(ours.unload()), plain, atol=1e-5, rtol=0)
+
+
+def test_several_ia3_adapters_multiply(both: tuple[Any, Any]) -> None:
+    config = IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    ours, theirs = adapt(both, config)
+    for model in (ours, theirs):
+        model.add_adapter("two", config)
+        model.base_model.set_adapter(["default", "two"])
+    fill(ours, theirs, seed=1)
+    assert_same(ours, theirs)
+
+
+def test_dropout_is_for_training_only(both: tuple[Any, Any]) -> None:
+    ours, theirs = adapt(both, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5))
+    ours.eval(), theirs.eval()
+    assert_same(ours, theirs)
+    ours.train()
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(logits(ours))
+    assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
+
+
+def test_adapters_of_transformers_itself_apply(both: tuple[Any, Any]) -> None:
+    for model in both:
+        model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    fill(*both)
+    assert_same(*both)
+
+
+def test_a_saved_adapter_loads_on_the_other_side(both: tuple[Any, Any], llama_directory: Path, tmp_path: Path) -> None:
+    ours, theirs = adapt(both, METHODS["lora"])
+    with torch.no_grad():
+        for each in theirs.parameters():
+            each.mul_(1.5) if each.requires_grad else None
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    client, whole = open_adapted(llama_directory)
+    ours_again = PeftModel.from_pretrained(client, tmp_path / "theirs")
+    theirs_again = PeftModel.from_pretrained(whole, tmp_path / "ours", low_cpu_mem_usage=True)
+    torch.testing.assert_close(logits(ours_again), logits(theirs), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits(theirs_again), logits(ours), atol=TOLERANCE, rtol=0)
+    ours_again.load_adapter(tmp_path / "ours", "second", low_cpu_mem_usage=True)
+    ours_again.set_adapter("second")
+    torch.testing.assert_close(logits(ours_again), logits(ours), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "mica"])
+def test_initializations_from_the_weights_are_refused(both: tuple[Any, Any], init: str) -> None:
+    with pytest.raises(BadRequest, match="those lie on servers: .*PiSSA"):
+        get_peft_model(both[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
+
+
+def test_merging_is_refused_and_changes_nothing(both: tuple[Any, Any]) -> None:
+    ours, theirs = adapt(both, METHODS["lora"])
+    for merge in (ours.merge_and_unload, ours.merge_adapter, lambda: ours.merge_and_unload(safe_merge=True)):
+        with pytest.raises(BadRequest, match="those lie on servers: .*a local copy of the model"):
+            merge()
+    assert_same(ours, theirs)
+
+
+def test_dora_is_refused(both: tuple[Any, Any]) -> None:
+    with pytest.raises(BadRequest, match="DoRA"):
+        get_peft_model(both[0], LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def test_training_the_biases_of_remote_blocks_is_refused(tmp_path: Path, both: tuple[Any, Any]) -> None:
+    save_tiny(tmp_path, tiny_config("bloom"))
+    with pytest.raises(BadRequest, match="bias='none'"):
+        get_peft_model(open_adapted(tmp_path)[0], LoraConfig(target_modules=["query_key_value"], bias="lora_only"))
+    ours = get_peft_model(open_adapted(tmp_path)[0], LoraConfig(target_modules=["query_key_value"], bias="all"))
+    with pytest.raises(BadRequest, match="bias='none'"):
+        logits(ours)
+    assert_same(*adapt(both, LoraConfig(r=2, target_modules=["q_proj"], bias="all")))  # this model has none
+
+
+def test_watching_activations_for_an_initialization_is_refused(both: tuple[Any, Any]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    ours = get_peft_model(both[0], config)
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    with pytest.raises(BadRequest, match="initializations that watch the activations"):
+        initialize_lora_eva_weights(ours, [batch])
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        (LoHaConfig(target_modules=["q_proj"]), "loha.layer.Linear on a Linear .self_attn.q_proj of block 0. cannot"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]), "never change: use adapters"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(both: tuple[Any, Any], config: Any, sentence: str) -> None:
+    ours = get_peft_model(both[0], config)
+    with pytest.raises(BadRequest, match=sentence):
+        logits(ours)
+
+
+def test_batches_of_mixed_adapters_are_refused(both: tuple[Any, Any]) -> None:
+    ours = get_peft_model(both[0], METHODS["lora"]).eval()
+    with pytest.raises(BadRequest, match="one adapter for all rows"):
+        ours(tokens(), adapter_names=["default", "__base__"])
+
+
+def test_parameters_of_ones_own_in_a_shadow_are_refused(both: tuple[Any, Any]) -> None:
+    client, _ = both
+    client.model.layers[1].mlp = torch.nn.Linear(64, 64)
+    with pytest.raises(BadRequest, match="Linear at mlp of block 1"):
+        logits(client)
+
+
+def test_running_a_shadow_is_refused(both: tuple[Any, Any]) -> None:
+    with pytest.raises(BadRequest, match="those lie on servers"):
+        both[0].model.layers[0].mlp(torch.zeros(1, 2, 64))
+
+
+def test_nothing_is_read_without_adapters(both: tuple[Any, Any]) -> None:
+    layers = next(module for module in both[0].modules() if isinstance(module, RemoteLayers))
+    assert read_adapters(both[0], layers) is None
