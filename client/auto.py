@@ -160,4 +160,4 @@ def _distributed_class(model_class: Any) -> type:
         return DistributedMixin.forward(self, *args, **kwargs)
 
     attributes = {"__module__": model_class.__module__, "forward": forward}
-    return type(f"Distributed{model_class.__name__}", (DistributedMixin, model_class), attributes)
+    return type(model_class.__name__, (DistributedMixin, model_class), attributes)

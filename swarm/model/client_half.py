@@ -169,7 +169,6 @@ def load_client_half(
         BadCheckpoint: tensors are missing, corrupt, or of the wrong shape.
     """
     config: PretrainedConfig = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
-    config.name_or_path = checkpoint.name
     for name in [name for name in hf_kwargs if hasattr(config, name)]:
         setattr(config, name, hf_kwargs.pop(name))
     if hasattr(config, "quantization_config"):
@@ -183,6 +182,7 @@ def load_client_half(
         device=torch.device(device),
         **hf_kwargs,
     )
+    model.name_or_path = model.config.name_or_path = checkpoint.name  # what PEFT writes down as the base model
     _check_missing(model, missing, checkpoint, auto_class is AutoModelForSequenceClassification)
     AttentionMaskInterface.register(REMOTE_ATTENTION, _no_mask)
     model.config._attn_implementation_internal = REMOTE_ATTENTION
@@ -254,7 +254,8 @@ def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> Non
         return (), kwargs
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        arguments, remote.arguments.now = remote.arguments.now, None
+        arguments = getattr(remote.arguments, "now", None)  # none if the call was refused
+        remote.arguments.now = None
         if arguments is None or arguments.x_BLD is None or not isinstance(output, ModelOutput):
             return
         if not output.get("hidden_states"):
