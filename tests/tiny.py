@@ -28,6 +28,10 @@ CONFIGS = {
     "gpt2": _COMMON | {"n_embd": HIDDEN, "n_layer": 4, "n_head": 4, "n_positions": 512},
     "falcon": _COMMON
     | {"hidden_size": HIDDEN, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": False, "bias": True},
+    "bloom": _COMMON | {"hidden_size": HIDDEN, "n_layer": 4, "n_head": 4},
+    "qwen3": _LLAMA_LIKE | {"num_hidden_layers": 4},
+    "gemma2": _LLAMA_LIKE | {"num_hidden_layers": 4, "sliding_window": 6, "query_pre_attn_scalar": 16},
+    "mixtral": _LLAMA_LIKE | {"num_hidden_layers": 4, "num_local_experts": 4, "sliding_window": None},
     "qwen3_next": _LLAMA_LIKE
     | {
         "num_hidden_layers": 4,

@@ -1,0 +1,317 @@
+"""PEFT on a distributed model: what it computes, learns, saves and generates equals PEFT on the whole model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from tiny import load_local, random_ids
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from swarm import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from swarm.errors import BadRequest
+from swarm.server import LocalSwarm
+
+TOLERANCE = 1e-4
+CURVE_TOLERANCE = 1e-3
+
+FAMILIES = {
+    "llama": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "qwen3": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gemma2": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "mixtral": (["q_proj", "o_proj"], ["k_proj", "v_proj", "o_proj"], ["o_proj"]),
+    "falcon": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    "bloom": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+}
+"""What LoRA changes, what IA3 changes, and the feed-forward modules among the latter."""
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+
+
+def padded_batch() -> dict[str, Tensor]:
+    ids, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.int64)
+    ids[1, 6:], mask[1, 6:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def fill(ours: nn.Module, theirs: nn.Module, seed: int = 0) -> None:
+    """Give what two models train the same random values, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    others = {name: each for name, each in theirs.named_parameters() if each.requires_grad}
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                values = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.copy_(values + 1.0 if "ia3" in name else values)
+                others.pop(name).copy_(parameter)
+    assert not others
+
+
+def adapt(remote: Any, local: Any, config: PeftConfig) -> tuple[Any, Any]:
+    ours, theirs = (get_peft_model(model, copy.deepcopy(config)).eval() for model in (remote, local))
+    fill(ours, theirs)
+    return ours, theirs
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(random_ids(2, 7), use_cache=False).logits
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=TOLERANCE, rtol=0)
+
+
+def generated(model: Any, **options: Any) -> Tensor:
+    ids = random_ids(2, 6)
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, **options
+    )
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**padded_batch(), use_cache=False).loss.backward()
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def losses_of(model: Any, num_steps: int = 20) -> list[float]:
+    """The losses of some steps of training."""
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-3)
+    batch, losses = padded_batch(), []
+    for _ in range(num_steps):
+        loss = model(**batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_methods_compute_learn_and_generate_as_local_ones(tiny_model: Any, model_type: str) -> None:
+    path = tiny_model(model_type, num_hidden_layers=4)
+    lora, ia3, feedforward = FAMILIES[model_type]
+    with LocalSwarm(str(path), ranges=[(0, 1), (1, 3), (3, 4)], dtype="float32", in_process=True) as swarm:
+        for config in (
+            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora),
+            IA3Config(task_type="CAUSAL_LM", target_modules=ia3, feedforward_modules=feedforward),
+        ):
+            remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), join=swarm.link)
+            plain = logits(remote)
+            ours, theirs = adapt(remote, load_local(path), config)
+            assert_same(ours, theirs)
+            assert float((logits(ours) - plain).abs().max()) > 10 * TOLERANCE
+            found, wanted = gradients(ours), gradients(theirs)
+            assert found and found.keys() == wanted.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
+            curve = losses_of(ours)
+            assert curve == pytest.approx(losses_of(theirs), abs=CURVE_TOLERANCE) and curve[-1] < curve[0] - 0.1
+            assert torch.equal(generated(ours), generated(theirs))
+            remote.close()
+
+
+@pytest.fixture
+def pair(llama: Any, swarms: Any) -> tuple[Any, Any]:
+    """A client of its own, and the whole model."""
+    return swarms.join(llama.swarm, llama.path), load_local(llama.path)
+
+
+def test_adapters_saved_on_one_side_load_on_the_other(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
+    ours, theirs = adapt(*pair, LORA)
+    with torch.no_grad():
+        for each in theirs.parameters():
+            each.mul_(1.5) if each.requires_grad else None
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours_locally = PeftModel.from_pretrained(load_local(llama.path), tmp_path / "ours")
+    theirs_remotely = PeftModel.from_pretrained(swarms.join(llama.swarm, llama.path), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours_locally), logits(ours), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits(theirs_remotely), logits(theirs), atol=TOLERANCE, rtol=0)
+    assert torch.equal(generated(theirs_remotely), generated(theirs))
+    assert ours_locally.peft_config["default"].base_model_name_or_path == str(llama.path)
+
+
+def test_sessions_generate_with_the_adapter_of_their_beginning(pair: Any) -> None:
+    ours, theirs = adapt(*pair, LORA)
+    wanted, plain = generated(theirs), generated(load_local(pair[0].config.name_or_path))
+    assert not torch.equal(wanted, plain)
+    assert torch.equal(generated(ours, num_beams=3), generated(theirs, num_beams=3))
+    with ours.disable_adapter():
+        assert torch.equal(generated(ours), plain)
+    with pair[0].inference_session(max_length=40):
+        first = ours.generate(input_ids=random_ids(2, 6), max_new_tokens=4, do_sample=False)
+        rest = ours.generate(input_ids=None, max_new_tokens=6, do_sample=False)
+        assert torch.equal(torch.cat([first, rest], dim=1), wanted)
+        with ours.disable_adapter(), pytest.raises(BadRequest, match="opened with other adapters"):
+            ours.generate(input_ids=None, max_new_tokens=2, do_sample=False)
+
+
+def test_adapters_are_exchanged_between_generations(pair: Any) -> None:
+    ours, theirs = adapt(*pair, LORA)
+    for model in (ours, theirs):
+        model.add_adapter("two", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["up_proj"]))
+        model.set_adapter("two")
+    fill(ours, theirs, seed=1)
+    texts = []
+    for name in ("two", "default", "two"):
+        for model in (ours, theirs):
+            model.set_adapter(name)
+        texts.append(generated(ours))
+        assert torch.equal(texts[-1], generated(theirs))
+    assert torch.equal(texts[0], texts[2]) and not torch.equal(texts[0], texts[1])
+
+
+def test_a_call_with_a_cache_does_not_drop_gradients(pair: Any) -> None:
+    ours = get_peft_model(pair[0], LORA)
+    loss = ours(**padded_batch()).loss  # a cache by default, as Hugging Face's models return one
+    loss.backward()
+    assert all(each.grad is not None for each in ours.parameters() if each.requires_grad)
+    with pytest.raises(BadRequest, match="use_cache=False"):
+        ours(**padded_batch(), use_cache=True)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_equal_local_ones(pair: Any, kind: Any) -> None:
+    options = {"encoder_hidden_size": 32} if kind is PromptEncoderConfig else {}
+    ours, theirs = adapt(*pair, kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **options))
+    assert_same(ours, theirs)
+    for found, wanted in zip(gradients(ours).values(), gradients(theirs).values(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    assert torch.equal(generated(ours), generated(theirs))
+
+
+def test_prefix_tuning_is_refused(pair: Any) -> None:
+    ours = get_peft_model(pair[0], PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(BadRequest, match="prefix tuning"):
+        logits(ours)
+
+
+def test_a_classifier_trains_its_head_here_and_its_adapter_there(llama: Any, swarms: Any) -> None:
+    local = load_local(llama.path, AutoModelForSequenceClassification, num_labels=3)
+    remote = swarms.join(llama.swarm, llama.path, AutoDistributedModelForSequenceClassification, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"])
+    ours, theirs = adapt(remote, local, config)
+    batch = {**padded_batch(), "labels": torch.tensor([0, 2, 1])}
+    curves = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=5e-3)
+        curves.append([])
+        for _ in range(5):
+            loss = model(**batch, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+    assert curves[0] == pytest.approx(curves[1], abs=CURVE_TOLERANCE)
+
+
+def test_calls_that_are_for_local_weights_do_no_harm(pair: Any, capsys: Any) -> None:
+    model = prepare_model_for_kbit_training(pair[0])
+    ours = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    ours.gradient_checkpointing_enable()
+    ours.enable_input_require_grads()
+    ours.print_trainable_parameters()
+    assert "trainable params: " in capsys.readouterr().out
+    losses_of(ours.train(), 1)
+
+
+def weights(swarm: Any) -> list[str]:
+    """A hash of all weights of each server in this process."""
+    hashes = []
+    for server in swarm.servers:
+        digest = hashlib.sha256()
+        for _, parameter in sorted(server.running.sessions.views.span.named_parameters()):
+            digest.update(parameter.detach().numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes
+
+
+def test_training_an_adapter_changes_nothing_for_others(pair: Any, llama: Any) -> None:
+    before, outputs, text = weights(llama.swarm), logits(llama.remote), generated(llama.remote)
+    ours = get_peft_model(pair[0], LORA)
+    losses_of(ours, 3)
+    generated(ours)
+    assert weights(llama.swarm) == before
+    assert torch.equal(logits(llama.remote), outputs) and torch.equal(generated(llama.remote), text)
+
+
+# transformers.Trainer
+
+EXAMPLES = [{"input_ids": row, "labels": row} for row in random_ids(24, 9, seed=5)]
+
+
+def trained(model: Any, output: Path, *, dropout: float = 0.0, resume: bool = False, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    arguments = {
+        "output_dir": str(output),
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 5e-3,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "seed": 3,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
+    trainer = Trainer(
+        get_peft_model(model, config),
+        TrainingArguments(**{**arguments, **options}),
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES[:4],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def history(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_trainer_learns_as_locally(pair: Any, tmp_path: Path) -> None:
+    ours, theirs = (trained(model, tmp_path, save_strategy="no") for model in pair)
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert history(ours, name) == pytest.approx(history(theirs, name), abs=CURVE_TOLERANCE)
+    assert history(ours, "eval_loss")[-1] < history(ours, "loss")[0] - 0.2
+
+
+def test_trainer_resumes_on_another_client(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
+    whole = trained(pair[0], tmp_path, dropout=0.2)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed = trained(swarms.join(llama.swarm, llama.path), tmp_path, dropout=0.2, resume=True)
+    assert resumed.state.global_step == 8
+    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=TOLERANCE)
+    assert history(resumed, "eval_loss") == pytest.approx(history(whole, "eval_loss"), abs=TOLERANCE)
+
+
+def test_trainer_with_mixed_precision(pair: Any, tmp_path: Path) -> None:
+    found = trained(pair[0], tmp_path, max_steps=4, save_strategy="no", bf16=True)
+    wanted = trained(pair[1], tmp_path, max_steps=4, save_strategy="no")
+    assert history(found, "loss") == pytest.approx(history(wanted, "loss"), rel=0.02)
