@@ -244,7 +244,7 @@ def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> Non
         if cache is not None and not isinstance(cache, RemoteCache):
             raise BadRequest(
                 f"past_key_values is a {type(cache).__name__}, but the keys and values of remote blocks lie on "
-                "servers: pass a cache that this model returned, or none (prefix tuning hands over keys and values of its "
+                "servers: pass a cache that this model returned, or none (prefix tuning brings keys and values of its "
                 "own, which servers do not take: use prompt tuning, or tuning_mode='deep_ptune')"
             )
         mask = kwargs.get("attention_mask")

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from exact import SpanChain, open_split, whole_model
+from exact import LocalCache, SpanChain, open_split, whole_model
 from torch import Tensor, nn
 
-from swarm.model.adapters import Change
+from swarm.model.dropout import Dropout
 from swarm.model.peft_layers import read_adapters
 from swarm.model.shadows import RemoteLayers
-
-
-@contextmanager
-def changed(module: nn.Module, change: Change) -> Iterator[None]:
-    """Let a change apply to a module, written plainly."""
-    drop = nn.functional.dropout
-    before = module.register_forward_pre_hook(lambda _, args: (change.enter(args[0]), *args[1:]))
-    after = module.register_forward_hook(lambda _, args, y: change.apply(args[0], y, drop))
-    yield
-    before.remove()
-    after.remove()
 
 
 @dataclass
@@ -34,15 +21,24 @@ class AdaptedChain(SpanChain):
 
     client: Any = None
 
-    def __call__(self, x_BLD: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, x_BLD: Tensor, *, cache: Any, attention_mask_BT: Any, position_ids_BL: Any) -> Tensor:
         layers = next(module for module in self.client.modules() if isinstance(module, RemoteLayers))
         adapters = read_adapters(self.client, layers) or [None] * len(layers)
-        blocks = [block for span in self.spans for block in span.layers]
-        with ExitStack() as applied:
-            for block, adapter in zip(blocks, adapters, strict=True):
-                for change in adapter or ():
-                    applied.enter_context(changed(block.get_submodule(change.target), change))
-            return super().__call__(x_BLD, **kwargs)
+        caches: list[Any] = [None] * len(self.spans)
+        if cache is not None:
+            assert isinstance(cache, LocalCache)
+            caches = cache.caches = cache.caches or [span.new_cache(x_BLD.shape[0]) for span in self.spans]
+        dropout = Dropout(int(torch.randint(1 << 62, ())), 0, x_BLD.shape[1])
+        for span, span_cache in zip(self.spans, caches, strict=True):
+            x_BLD = span(
+                x_BLD,
+                cache=span_cache,
+                attention_mask_BT=attention_mask_BT,
+                position_ids_BL=position_ids_BL,
+                adapters=adapters[span.blocks.start : span.blocks.end],
+                dropout=dropout,
+            )
+        return x_BLD
 
 
 def open_adapted(directory: Path, **kwargs: Any) -> tuple[Any, Any]:
