@@ -17,6 +17,7 @@ from swarm.link import JoinLink
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
+from swarm.model.peft_layers import adapter_reader
 from swarm.ranges import BlockRange
 
 from .config import ClientConfig
@@ -103,6 +104,7 @@ class _AutoDistributed:
             model = load_client_half(cls.auto_class, checkpoint, call, dtype=_dtype(dtype), device=device, **hf_kwargs)
             model.__class__ = _distributed_class(type(model))
             model.__dict__["_swarm"] = call  # not a submodule: it holds no weights
+            call.adapters = adapter_reader(model)
             if tuning_mode is not None:
                 model.requires_grad_(False)
                 prompts = Prompts(tuning_mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32).to(

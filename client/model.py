@@ -26,6 +26,7 @@ from .drafts import AdaptiveDrafts
 from .prompts import Prompts
 from .routing import ExplainedRoute, Needs
 from .session import InferenceSession
+from .uploads import names_of
 
 # B batch, L new tokens, T cached and new tokens, D hidden, P virtual tokens
 
@@ -217,6 +218,8 @@ class DistributedMixin:
         num_past = 0 if past is None else past.shape[1]
         if past is not None:
             inputs, kwargs["attention_mask"] = _joined(session, past, inputs, kwargs.get("attention_mask"))
+        if names_of(session.adapters) != names_of(self._swarm.adapters()):
+            raise BadRequest("this session was opened with other adapters than the model has now: open a new one")
         cache, position = SessionCache(session), session.position
         try:
             result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest, PromptTooLong
+from swarm.model.adapters import ModelAdapter
 from swarm.streams import Step
 
 from .chain import ChainConfig
@@ -107,6 +108,11 @@ class InferenceSession:
     def max_length(self) -> int:
         """Tokens it may reach, per sequence."""
         return self._config.max_tokens - self._num_virtual_tokens
+
+    @property
+    def adapters(self) -> ModelAdapter | None:
+        """What is changed in the blocks, for as long as it is open."""
+        return self._config.adapters
 
     @property
     def route(self) -> Sequence[Hop]:

@@ -133,8 +133,8 @@ class _ClientHalf:
     ) -> Any:
         generation_config.cache_implementation = None  # a kind of local cache, which there is none of here
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            drafted = _num_draft_tokens(generation_config, generation_mode)
-            model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length + 1 + drafted)
+            more = _num_draft_tokens(generation_config, generation_mode) + _num_virtual_tokens(self)
+            model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length + 1 + more)
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -145,6 +145,12 @@ def _num_draft_tokens(generation_config: GenerationConfig, generation_mode: Any)
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         return 0
     return max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0, 20)
+
+
+def _num_virtual_tokens(model: Any) -> int:
+    """How many tokens PEFT's prompt tuning puts in front, which it does where `generate` prepares its inputs."""
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    return getattr(getattr(wrapper, "active_peft_config", None), "num_virtual_tokens", 0) if wrapper is not model else 0
 
 
 def load_client_half(

@@ -7,6 +7,7 @@ read, by what it is and what state it is in, and what no declared kind of change
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,11 +25,18 @@ Reader = Callable[[str, Any], list[Change]]
 """Takes the name of a module within its block and PEFT's layer there."""
 
 
-def read_adapters(model: nn.Module, layers: RemoteLayers) -> ModelAdapter | None:
+def adapter_reader(model: nn.Module) -> Callable[[], ModelAdapter | None]:
+    """Return a function that reads the adapters of a client half, and does not keep it alive."""
+    layers = next(module for module in model.modules() if isinstance(module, RemoteLayers))
+    alive = weakref.ref(model)
+    return lambda: read_adapters(alive(), layers)
+
+
+def read_adapters(model: nn.Module | None, layers: RemoteLayers) -> ModelAdapter | None:
     """Read the active adapters of all blocks, as they stand now.
 
     Args:
-        model: the client half.
+        model: the client half, whose configs say what PEFT was asked for.
         layers: its shadows.
     Returns: one entry for each block, or None where no block has an adapter; their tensors are PEFT's parameters, or
         differentiable in them.
@@ -86,7 +94,7 @@ def _read_layer(place: str, name: str, layer: Any) -> list[Change]:
     return reader(name, layer)
 
 
-def _refuse_trained_biases(model: nn.Module, layers: RemoteLayers) -> None:
+def _refuse_trained_biases(model: nn.Module | None, layers: RemoteLayers) -> None:
     """PEFT trains with bias="all" what is called a bias among the parameters: the shadows' are none."""
     configs = getattr(model, "peft_config", None) or {}
     if not any(getattr(config, "bias", "none") == "all" for config in configs.values()):
