@@ -65,7 +65,8 @@ def check_readme(names: dict[str, Any], printed: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_in_a_document_runs(document: str, link: str) -> None:
+def test_python_in_a_document_runs(document: str, link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some save files
     before = clients()
     names, printed = run_document(ROOT / document, link)
     if document == "README.md":
