@@ -86,7 +86,8 @@ class AdapterStore:
 
     def __init__(self, max_bytes: int, targets: Targets, device: torch.device) -> None:
         self._max_bytes = max_bytes
-        self._targets = targets
+        self.targets = targets
+        """What can be changed in the blocks."""
         self._device = device
         self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
         self._used_bytes = 0
@@ -141,7 +142,7 @@ class AdapterStore:
             )
         for number, entry in zip(blocks, entries, strict=True):
             if entry is not None and number not in entry.fits:
-                check_adapters([entry.adapter], BlockRange(number, number + 1), self._targets)
+                check_adapters([entry.adapter], BlockRange(number, number + 1), self.targets)
                 entry.fits.add(number)
         return Lease(self, entries)
 

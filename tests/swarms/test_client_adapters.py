@@ -23,7 +23,6 @@ from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import AdapterMissing, BadRequest, ProtocolError
 from swarm.link import JoinLink
 from swarm.model.adapters import BlockAdapter, Lora
-from swarm.model.targets import find_targets
 from swarm.rpc import translate
 from swarm.server import LocalSwarm
 from swarm.v1 import blocks_pb2 as pb
@@ -33,8 +32,7 @@ GRADIENT_TOLERANCE = 1e-4
 
 def make_adapters(swarm: Any, *, seed: int = 1, **how: Any) -> list[BlockAdapter | None]:
     """An adapter for each block, each at all of its modules."""
-    spans = [server.running.sessions.views.span for server in swarm.servers]
-    targets = {number: widths for span in spans for number, widths in find_targets(span).items()}
+    targets = {number: widths for store in stores(swarm) for number, widths in store.targets.items()}
     return [random_adapter(targets[number], seed=seed * 100 + number, **how) for number in sorted(targets)]
 
 
@@ -160,8 +158,9 @@ def test_sessions_share_pages_only_with_the_same_adapters(llama, swarms):
         with sessions[0], sessions[1]:
             for client, session in zip(clients, sessions, strict=True):
                 client.generate(ids, max_new_tokens=2, do_sample=False, session=session)
-            shared = [server.running.sessions.statistics().cache_shared_bytes for server in llama.swarm.servers]
-        assert all(each > 0 for each in shared) if seeds == (1, 1) else not any(shared)
+            # Later servers may be given other last bits, where a prefill was cut differently.
+            shared = llama.swarm.servers[0].running.sessions.statistics().cache_shared_bytes
+        assert (shared > 0) == (seeds == (1, 1))
         wait_idle(llama.swarm)
 
 
