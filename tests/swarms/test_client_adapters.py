@@ -242,6 +242,7 @@ def test_adapters_of_an_open_session_stay(small, swarms):
             remote._swarm.adapters = lambda seed=seed: make_adapters(swarm, seed=seed)
             remote(ids, use_cache=False)
         assert all(store.statistics().num_used == 3 for store in stores(swarm))
+        remote._swarm.adapters = lambda: adapters
         with torch.no_grad():
             rest = remote.generate(max_new_tokens=8, do_sample=False)
     assert torch.equal(torch.cat([first, rest], dim=1), wanted)
