@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest
-from swarm.model.adapters import ModelAdapter, frozen
+from swarm.model.adapters import ModelAdapter, frozen, undropped
 from swarm.model.remote_cache import RemoteCache
 from swarm.ranges import BlockRange
 
@@ -167,7 +167,7 @@ class DistributedMixin:
             hidden_size=swarm.hidden_size,
             open_timeout_s=OPEN_TIMEOUT_S,
             prompts_NBPD=None if deep is None else deep.detach().cpu().clone(),
-            adapters=frozen(swarm.adapters()),
+            adapters=frozen(undropped(swarm.adapters())),
         )
         connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens)
         session = _ActiveSession(
@@ -218,7 +218,7 @@ class DistributedMixin:
         num_past = 0 if past is None else past.shape[1]
         if past is not None:
             inputs, kwargs["attention_mask"] = _joined(session, past, inputs, kwargs.get("attention_mask"))
-        if names_of(session.adapters) != names_of(self._swarm.adapters()):
+        if names_of(session.adapters) != names_of(undropped(self._swarm.adapters())):
             raise BadRequest("this session was opened with other adapters than the model has now: open a new one")
         cache, position = SessionCache(session), session.position
         try:

@@ -45,6 +45,8 @@ class _Peer:
     digests: collections.OrderedDict[bytes, None] = field(default_factory=collections.OrderedDict)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while something is sent, so that calls at the same time do not send it twice."""
+    num_forgotten: int = 0
+    """How often it had forgotten some."""
 
 
 class Uploads:
@@ -80,19 +82,21 @@ class Uploads:
         files = {adapter.digest: adapter for adapter in adapters or () if adapter is not None}
         num_sent = 0
         while True:
+            peer = self._peer(hop.peer_id)
             if files:
-                await self._send(hop, files, fingerprint)
-            num_sent += 1
+                await self._send(peer, hop, files, fingerprint)
+            num_sent, num_forgotten = num_sent + 1, peer.num_forgotten
             try:
                 return await call()
             except AdapterMissing:
                 if num_sent == MAX_UPLOADS or not files:
                     raise
                 logger.info("%s has forgotten adapters", hop)
-                self._peers.pop(hop.peer_id, None)
+                if peer.num_forgotten == num_forgotten:  # else another call has noticed
+                    peer.num_forgotten += 1
+                    peer.digests.clear()
 
-    async def _send(self, hop: Hop, files: dict[bytes, BlockAdapter], fingerprint: str) -> None:
-        peer = self._peer(hop.peer_id)
+    async def _send(self, peer: _Peer, hop: Hop, files: dict[bytes, BlockAdapter], fingerprint: str) -> None:
         async with peer.sending:
             lacking = [digest for digest in files if digest not in peer.digests]
             if lacking:

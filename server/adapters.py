@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from swarm.errors import AdapterMissing, BadRequest, CacheFull, ProtocolError
+from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable, ProtocolError
 from swarm.model.adapters import BlockAdapter
 from swarm.model.edits import Adapters
 from swarm.model.targets import Targets, check_adapters
@@ -25,6 +25,15 @@ from swarm.streams import read_bytes
 from swarm.v1 import blocks_pb2 as pb
 
 DIGEST_BYTES = 32
+
+LEAST_BYTES = 256 << 10
+"""As much an adapter counts at least: its tensors and what describes them take more than a small file."""
+
+LEAST_BYTES_PER_S = 64 << 10
+"""Who sends an adapter more slowly holds room that others need."""
+
+SLACK_S = 30.0
+"""How much longer than that the way of an adapter may take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,10 +121,20 @@ class AdapterStore:
             leave no room for it.
         """
         self._check(wire)
-        with self._room(wire.num_bytes) as keep:
-            data = await read_bytes(read, wire.data, wire.num_bytes)
+        deadline_s = SLACK_S + wire.num_bytes / LEAST_BYTES_PER_S
+        with self._room(wire.digest, max(LEAST_BYTES, wire.num_bytes)) as keep:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    data = await read_bytes(read, wire.data, wire.num_bytes)
+            except TimeoutError as exc:
+                raise PeerUnavailable(f"an adapter did not come within {deadline_s:.0f} s") from exc
             async with self._reading:
-                adapter = await asyncio.to_thread(self._parse, data, wire.digest)
+                parsing = asyncio.create_task(asyncio.to_thread(self._parse, data, wire.digest))
+                try:
+                    adapter = await asyncio.shield(parsing)
+                except asyncio.CancelledError:
+                    await asyncio.wait({parsing})  # it cannot be stopped, and takes memory until it ends
+                    raise
             keep(wire.digest, adapter)
 
     def lease(self, digests: Sequence[bytes], blocks: BlockRange) -> Lease:
@@ -134,17 +153,20 @@ class AdapterStore:
             entries = [self._entries[digest] if digest else None for digest in digests]
             for digest in filter(None, digests):
                 self._entries.move_to_end(digest)
-        num_bytes = sum(entry.num_bytes for entry in {id(entry): entry for entry in entries if entry}.values())
-        if num_bytes > self.max_request_bytes:
-            raise BadRequest(
-                f"the adapters of blocks {blocks} take {num_bytes} bytes, "
-                f"this server takes at most {self.max_request_bytes} at once"
-            )
+        self.check_request(sum(entry.num_bytes for entry in {id(entry): entry for entry in entries if entry}.values()))
         for number, entry in zip(blocks, entries, strict=True):
             if entry is not None and number not in entry.fits:
                 check_adapters([entry.adapter], BlockRange(number, number + 1), self.targets)
                 entry.fits.add(number)
         return Lease(self, entries)
+
+    def check_request(self, num_bytes: int) -> None:
+        """Raise BadRequest if the adapters of one request take more than they may."""
+        if num_bytes > self.max_request_bytes:
+            raise BadRequest(
+                f"the adapters of these blocks take {num_bytes} bytes, this server takes at most "
+                f"{self.max_request_bytes} at once: use a smaller rank, or servers with more room (--adapter-mib)"
+            )
 
     def count_users(self, entries: Sequence[_Entry | None], change: int) -> None:
         """Note that somebody uses these from now on, or does no longer."""
@@ -156,11 +178,7 @@ class AdapterStore:
     def _check(self, wire: pb.AdapterFile) -> None:
         if len(wire.digest) != DIGEST_BYTES:
             raise ProtocolError(f"the digest of an adapter has {DIGEST_BYTES} bytes")
-        if wire.num_bytes > self.max_request_bytes:
-            raise BadRequest(
-                f"a block's adapter of {wire.num_bytes} bytes was announced, this server takes at most "
-                f"{self.max_request_bytes}: use a smaller rank, or a server with more room (--adapter-mib)"
-            )
+        self.check_request(wire.num_bytes)
 
     def _parse(self, data: bytes, digest: bytes) -> BlockAdapter:
         if hashlib.sha256(data).digest() != digest:
@@ -169,27 +187,25 @@ class AdapterStore:
         return adapter.with_tensors([tensor.to(self._device) for tensor in adapter.tensors().values()])
 
     @contextlib.contextmanager
-    def _room(self, num_bytes: int) -> Iterator[Callable[[bytes, BlockAdapter], None]]:
+    def _room(self, digest: bytes, num_bytes: int) -> Iterator[Callable[[bytes, BlockAdapter], None]]:
         """Room for one that comes; freed at the end unless what is yielded is called with it.
 
-        Raises: CacheFull: what is in use leaves none.
+        One that is here already needs none.
+        Raises: CacheFull: what is in use leaves none, and nothing was dropped.
         """
         with self._guard:
-            for digest in [digest for digest, entry in self._entries.items() if not entry.num_users]:
-                if self._used_bytes + num_bytes <= self._max_bytes:
-                    break
-                self._used_bytes -= self._entries.pop(digest).num_bytes
-            if self._used_bytes + num_bytes > self._max_bytes:
-                raise CacheFull(f"no room for an adapter of {num_bytes} bytes: those in use take it")
+            if digest in self._entries:
+                self._entries.move_to_end(digest)
+                num_bytes = 0
+            self._drop_unused(self._used_bytes + num_bytes - self._max_bytes)
             self._used_bytes += num_bytes
         kept = False
 
         def keep(digest: bytes, adapter: BlockAdapter) -> None:
             nonlocal kept
             with self._guard:
-                kept = digest not in self._entries
-                self._entries.setdefault(digest, _Entry(adapter, num_bytes))
-                self._entries.move_to_end(digest)
+                if digest not in self._entries and num_bytes:
+                    self._entries[digest], kept = _Entry(adapter, num_bytes), True
 
         try:
             yield keep
@@ -197,3 +213,17 @@ class AdapterStore:
             if not kept:
                 with self._guard:
                     self._used_bytes -= num_bytes
+
+    def _drop_unused(self, num_bytes: int) -> None:
+        """Drop so many bytes of what nobody uses, the oldest first. Raises: CacheFull: there are not so many."""
+        unused: list[bytes] = []
+        for digest, entry in self._entries.items():
+            if num_bytes <= 0:
+                break
+            if not entry.num_users:
+                unused.append(digest)
+                num_bytes -= entry.num_bytes
+        if num_bytes > 0:
+            raise CacheFull("no room for one more adapter: those in use take it")
+        for digest in unused:
+            self._used_bytes -= self._entries.pop(digest).num_bytes

@@ -15,11 +15,11 @@ import grpc.aio
 import swarm
 from swarm import PROTOCOL_VERSION
 from swarm.codec import CHUNK_BYTES, optional, pack, wire_dtype
-from swarm.errors import Draining, ProtocolError
+from swarm.errors import Draining, PeerUnavailable, ProtocolError
 from swarm.model.narrow import SpanViews
 from swarm.peers import Connector
 from swarm.rpc import errors_to_wire
-from swarm.streams import read_tensors, write_message
+from swarm.streams import PART_TIMEOUT_S, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -142,7 +142,7 @@ class BlocksService(pb_grpc.BlocksServicer):
             )
             packed = pack(y_BLD, codec=batch.codec)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
-            await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
+            await _answer(context, pb.ComputeResponse(result=result), packed.more)
 
     async def Backward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
@@ -155,20 +155,26 @@ class BlocksService(pb_grpc.BlocksServicer):
                 length=batch.length,
             )
             # An optimizer adds up the gradients of adapters: they go as they are.
-            packed = pack(gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters)
+            packed = await asyncio.to_thread(
+                pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters
+            )
+            del gradients
             result = pb.ComputeResult(
                 hidden_states=packed.specs[0],
                 prompts=packed.specs[1],
                 adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
                 data=packed.data,
             )
-            await write_message(context.write, pb.ComputeResponse(result=result), packed.more)
+            await _answer(context, pb.ComputeResponse(result=result), packed.more)
 
     async def PutAdapters(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PutAdaptersResponse:
         """See the wire contract."""
         async with errors_to_wire(context, "PutAdapters"), self._counted():
             self._check_caller((await _next_message(context, "open")).open)
+            num_bytes = 0
             while (message := await _next_message(context, "adapter", or_end=True)) is not None:
+                num_bytes += message.adapter.num_bytes
+                self._adapters.check_request(num_bytes)
                 await self._adapters.receive(message.adapter, context.read)
         return pb.PutAdaptersResponse()
 
@@ -222,6 +228,19 @@ class BlocksService(pb_grpc.BlocksServicer):
             self._num_calls -= 1
             if not self._num_calls:
                 self._idle.set()
+
+
+async def _answer(context: grpc.aio.ServicerContext, first: pb.ComputeResponse, more: list[bytes]) -> None:
+    """Send a result. Raises: PeerUnavailable: the caller does not take it."""
+
+    async def write(message: pb.ComputeResponse) -> None:
+        async with asyncio.timeout(PART_TIMEOUT_S):
+            await context.write(message)
+
+    try:
+        await write_message(write, first, more)
+    except TimeoutError as exc:
+        raise PeerUnavailable(f"the caller did not take its results within {PART_TIMEOUT_S:.0f} s") from exc
 
 
 async def _next_message(context: grpc.aio.ServicerContext, kind: str, *, or_end: bool = False) -> Any:

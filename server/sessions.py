@@ -294,6 +294,10 @@ class SessionTable:
         promise = await self._admit(prompt_pages + key.batch_size, timeout_s)
         with self.guard:
             del self._promised[promise]
+            if key.session_id in self._sessions or key.session_id in self._kept:  # opened while this one waited
+                raise BadRequest("a session with this id is open already")
+            if prompts_NBPD is not None:
+                prompts_NBPD = prompts_NBPD.to(span.device, span.dtype)
             cache = SessionCache(
                 pool,
                 key.batch_size,
@@ -304,8 +308,6 @@ class SessionTable:
             )
             context = repr((key.blocks, key.prompts_digest, key.adapters)).encode()
             names = PageNames(key.batch_size, pool.page_tokens, context) if self._packed else None
-            if prompts_NBPD is not None:
-                prompts_NBPD = prompts_NBPD.to(span.device, span.dtype)
             changed = None if adapters is None else adapters.adapters
             session = ServerSession(key, epoch, span, cache, prompts_NBPD, changed, names)
             self._promised[session] = key.batch_size

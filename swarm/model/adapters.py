@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Self
 
@@ -24,12 +24,23 @@ from torch import Tensor
 from swarm.errors import BadRequest
 from swarm.model.changes import KINDS, Bias, Bottleneck, Change, Ia3, Lora, first_error
 
-__all__ = ["KINDS", "Bias", "BlockAdapter", "Bottleneck", "Change", "Ia3", "Lora", "ModelAdapter", "frozen"]
+__all__ = [
+    "KINDS",
+    "Bias",
+    "BlockAdapter",
+    "Bottleneck",
+    "Change",
+    "Ia3",
+    "Lora",
+    "ModelAdapter",
+    "frozen",
+    "undropped",
+]
 
 MAX_ADAPTER_BYTES = 1 << 30
 """Of one block's adapter, unless a server says less."""
 
-MAX_TENSORS = 512
+MAX_TENSORS = 128
 """In one block's adapter."""
 
 MAX_HEADER_BYTES = 1 << 18
@@ -70,6 +81,12 @@ class BlockAdapter:
         return BlockAdapter(
             [each.with_tensors({name: named[f"{each.name}/{name}"] for name in each.tensor_names()}) for each in self]
         )
+
+    def undropped(self) -> BlockAdapter:
+        """The same changes, without dropout."""
+        if not any(isinstance(each, Lora) and each.dropout for each in self):
+            return self
+        return BlockAdapter([replace(each, dropout=0.0) if isinstance(each, Lora) else each for each in self])
 
     @property
     def num_bytes(self) -> int:
@@ -115,7 +132,8 @@ class BlockAdapter:
             for each, tensor in parts.items():
                 if tensor is None:
                     raise BadRequest(f"the {kind} change of {target} lacks its tensor {each!r}")
-                if not bool(tensor.isfinite().all()):
+                low, high = tensor.aminmax()  # of which NaN is both
+                if not bool(low.isfinite() & high.isfinite()):
                     raise BadRequest(f"{name}/{each} holds values that are not finite: the training has diverged")
             made.append(_make(KINDS[kind], target, parts, scalars))
         if tensors:
@@ -127,6 +145,13 @@ class BlockAdapter:
 
 ModelAdapter = Sequence[BlockAdapter | None]
 """One entry for each block of a model, block 0 first; None where nothing is changed."""
+
+
+def undropped(adapters: ModelAdapter | None) -> ModelAdapter | None:
+    """The same adapters for sessions, in which nothing is dropped: as they are while the model is not trained."""
+    if adapters is None:
+        return None
+    return [adapter if adapter is None else adapter.undropped() for adapter in adapters]
 
 
 def frozen(adapters: ModelAdapter | None) -> ModelAdapter | None:

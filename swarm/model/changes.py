@@ -40,7 +40,7 @@ class Scalars(BaseModel):
 
 class _LoraScalars(Scalars):
     scaling: Annotated[float, Field(allow_inf_nan=False)]
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
 
 
 class _Ia3Scalars(Scalars):
@@ -113,6 +113,11 @@ class Change(ABC):
                     f"not {list(tensor.shape)}"
                 )
 
+    def _check_size(self, name: str, size: int, most: int) -> None:
+        """Refuse what would cost more than the module itself."""
+        if size > most:
+            raise BadRequest(f"the {self.kind} change of {self.target} has the {name} {size}: use at most {most}")
+
     def enter(self, x: Tensor) -> Tensor:
         """What the module is given instead of x, [..., I]."""
         return x
@@ -147,6 +152,7 @@ class Lora(Change):
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
         rank = self.a_RI.shape[0]
+        self._check_size("rank", rank, max(in_features, out_features))
         return {"a_RI": [rank, in_features], "b_OR": [out_features, rank]}
 
     def apply(self, x: Tensor, y: Tensor, drop: Drop | None = None) -> Tensor:
@@ -212,6 +218,7 @@ class Bottleneck(Change):
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
         size = self.down_KO.shape[0]
+        self._check_size("size", size, max(in_features, out_features))
         return {
             "down_KO": [size, out_features],
             "down_bias_K": [size],

@@ -58,17 +58,15 @@ class ModuleEdit:
         return y
 
     def _tokens(self, part: _Part, x: Tensor) -> Tensor:
-        """The rows of a part."""
+        """The rows of a part, one for each token, however a module arranges what it takes and returns."""
         if x.numel() != self.num_tokens * x.shape[-1]:
             raise BadRequest(f"{part.change.target} does not see every token by itself, so it cannot be changed")
-        if part.end - part.start == self.num_tokens:
-            return x
         return x.reshape(self.num_tokens, -1)[part.start : part.end]
 
     def _replaced(self, part: _Part, y: Tensor, rows: Tensor) -> Tensor:
         """The same with other values for the tokens of a part."""
         if part.end - part.start == self.num_tokens:
-            return rows
+            return rows.reshape(y.shape)
         y = y.clone()  # a module may return what it was given
         y.view(self.num_tokens, -1)[part.start : part.end] = rows
         return y

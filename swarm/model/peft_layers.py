@@ -75,7 +75,8 @@ def _tuner_layers(place: str, name: str, module: nn.Module) -> Iterator[tuple[st
 
 
 def _read_layer(place: str, name: str, layer: Any) -> list[Change]:
-    if layer._forward_pre_hooks or layer._forward_hooks or layer.base_layer._forward_hooks:
+    hooked = (layer, layer.base_layer)
+    if any(each._forward_pre_hooks or each._forward_hooks for each in hooked):
         raise BadRequest(
             f"hooks were put on {name} of {place}, but it runs on servers and would not call them: one adapter for "
             "all rows of a batch (no adapter_names=), and initializations that watch the activations are not possible"

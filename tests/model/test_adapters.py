@@ -13,7 +13,7 @@ from tiny_configs import tiny_config
 from torch import Tensor
 
 from swarm.errors import BadRequest
-from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Ia3, Lora
+from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Ia3, Lora, undropped
 from swarm.model.dropout import Dropout
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.ragged import PackedSpan, Piece
@@ -309,3 +309,15 @@ def test_what_does_not_fit_a_module_is_refused_by_its_name(span: Span) -> None:
 def test_a_router_and_experts_cannot_be_changed_but_what_holds_them_can() -> None:
     targets = find_targets(make_span(tiny_config("mixtral")))
     assert "mlp.gate" not in targets[1] and {"mlp", "self_attn.q_proj"} <= targets[1].keys()
+
+
+def test_a_session_has_the_same_adapter_whether_the_model_is_trained_or_not() -> None:
+    trained, evaluated = ([BlockAdapter([lora(dropout=share)]), None] for share in (0.1, 0.0))
+    assert undropped(trained)[0].digest == evaluated[0].digest != trained[0].digest
+    assert undropped(evaluated)[0] is evaluated[0] and undropped(trained)[1] is None and undropped(None) is None
+
+
+def test_a_rank_above_what_a_module_has_is_refused(span: Span) -> None:
+    adapter = BlockAdapter([Lora("mlp.up_proj", torch.zeros(97, 64), torch.zeros(96, 97))])
+    with pytest.raises(BadRequest, match="has the rank 97: use at most 96"):
+        check_adapters([adapter, *[None] * (len(span.blocks) - 1)], span.blocks, find_targets(span))

@@ -25,6 +25,7 @@ from swarm.link import JoinLink
 from swarm.model.adapters import BlockAdapter, Lora
 from swarm.rpc import translate
 from swarm.server import LocalSwarm
+from swarm.server.adapters import LEAST_BYTES
 from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
@@ -212,7 +213,11 @@ def small(all_swarms: Any, tiny_model: Any) -> Iterator[tuple[LocalSwarm, Path]]
     """Servers with room for three clients' adapters."""
     path = tiny_model("llama")
     with LocalSwarm(
-        str(path), ranges=[(0, 3), (3, 6)], dtype="float32", in_process=True, settings={"adapter_bytes": 350_000}
+        str(path),
+        ranges=[(0, 3), (3, 6)],
+        dtype="float32",
+        in_process=True,
+        settings={"adapter_bytes": 9 * LEAST_BYTES},
     ) as swarm:
         yield swarm, path
 
@@ -224,7 +229,7 @@ def test_adapters_that_were_forgotten_are_sent_again(small, swarms):
     choices = [make_adapters(swarm, seed=seed) for seed in range(5)]
     for seed in (0, 1, 2, 3, 4, 0, 4):
         assert_same(train_remote(remote, choices[seed], ids), train_local(local, choices[seed], ids))
-        assert all(0 < store.statistics().used_bytes <= 350_000 for store in stores(swarm))
+        assert all(0 < store.statistics().used_bytes <= 9 * LEAST_BYTES for store in stores(swarm))
     assert all(store.statistics().num_used == 0 for store in stores(swarm))
 
 
@@ -252,9 +257,9 @@ def test_adapters_of_an_open_session_stay(small, swarms):
 def test_adapters_larger_than_the_room_are_refused(small, swarms):
     swarm, path = small
     remote = swarms.join(swarm, path)
-    large = [BlockAdapter([Lora("mlp", torch.zeros(512, 64), torch.zeros(64, 512))]) for _ in range(6)]
+    large = [BlockAdapter([Lora("mlp", torch.zeros(2560, 64), torch.zeros(64, 2560))]) for _ in range(6)]
     remote._swarm.adapters = lambda: large
-    with pytest.raises(BadRequest, match="bytes was announced, this server takes at most 175000"):
+    with pytest.raises(BadRequest, match=f"this server takes at most {9 * LEAST_BYTES // 2}"):
         remote(random_ids(1, 4), use_cache=False)
 
 
@@ -262,7 +267,7 @@ async def test_a_server_says_how_much_it_takes(small, swarms):
     server = swarms.join(*small).explain_route()[0].server
     async with open_stub(server) as stub:
         answer = await stub.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION))
-    assert answer.limits.max_adapter_bytes == 175_000
+    assert answer.limits.max_adapter_bytes == 9 * LEAST_BYTES // 2
 
 
 def test_a_server_killed_while_a_session_with_adapters_decodes(tiny_model):
@@ -330,7 +335,7 @@ def good(target: str = "mlp", rows: int = 64, value: float = 0.1) -> bytes:
 @pytest.mark.parametrize(
     "message, error, sentence",
     [
-        (file(good(), num_bytes=10 * 2**30), BadRequest, "a block's adapter of 10737418240 bytes was announced"),
+        (file(good(), num_bytes=10 * 2**30), BadRequest, "take 10737418240 bytes"),
         (file(good(), digest=bytes(32)), BadRequest, "not that of its bytes"),
         (file(good(), digest=b"short"), ProtocolError, "32 bytes"),
         (file(good(), num_bytes=len(good()) + 1), ProtocolError, "before the bytes that it announced"),

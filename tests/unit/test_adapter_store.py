@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -13,13 +14,13 @@ from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable,
 from swarm.model.adapters import Bias, BlockAdapter
 from swarm.model.targets import Width
 from swarm.ranges import BlockRange
-from swarm.server.adapters import AdapterStore
+from swarm.server.adapters import LEAST_BYTES, AdapterStore
 from swarm.v1 import blocks_pb2 as pb
 
 BLOCKS = BlockRange(2, 4)
 TARGETS = {number: {"mlp": Width(64, 64)} for number in BLOCKS}
 ADAPTERS = [BlockAdapter([Bias("mlp", torch.full((64,), float(number)))]) for number in range(12)]
-SIZE = len(ADAPTERS[0].to_bytes())
+SIZE = LEAST_BYTES  # what each counts
 
 
 def new_store(num_adapters: int = 4) -> AdapterStore:
@@ -135,3 +136,43 @@ async def test_nothing_is_lost_or_counted_twice_in_any_order() -> None:
         statistics = store.statistics()
         assert statistics.used_bytes == statistics.num_adapters * SIZE <= 6 * SIZE
         assert statistics.num_used == len({adapter.digest for adapter, _ in leases})
+
+
+async def test_an_announcement_that_has_no_room_drops_nothing() -> None:
+    store = new_store()
+    for number in range(4):
+        await put(store, ADAPTERS[number])
+    with store.lease([ADAPTERS[0].digest, ADAPTERS[1].digest], BLOCKS), store.lease([ADAPTERS[2].digest, b""], BLOCKS):
+        with pytest.raises(CacheFull):
+            await store.receive(pb.AdapterFile(digest=bytes(32), num_bytes=2 * SIZE), nothing_more)
+        assert held(store) == [0, 1, 2, 3]
+
+
+async def test_what_is_here_already_needs_no_room() -> None:
+    store = new_store(2)
+    await put(store, ADAPTERS[0])
+    await put(store, ADAPTERS[1])
+    with store.lease([ADAPTERS[0].digest, b""], BLOCKS), store.lease([ADAPTERS[1].digest, b""], BLOCKS):
+        await put(store, ADAPTERS[0])
+        assert store.statistics().used_bytes == 2 * SIZE
+
+
+async def test_an_upload_that_is_given_up_takes_its_room_until_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, parsing, go_on = new_store(), asyncio.Event(), threading.Event()
+    loop, parse = asyncio.get_running_loop(), store._parse
+
+    def slowly(data: bytes, digest: bytes) -> BlockAdapter:
+        loop.call_soon_threadsafe(parsing.set)
+        assert go_on.wait(30)
+        return parse(data, digest)
+
+    monkeypatch.setattr(store, "_parse", slowly)
+    upload = asyncio.create_task(put(store, ADAPTERS[0]))
+    await parsing.wait()
+    upload.cancel()
+    await asyncio.sleep(0.05)
+    assert store.statistics().used_bytes == SIZE
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    assert store.statistics().used_bytes == 0
