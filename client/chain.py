@@ -19,8 +19,7 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
-from swarm.model.adapters import ModelAdapter
-from swarm.model.edits import Adapters
+from swarm.model.adapters import ModelAdapter, of_blocks
 from swarm.ranges import BlockRange
 from swarm.rpc import errors_from_wire
 from swarm.streams import Step, ask, read_tensors, write_message
@@ -52,10 +51,6 @@ class ChainConfig:
     """Deep prompts of all blocks of the model."""
     adapters: ModelAdapter | None = None
     """What is changed in the blocks of the model."""
-
-    def adapters_of(self, blocks: BlockRange) -> Adapters | None:
-        """What is changed in these blocks."""
-        return None if self.adapters is None else self.adapters[blocks.start : blocks.end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +186,7 @@ class Chain:
         channel = await leases.enter_async_context(self._network.connector.lease(hop.address))
         answer = await self._network.uploads.calling(
             hop,
-            config.adapters_of(hop.blocks),
+            of_blocks(config.adapters, hop.blocks),
             config.fingerprint,
             lambda: self._ask_to_open(index, pb_grpc.BlocksStub(channel)),
         )
@@ -227,7 +222,7 @@ class Chain:
             timeout_ms=int(config.open_timeout_s * 1000),
             prompts=packed.specs[0],
             data=packed.data,
-            adapters=names_of(config.adapters_of(hop.blocks)),
+            adapters=names_of(of_blocks(config.adapters, hop.blocks)),
         )
         if index + 1 < len(self.hops):
             opening.next.CopyFrom(self.hops[index + 1].address.to_wire())

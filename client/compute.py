@@ -19,9 +19,9 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import NoRoute, PromptTooLong, ProtocolError
-from swarm.model.adapters import ModelAdapter
-from swarm.model.edits import Adapters
+from swarm.model.adapters import ModelAdapter, of_blocks
 from swarm.ranges import BlockRange
+from swarm.rows import some_rows
 from swarm.rpc import errors_from_wire
 from swarm.streams import ask, read_tensors
 from swarm.v1 import blocks_pb2 as pb
@@ -75,25 +75,14 @@ class Batch:
 
     def rows(self, start: int, end: int) -> Batch:
         """The sequences [start, end)."""
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:end]
-
-        prompts = self.prompts_NBPD
-        if prompts is not None and prompts.shape[1] > 1:
-            prompts = prompts[:, start:end]
         return replace(
             self,
             x_BLD=self.x_BLD[start:end],
-            mask_BL=rows(self.mask_BL),
-            position_ids_BL=rows(self.position_ids_BL),
-            prompts_NBPD=prompts,
+            mask_BL=some_rows(self.mask_BL, start, end),
+            position_ids_BL=some_rows(self.position_ids_BL, start, end),
+            prompts_NBPD=some_rows(self.prompts_NBPD, start, end, dim=1),
             first_row=self.first_row + start,
         )
-
-    def adapters_of(self, blocks: BlockRange) -> Adapters | None:
-        """What is changed in these blocks."""
-        return None if self.adapters is None else self.adapters[blocks.start : blocks.end]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,7 +265,7 @@ class RemoteCompute:
         Raises: PeerError, UserError.
         """
         is_backward = grad_BLD is not None
-        adapters = batch.adapters_of(hop.blocks)
+        adapters = of_blocks(batch.adapters, hop.blocks)
         opening, more = self._opening(hop, batch, grad_BLD, forward_id)
         batch_size, length, _ = batch.x_BLD.shape
         began_s = time.monotonic()
@@ -302,7 +291,7 @@ class RemoteCompute:
         if not is_backward:
             return [batch.x_BLD.shape, None]
         prompts = batch.prompts_NBPD
-        adapters = [each for each in batch.adapters_of(hop.blocks) or () if each is not None]
+        adapters = [each for each in of_blocks(batch.adapters, hop.blocks) or () if each is not None]
         return [
             batch.x_BLD.shape,
             None if prompts is None else torch.Size([len(hop.blocks), *prompts.shape[1:]]),
@@ -334,7 +323,7 @@ class RemoteCompute:
             grad_outputs=packed.specs[4],
             data=packed.data,
             forward_id=forward_id,
-            adapters=names_of(batch.adapters_of(hop.blocks)),
+            adapters=names_of(of_blocks(batch.adapters, hop.blocks)),
             dropout_seed=batch.dropout_seed,
             first_row=batch.first_row,
         )

@@ -19,6 +19,7 @@ from swarm.model.dropout import Dropout
 from swarm.model.edits import Adapters
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
+from swarm.rows import some_rows
 from swarm.v1 import blocks_pb2 as pb
 
 from .adapters import Lease
@@ -67,19 +68,12 @@ class Batch:
 
     def rows(self, start: int, end: int) -> Batch:
         """The sequences [start, end)."""
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:end]
-
-        prompts = self.prompts_NBPD
-        if prompts is not None and prompts.shape[1] > 1:
-            prompts = prompts[:, start:end]
         return replace(
             self,
             x_BLD=self.x_BLD[start:end],
-            mask_BL=rows(self.mask_BL),
-            position_ids_BL=rows(self.position_ids_BL),
-            prompts_NBPD=prompts,
+            mask_BL=some_rows(self.mask_BL, start, end),
+            position_ids_BL=some_rows(self.position_ids_BL, start, end),
+            prompts_NBPD=some_rows(self.prompts_NBPD, start, end, dim=1),
             grad_BLD=None if self.grad_BLD is None else self.grad_BLD[start:end],
             first_row=self.first_row + start,
         )

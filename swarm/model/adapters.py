@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swarm.errors import BadRequest
 from swarm.model.changes import KINDS, Bias, Bottleneck, Change, Ia3, Lora, first_error
+from swarm.ranges import BlockRange
 
 __all__ = [
     "KINDS",
@@ -34,6 +35,7 @@ __all__ = [
     "Lora",
     "ModelAdapter",
     "frozen",
+    "of_blocks",
     "undropped",
 ]
 
@@ -145,6 +147,11 @@ class BlockAdapter:
 
 ModelAdapter = Sequence[BlockAdapter | None]
 """One entry for each block of a model, block 0 first; None where nothing is changed."""
+
+
+def of_blocks(adapters: ModelAdapter | None, blocks: BlockRange) -> ModelAdapter | None:
+    """What is changed in these blocks of the model."""
+    return None if adapters is None else adapters[blocks.start : blocks.end]
 
 
 def undropped(adapters: ModelAdapter | None) -> ModelAdapter | None:

@@ -23,6 +23,7 @@ from peft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from peft_targets import FAMILIES
 from tiny_configs import VOCAB, tiny_config
 from torch import Tensor
 
@@ -96,21 +97,12 @@ def test_logits_and_gradients_equal_local_peft(both: tuple[Any, Any], method: st
         torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
 
 
-FAMILIES = {
-    "llama": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "qwen3": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "gemma2": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "mixtral": (["q_proj", "o_proj"], ["k_proj", "v_proj", "o_proj"], ["o_proj"]),
-    "falcon": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-    "bloom": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-    "gpt2": (["c_attn", "c_fc"], ["c_attn", "c_proj"], ["c_proj"]),
-}
-"""What LoRA changes, what IA3 changes, and the feed-forward modules among the latter."""
+WITH_CONV = FAMILIES | {"gpt2": (["c_attn", "c_fc"], ["c_attn", "c_proj"], ["c_proj"])}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_CONV)
 def test_other_families_equal_local_peft(tmp_path: Path, model_type: str) -> None:
-    lora, ia3, feedforward = FAMILIES[model_type]
+    lora, ia3, feedforward = WITH_CONV[model_type]
     save_tiny(tmp_path, tiny_config(model_type))
     conv = model_type == "gpt2"
     for config in (

@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft_targets import FAMILIES
 from tiny import load_local, random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -31,16 +32,6 @@ from swarm.server import LocalSwarm
 
 TOLERANCE = 1e-4
 CURVE_TOLERANCE = 1e-3
-
-FAMILIES = {
-    "llama": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "qwen3": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "gemma2": (["q_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "mixtral": (["q_proj", "o_proj"], ["k_proj", "v_proj", "o_proj"], ["o_proj"]),
-    "falcon": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-    "bloom": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-}
-"""What LoRA changes, what IA3 changes, and the feed-forward modules among the latter."""
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
 
