@@ -195,7 +195,7 @@ def load_client_half(
     use_half_kernels(model)
     for module in model.modules():
         if isinstance(module, RemoteLayers):  # only now: nothing on `meta` is given kernels
-            module.to(torch.device(device), model.dtype)
+            module.settle(torch.device(device), model.dtype)
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model

@@ -80,8 +80,15 @@ class RemoteLayers(nn.ModuleList):
             for tensors in (module._parameters, module._buffers):
                 for name in list(tensors):
                     tensor = tensors.pop(name)
-                    module.__dict__[name] = None if tensor is None else RemoteTensor(tensor)
+                    module.__dict__[name] = None if tensor is None else tensor.detach().to("meta")
             module._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialize
+
+    def settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the weights remote ones. Until then they are on `meta`: some models write them when initialized."""
+        for module in self.modules():
+            for name, value in module.__dict__.items():
+                if isinstance(value, Tensor) and value.is_meta:
+                    module.__dict__[name] = RemoteTensor(value, device, dtype if value.is_floating_point() else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RemoteLayers:
         """Follow the client to another device or dtype, so that the next adapter is made there."""
