@@ -14,10 +14,10 @@ from swarm.model import families
 from swarm.model.anatomy import anatomy_of
 
 TYPES = (
-    "bamba", "bloom", "cohere2", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gemma4_text", "glm4_moe", "gpt2",
-    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "jamba", "lfm2", "llama", "llama4_text",
-    "mistral", "mixtral", "mpt", "nemotron_h", "olmo2", "opt", "phi3", "qwen2", "qwen3_5_text", "qwen3_moe",
-    "qwen3_next", "stablelm",
+    "bamba", "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gemma3_text", "gemma4_text",
+    "glm4_moe", "gpt2", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoehybrid", "jamba", "lfm2",
+    "llama", "llama4_text", "mistral", "mixtral", "mpt", "nemotron_h", "olmo2", "opt", "phi3", "qwen2",
+    "qwen3_5_text", "qwen3_moe", "qwen3_next", "stablelm",
 )  # fmt: skip
 
 
