@@ -1,75 +1,36 @@
-/* What the products of all instruction sets share; a file that includes it defines `dots` and MOST_ROWS first.
- *
- * products.c says what is computed.
- */
+/* What products.c offers to other files; it says what is computed. */
 #pragma once
 #include "lanes.h"
 
 #if HAS_KERNELS
 #define GROUP 64
-#define BLOCK_ROWS 32 /* rows of w that stay in the L2 cache while all rows of x pass */
-#define AHEAD 4096    /* bytes from here that are asked for from memory */
 
 struct product {
   const uint8_t *w;
-  const float *scale;         /* [N], 8 bits only */
-  const uint16_t *scale_zero; /* [N, padded_groups, 2], 4 bits only */
+  const void *scales; /* floats [N] for 8 bits, halves [N, padded_groups, 2] for 4 */
   const void *bias;           /* [N], or NULL */
   void *y;                    /* [M, N] */
   int halves;                 /* whether x, bias and y are bfloat16 rather than floats */
+  const void *x; /* [M, K] */
+  int wide;      /* whether with AVX-512 */
+  int bits;      /* 16, 8 or 4 */
   long M, N, K, padded_groups;
-  const void *x;        /* [M, K] as it came, 16 bits only */
-  const float *floats;  /* [M, K] x, 16 bits only, without instructions for bfloat16 */
-  const int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
-  const float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
-  const float *sum;     /* [M, padded_groups] sum of a group of x */
+  /* What `prepare` makes of x: */
+  float *floats;  /* [M, K] x, 16 bits only, without instructions for bfloat16 */
+  int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
+  float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
+  float *sum;     /* [M, padded_groups] sum of a group of x */
 };
 
-/* What a thread of a product does, with AVX-512: for 16, 8 and 4 bits. */
-void share_wide_half(void *product);
-void share_wide_int8(void *product);
-void share_wide_int4(void *product);
+/* How many bytes of room `prepare` needs; 0: the product takes x as it is. */
+long room_of(const struct product *p);
 
-INLINE void put(const struct product *p, long m, long n, float y) {
-  if (p->halves) {
-    if (p->bias) y += to_float(((const uint16_t *)p->bias)[n]);
-    ((uint16_t *)p->y)[m * p->N + n] = to_half(y);
-  } else {
-    if (p->bias) y += ((const float *)p->bias)[n];
-    ((float *)p->y)[m * p->N + n] = y;
-  }
-}
+/* Say where that room is, at a multiple of 64 bytes. */
+void take_room(struct product *p, void *room);
 
-/* What the integer sums of eight groups of row n of w and row m of x are multiplied with; what the zeros of 4 bits add
- * is summed up in `rest`. */
-INLINE __m256 factors_of(const struct product *p, long n, long m, long first, const int bits, __m256 *rest) {
-  const long stride = p->padded_groups;
-  const __m256 unit = _mm256_loadu_ps(p->unit + m * stride + first);
-  if (bits == 8) return unit;
-  const __m256i pairs = _mm256_loadu_si256((const __m256i *)(p->scale_zero + (n * stride + first) * 2));
-  *rest = _mm256_fmadd_ps(odd_halves(pairs), _mm256_loadu_ps(p->sum + m * stride + first), *rest);
-  return _mm256_mul_ps(unit, even_halves(pairs));
-}
+/* A thread's share of preparing x; all of it must be done before any thread begins with the product. */
+void prepare(const struct product *p);
 
-INLINE void put_scaled(const struct product *p, long m, long n, const int bits, float y) {
-  put(p, m, n, bits == 8 ? p->scale[n] * y : y);
-}
-
-/* Rows [begin, end) of w times C rows of x from m on. */
-INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C);
-
-/* Some rows of w times all of x: the weights are unpacked once for several rows of x. */
-INLINE void block(const struct product *p, long begin, long end, const int bits) {
-  long m = 0;
-  for (; MOST_ROWS >= 8 && m + 8 <= p->M; m += 8) dots(p, begin, end, m, bits, MOST_ROWS >= 8 ? 8 : 1);
-  for (; m + 4 <= p->M; m += 4) dots(p, begin, end, m, bits, 4);
-  for (; m + 2 <= p->M; m += 2) dots(p, begin, end, m, bits, 2);
-  for (; m < p->M; m++) dots(p, begin, end, m, bits, 1);
-}
-
-INLINE void share(const struct product *p, const int bits) {
-  const long num_threads = thread_count(), thread = thread_number();
-  const long begin = p->N * thread / num_threads, end = p->N * (thread + 1) / num_threads;
-  for (long n = begin; n < end; n += BLOCK_ROWS) block(p, n, n + BLOCK_ROWS < end ? n + BLOCK_ROWS : end, bits);
-}
+/* A thread's share of the product itself. */
+void multiply(const struct product *p);
 #endif

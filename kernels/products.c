@@ -21,7 +21,7 @@
  * swarm/model/kernels.py calls this; swarm/model/weight_only.py has the same in torch, with which the tests compare.
  */
 #define MOST_ROWS 4
-#include "product.h"
+#include "shares.h"
 
 #if HAS_KERNELS
 /* The columns 16 i to 16 i + 15 of a group of w, as 16-bit integers; `packed` is the whole group, 4 bits only. */
@@ -88,9 +88,9 @@ INLINE void dots(const struct product *p, long begin, long end, long m, const in
     else dot(p, n, m, bits, C);
 }
 
-__attribute__((target(ISA))) static void share_half(void *p) { share(p, 16); }
-__attribute__((target(ISA))) static void share_int8(void *p) { share(p, 8); }
-__attribute__((target(ISA))) static void share_int4(void *p) { share(p, 4); }
+__attribute__((target(ISA))) static void share_half(const struct product *p) { share(p, 16); }
+__attribute__((target(ISA))) static void share_int8(const struct product *p) { share(p, 8); }
+__attribute__((target(ISA))) static void share_int4(const struct product *p) { share(p, 4); }
 
 /* A group of x as fixed point numbers. What is not finite makes the unit, and with it the result, a NaN. */
 INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *out, float *unit, float *sum) {
@@ -116,52 +116,70 @@ INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *ou
   *sum = *unit * sum_of_lanes(_mm256_cvtepi32_ps(integer_sum));
 }
 
-INLINE int multiply(struct product p, const void *x, const int halves, void (*work)(void *)) {
-  const long num_groups = p.K / GROUP, stride = p.padded_groups = (num_groups + 7) / 8 * 8;
-  int16_t *fixed = malloc(p.M * p.K * sizeof *fixed);
-  float *unit = calloc(2 * p.M * stride, sizeof *unit);
-  if (fixed && unit) {
-    for (long m = 0; m < p.M; m++)
-      for (long g = 0; g < num_groups; g++) {
-        const long at = m * p.K + g * GROUP;
-        to_fixed_point(x, at, halves, fixed + at, unit + m * stride + g, unit + (p.M + m) * stride + g);
-      }
-    p.fixed = fixed, p.unit = unit, p.sum = unit + p.M * stride;
-    run(work, &p, p.M * p.N * p.K);
-  }
-  free(fixed), free(unit);
-  return fixed && unit;
+long room_of(const struct product *p) {
+  const long groups = (p->K / GROUP + 7) / 8 * 8;
+  if (p->bits == 16) return p->wide ? 0 : p->M * p->K * sizeof *p->floats;
+  return p->M * (p->K * sizeof *p->fixed + 2 * groups * sizeof *p->unit);
 }
 
-/* Without instructions for bfloat16. */
-INLINE int multiply_halves(struct product p, const uint16_t *x) {
-  float *floats = malloc(p.M * p.K * sizeof *floats);
-  if (floats) {
-    for (long i = 0; i < p.M * p.K; i += 16) {
-      const __m256i words = _mm256_loadu_si256((const __m256i *)(x + i));
-      _mm256_storeu_ps(floats + i, even_halves(words));
-      _mm256_storeu_ps(floats + i + 8, odd_halves(words));
-    }
-    p.floats = floats;
-    run(share_half, &p, p.M * p.N * p.K);
+void take_room(struct product *p, void *room) {
+  p->padded_groups = (p->K / GROUP + 7) / 8 * 8;
+  if (p->bits == 16) {
+    p->floats = room;
+    return;
   }
-  free(floats);
-  return floats != NULL;
+  p->unit = room, p->sum = p->unit + p->M * p->padded_groups;
+  p->fixed = (int16_t *)(p->sum + p->M * p->padded_groups);
 }
+
+/* Groups beyond the last are nothing. */
+INLINE void prepare_fixed(const struct product *p, long begin, long end, const int halves) {
+  const long stride = p->padded_groups, num_groups = p->K / GROUP;
+  for (long at = begin; at < end; at++) {
+    const long m = at / stride, g = at % stride, first = m * p->K + g * GROUP;
+    if (g < num_groups) to_fixed_point(p->x, first, halves, p->fixed + first, p->unit + at, p->sum + at);
+    else p->unit[at] = p->sum[at] = 0;
+  }
+}
+
+__attribute__((target(ISA))) void prepare(const struct product *p) {
+  if (p->bits == 16 && p->wide) return;
+  const long num_units = p->bits == 16 ? p->M * p->K / 16 : p->M * p->padded_groups;
+  const long begin = num_units * thread_number() / thread_count();
+  const long end = num_units * (thread_number() + 1) / thread_count();
+  if (p->bits != 16) {
+    if (p->halves) prepare_fixed(p, begin, end, 1);
+    else prepare_fixed(p, begin, end, 0);
+    return;
+  }
+  for (long i = 16 * begin; i < 16 * end; i += 16) {
+    const __m256i words = _mm256_loadu_si256((const __m256i *)((const uint16_t *)p->x + i));
+    _mm256_storeu_ps(p->floats + i, even_halves(words));
+    _mm256_storeu_ps(p->floats + i + 8, odd_halves(words));
+  }
+}
+
+void multiply(const struct product *p) {
+  if (p->bits == 16) (p->wide ? share_wide_half : share_half)(p);
+  else if (p->bits == 8) (p->wide ? share_wide_int8 : share_int8)(p);
+  else (p->wide ? share_wide_int4 : share_int4)(p);
+}
+
+static void multiply_share(void *p) { multiply(p); }
 
 /* Returns 0 when there was no memory. `wide`: with AVX-512. K is a multiple of 16 for weights of 16 bits, which want
  * halves, and of GROUP for fewer bits; scales are what the number of bits says above. */
-__attribute__((target(ISA))) int product(int wide, int bits, int halves, const void *x, const void *w,
-                                         const void *scales, const void *bias, void *y, long M, long N, long K) {
-  const struct product p = {.w = w, .scale = scales, .scale_zero = scales, .bias = bias, .y = y, .halves = halves,
-                            .M = M, .N = N, .K = K, .x = x};
-  if (bits == 16) {
-    if (!wide) return multiply_halves(p, x);
-    run(share_wide_half, (void *)&p, M * N * K);
-    return 1;
-  }
-  void (*int8)(void *) = wide ? share_wide_int8 : share_int8, (*int4)(void *) = wide ? share_wide_int4 : share_int4;
-  void (*work)(void *) = bits == 8 ? int8 : int4;
-  return halves ? multiply(p, x, 1, work) : multiply(p, x, 0, work);
+int product(int wide, int bits, int halves, const void *x, const void *w, const void *scales, const void *bias, void *y,
+            long M, long N, long K) {
+  struct product p = {.w = w, .scales = scales, .bias = bias, .y = y, .halves = halves, .x = x, .wide = wide,
+                      .bits = bits, .M = M, .N = N, .K = K};
+  const long num_bytes = room_of(&p);
+  void *room = num_bytes ? malloc(num_bytes) : NULL;
+  if (num_bytes && !room) return 0;
+  take_room(&p, room);
+  prepare(&p);
+  run(multiply_share, &p, M * N * K);
+  free(room);
+  return 1;
 }
 #endif

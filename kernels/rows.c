@@ -7,11 +7,9 @@
  */
 #include <math.h>
 
-#include "lanes.h"
+#include "rows.h"
 
 #if HAS_KERNELS
-/* Rows of x, [M, D], divided by their root mean square and multiplied with the weights, all bfloat16; both products are
- * rounded, as the library does it. D is a multiple of 8. */
 __attribute__((target("avx2,fma"))) void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, long M,
                                                   long D, float epsilon) {
   for (long m = 0; m < M; m++, x += D, y += D) {
@@ -28,35 +26,6 @@ __attribute__((target("avx2,fma"))) void rms_norm(const uint16_t *x, const uint1
 }
 
 #define KEYS 64 /* so many keys and their values are looked at in one go: they stay in the L1 cache */
-
-struct attention {
-  const uint16_t *q;            /* [T, N, G, H] */
-  const uint16_t *keys, *values; /* of N heads, in slots */
-  uint16_t *y;                  /* [T, N, G, V] */
-  const int64_t *runs;          /* [R, 2] slots [start, end), those of the sequences one after the other */
-  const int64_t *ends;          /* [T] how many runs there are up to the end of a sequence */
-  long T, N, G, H, V;           /* sequences, key/value heads, query heads of each, size of a key and of a value */
-  long key_head, key_slot, value_head, value_slot; /* strides */
-  float scaling;
-  int failed;
-};
-
-/* e to the power of x, for x <= 0: 2^n times a polynomial in what remains, as in Cephes' expf; relative error 2e-7. */
-INLINE __m256 exponential(__m256 x) {
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 y = _mm256_set1_ps(1.9875691500e-4f);
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.3981999507e-3f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(8.3334519073e-3f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.1665795894e-2f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.6666665459e-1f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(5.0000001201e-1f));
-  y = _mm256_fmadd_ps(y, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1)));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  y = _mm256_mul_ps(y, _mm256_castsi256_ps(power));
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-87), _CMP_LT_OQ), y);
-}
 
 INLINE float largest_of_lanes(__m256 v) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -167,7 +136,7 @@ INLINE void attend_head(const struct attention *a, long t, long n, float *room) 
   }
 }
 
-__attribute__((target("avx2,fma"))) static void share_attention(void *data) {
+__attribute__((target("avx2,fma"))) void share_attention(void *data) {
   struct attention *a = data;
   float *room = malloc(((a->H + a->V + 2) * a->G + 4 * KEYS) * sizeof *room);
   if (!room) a->failed = 1;

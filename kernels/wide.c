@@ -1,7 +1,7 @@
 /* What products.c computes, for x86-64 with AVX-512 and its instructions for bfloat16 and 16-bit integers. */
 #define ISA "avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16"
 #define MOST_ROWS 8
-#include "product.h"
+#include "shares.h"
 
 #if HAS_KERNELS
 #define PART 2048 /* columns after which another row of w has its turn, where eight rows of x exceed the L1 cache */
@@ -84,9 +84,9 @@ INLINE void dots(const struct product *p, long begin, long end, long m, const in
   else for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
 }
 
-__attribute__((target(ISA))) void share_wide_half(void *p) { share(p, 16); }
-__attribute__((target(ISA))) void share_wide_int8(void *p) { share(p, 8); }
-__attribute__((target(ISA))) void share_wide_int4(void *p) { share(p, 4); }
+__attribute__((target(ISA))) void share_wide_half(const struct product *p) { share(p, 16); }
+__attribute__((target(ISA))) void share_wide_int8(const struct product *p) { share(p, 8); }
+__attribute__((target(ISA))) void share_wide_int4(const struct product *p) { share(p, 4); }
 
 int is_wide(void) {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

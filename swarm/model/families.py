@@ -165,3 +165,7 @@ def _rope_settings(config: PretrainedConfig, rope_type: str) -> list[dict[str, A
     parameters = getattr(config, "rope_parameters", None) or {}
     candidates = [parameters, *parameters.values()]
     return [each for each in candidates if isinstance(each, dict) and each.get("rope_type") == rope_type]
+
+
+WHOLE = frozenset(("llama", "mistral", "qwen2", "qwen3"))
+"""Types whose blocks are built as Llama's: kernels/blocks.c decodes through them in one call."""

@@ -57,6 +57,13 @@ class HalfLinear(nn.Linear):
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return needs_gradient or x.numel() >= TORCH_FROM_ROWS * self.in_features
 
+    bits = 16
+
+    @property
+    def kernel_weights(self) -> tuple[Tensor, None]:
+        """What the compiled kernels take: the weights, without scales."""
+        return self.weight, None
+
     def biased_product(self, x_MK: Tensor) -> Tensor:
         """Multiply rows with the weights and add the bias; bfloat16, no gradient."""
         if x_MK.shape[0] < DENSE_FROM_ROWS:
@@ -75,7 +82,7 @@ class HalfLinear(nn.Linear):
         return self.weight.detach()[begin:end].to(torch.float32)
 
 
-class _HalfNorm(nn.Module):
+class HalfNorm(nn.Module):
     """What the class of an RMSNorm is mixed with."""
 
     weight: Tensor
@@ -93,7 +100,7 @@ class _HalfNorm(nn.Module):
 
 @functools.cache
 def _half_norm(norm_class: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Half{norm_class.__name__}", (_HalfNorm, norm_class), {})
+    return type(f"Half{norm_class.__name__}", (HalfNorm, norm_class), {})
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -113,6 +113,52 @@ def rms_norm(x_MD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return y_MD
 
 
+class Linear(ctypes.Structure):
+    """`struct linear` of kernels/blocks.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "scales", "bias")] + [
+        (name, ctypes.c_int64) for name in ("N", "K", "bits")
+    ]
+
+
+class Norm(ctypes.Structure):
+    """`struct norm`."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
+
+
+class Block(ctypes.Structure):
+    """`struct block`."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Norm) for name in ("norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """`struct pass`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("blocks", "x", "cos", "sin", "slots", "runs", "ends")),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "T", "D", "N", "G", "H", "head", "slot")),
+        ("scaling", ctypes.c_float),
+        ("wide", ctypes.c_int32),
+    ]
+
+
+address_of = ctypes.addressof
+
+
+def decode(call: Pass) -> None:
+    """Run whole blocks on one token of each sequence; kernels/blocks.h says what must be where."""
+    library = _library()
+    assert library is not None, "nobody asked is_compiled()"
+    if not library.decode(ctypes.byref(call)):
+        raise MemoryError(f"no memory for {call.T} rows of activations")
+
+
 class Runs:
     """Where the tokens of some sequences lie, as `attention` takes it: slots [start, end), in order."""
 

@@ -38,6 +38,7 @@ from swarm.model.sights import MaskFunction
 from swarm.model.singles import Scores
 from swarm.model.span import Span
 from swarm.model.span_cache import cache_layers
+from swarm.model.whole_blocks import whole_blocks
 
 __all__ = ["PackedSpan", "Piece", "is_packable"]
 
@@ -87,6 +88,7 @@ class PackedSpan:
         self.layers = layers
         """The twins of the span's blocks: modules of their own, without its hooks."""
         self._passage = Passage(model, layers)
+        self._whole = whole_blocks(span, model, layers, store)
 
     def __call__(self, x_TD: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Run the blocks on all pieces and write their keys and values into the store.
@@ -102,13 +104,16 @@ class PackedSpan:
         """
         self._check(x_TD, pieces)
         with torch.inference_mode():
+            edits = make_edits(_prompt_adder(pieces), [(piece.length, piece.adapters) for piece in pieces])
+            x_TD = x_TD.to(self._dtype)
+            if self._whole is not None and edits is None and self._whole.takes(pieces):
+                return self._whole(x_TD, _position_ids(pieces, x_TD.device).unsqueeze(0), pieces)
             row = _Row(pieces, self._store, self._span)
             inputs = {"use_cache": True, "past_key_values": row}
             if self._span.takes_position_ids:
                 inputs["position_ids"] = row.position_ids_1T
-            edits = make_edits(_prompt_adder(pieces), [(piece.length, piece.adapters) for piece in pieces])
             with row.running():
-                return self._passage(x_TD.to(self._dtype).unsqueeze(0), inputs, edits)[0]
+                return self._passage(x_TD.unsqueeze(0), inputs, edits)[0]
 
     def _check(self, x_TD: Tensor, pieces: Sequence[Piece]) -> None:
         hidden_size, num_blocks = self._span.hidden_size, len(self._span.blocks)

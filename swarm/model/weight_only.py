@@ -195,8 +195,8 @@ class CpuLinear(WeightOnlyLinear):
 
     @property
     @abstractmethod
-    def _scales(self) -> Tensor:
-        """What the compiled kernel takes beside `data`."""
+    def kernel_weights(self) -> tuple[Tensor, Tensor]:
+        """What the compiled kernels take: the weights, and their scales."""
 
     def _torch_product(self, x_MK: Tensor) -> Tensor:
         """Multiply with torch's kernel, no bias."""
@@ -214,7 +214,7 @@ class CpuLinear(WeightOnlyLinear):
                 self.bits, x_MK.shape[0], x_MK.dtype, is_compiled=kernels.is_compiled(), fast_floats=has_fast_floats()
             )
         if kernel is Kernel.COMPILED:
-            return kernels.product(self.bits, x_MK, self.data, self._scales, self.bias, self.out_features)
+            return kernels.product(self.bits, x_MK, *self.kernel_weights, self.bias, self.out_features)
         y_MN = dense_product(x_MK, self) if kernel is Kernel.DENSE else self._torch_product(x_MK.contiguous())
         return _with_bias(y_MN, self.bias).to(x_MK.dtype)
 
@@ -247,8 +247,8 @@ class Int8Linear(CpuLinear):
         return self.data[begin:end].to(torch.float32).mul_(self.scale[begin:end, None])
 
     @property
-    def _scales(self) -> Tensor:
-        return self.scale
+    def kernel_weights(self) -> tuple[Tensor, Tensor]:
+        return self.data, self.scale
 
     def _torch_product(self, x_MK: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x_MK, self.data, self.scale.to(x_MK.dtype))
@@ -288,8 +288,8 @@ class Int4Linear(CpuLinear):
         return q_NGg.to(torch.float32).mul_(scale_zero[..., :1]).add_(scale_zero[..., 1:]).flatten(1)
 
     @property
-    def _scales(self) -> Tensor:
-        return self.scale_zero
+    def kernel_weights(self) -> tuple[Tensor, Tensor]:
+        return self.data, self.scale_zero
 
 
 class CudaInt4Linear(WeightOnlyLinear):
