@@ -1,5 +1,6 @@
-/* The next tokens of T sequences through whole blocks: norm, attention with rotary positions, norm, gated MLP with SiLU,
- * as Llama has them. All in bfloat16; every step is computed, and rounded, as it is when the library's modules run it.
+/* T tokens through whole blocks: norm, attention with rotary positions, norm, gated MLP with SiLU,
+ * as Llama has them. Each sees what its runs name, which may be what others of them have just written. All in bfloat16;
+ * every step is computed, and rounded, as it is when the library's modules run it.
  *
  * The threads meet after each step, instead of being called for each: a step of a small model takes less time than
  * waking a thread.

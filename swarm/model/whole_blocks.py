@@ -1,16 +1,16 @@
-"""Decoding through whole blocks in one call of a compiled kernel (kernels/blocks.c), for models built as Llama is.
+"""A few tokens through whole blocks in one call of a compiled kernel (kernels/blocks.c), for models built as Llama is.
 
 Between its products a block does little, but in some fifteen small operations, and calling those takes longer than
 computing them. Whether a block is what the kernel computes is found out when it is loaded, by running both.
 """
 
-# T tokens, one of each sequence, D hidden, N key/value heads, G query heads of each, H head dim, S slots
+# T tokens, D hidden, N key/value heads, G query heads of each, H head dim, S slots
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MOST_TOKENS = TORCH_FROM_ROWS - 1
 """With more of them the products are torch's where that is faster, and the way there no longer counts."""
+
+MOST_SCORES = 1 << 14
+"""With more pairs of a token and a key, torch's attention of several tokens of a sequence is faster."""
 
 _LINEAR = {
     "q": "self_attn.q_proj",
@@ -53,7 +56,7 @@ _ALLOWED_ERROR = 0.02
 
 
 class WholeBlocks:
-    """The blocks of a packed span, for tokens of sequences that decode. Not differentiable."""
+    """The blocks of a packed span, for rows of few tokens, as decoding has. Not differentiable."""
 
     def __init__(
         self, layers: nn.ModuleList, rotary: nn.Module, store: KVStore, blocks: BlockRange, most_keys: float
@@ -80,16 +83,20 @@ class WholeBlocks:
         self._most_keys = most_keys
 
     def takes(self, pieces: Sequence[Piece]) -> bool:
-        """Whether these pieces are single tokens that see all before them."""
-        return len(pieces) <= MOST_TOKENS and all(
-            piece.length == 1 and piece.key_mask_T is None and piece.num_keys <= self._most_keys for piece in pieces
+        """Whether these pieces are few tokens, each of which sees all before it."""
+        if sum(piece.length for piece in pieces) > MOST_TOKENS:
+            return False
+        scores = sum(piece.length * piece.num_keys for piece in pieces if piece.length > 1)
+        return scores <= MOST_SCORES and all(
+            piece.key_mask_T is None and piece.num_keys <= self._most_keys for piece in pieces
         )
 
     def __call__(self, x_TD: Tensor, position_ids_1T: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Run the blocks and write the keys and values; see PackedSpan."""
         x_TD = x_TD.clone(memory_format=torch.contiguous_format)
         cos_1TH, sin_1TH = (each.contiguous() for each in self._rotary(x_TD.unsqueeze(0), position_ids_1T))
-        runs = kernels.Runs([piece.runs for piece in pieces])
+        # To the kernel each token is the last one of a sequence: all are in their slots before any is looked at.
+        runs = kernels.Runs([runs for piece in pieces for runs in _runs_of_each(piece)])
         slots = torch.tensor([slot for piece in pieces for slot in piece.slots_from(piece.position)])
         num_tokens, hidden_size = x_TD.shape
         wanted = (1, num_tokens, self._sizes["H"])
@@ -111,6 +118,17 @@ class WholeBlocks:
             )
         )
         return x_TD
+
+
+def _runs_of_each(piece: Piece) -> Iterator[list[tuple[int, int]]]:
+    """The slots that each new token sees."""
+    for num_keys in range(piece.position + 1, piece.num_keys + 1):
+        runs, missing = [], num_keys
+        for start, end in piece.runs:
+            if missing > 0:
+                runs.append((start, min(end, start + missing)))
+                missing -= end - start
+        yield runs
 
 
 def whole_blocks(span: Span, model: nn.Module, layers: nn.ModuleList, store: KVStore) -> WholeBlocks | None:
@@ -176,15 +194,14 @@ def _is_same(span: Span, layer: nn.Module, rotary: nn.Module, store: KVStore) ->
     blocks = WholeBlocks(nn.ModuleList([layer]), rotary, tiny, one, math.inf)
     x_TD = torch.randn(2, span.hidden_size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ids_T = torch.tensor([3, 5])
-    pieces = [Piece(1, position, [(0, position + 1)]) for position in range(2)]
     mask_11TT = torch.full((2, 2), -torch.inf, dtype=torch.bfloat16).triu(1)[None, None]
     with torch.inference_mode():
-        found = [blocks(x_TD[t : t + 1], ids_T[None, t : t + 1], [piece])[0] for t, piece in enumerate(pieces)]
+        found = blocks(x_TD, ids_T[None], [Piece(2, 0, [(0, 2)])])
         whole = twin_of(span.layers[0], lambda config: config)
         places = rotary(x_TD[None], ids_T[None])
         wanted = whole(x_TD[None], position_embeddings=places, attention_mask=mask_11TT)
     added_TD = (wanted[0] if isinstance(wanted, tuple) else wanted).view_as(x_TD).float() - x_TD.float()
-    error = torch.stack(found).float() - x_TD.float() - added_TD
+    error = found.float() - x_TD.float() - added_TD
     return bool((error.norm(dim=1) <= _ALLOWED_ERROR * added_TD.norm(dim=1)).all())
 
 

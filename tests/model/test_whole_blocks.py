@@ -81,7 +81,7 @@ def decode_both_ways(span: Span, pieces: list[Piece], blocks: BlockRange | None 
         assert packed._whole is not None and packed._whole.takes(pieces)
         if not may_be_whole:
             packed._whole = None
-        found.append((packed(rows(len(pieces), span), pieces), store))
+        found.append((packed(rows(sum(piece.length for piece in pieces), span), pieces), store))
     return found
 
 
@@ -134,14 +134,25 @@ def test_what_is_not_a_number_stays_with_its_sequence() -> None:
     assert torch.equal(together[1:2], alone)
 
 
-def test_padding_prompts_and_several_tokens_take_the_way_of_the_modules() -> None:
+@pytest.mark.usefixtures("processor")
+def test_several_tokens_of_a_sequence_see_each_other_in_order() -> None:
+    span = half_span("llama")
+    pieces = [step(0), Piece(4, 15, [(40, 45), (20, 31), (70, 73)]), Piece(3, 0, [(80, 82), (90, 91)])]
+    (ours, _), (theirs, _) = decode_both_ways(span, pieces)
+    added = (theirs.float() - rows(8, span).float()).norm(dim=1)
+    assert ((ours.float() - theirs.float()).norm(dim=1) <= 0.02 * added).all()
+
+
+def test_padding_prompts_and_many_tokens_take_the_way_of_the_modules() -> None:
     span = half_span("llama")
     packed = open_packed(span)
     fill(packed, span)
     assert packed._whole is not None
     assert packed._whole.takes([step(0), step(2)])
     assert not packed._whole.takes([step(0, key_mask_T=torch.arange(10) > 2)])
-    assert not packed._whole.takes([step(0), Piece(2, 0, [(70, 72)])])
+    assert packed._whole.takes([step(0), Piece(30, 0, [(20, 50)])])
+    assert not packed._whole.takes([step(0), Piece(31, 0, [(20, 51)])])
+    assert not packed._whole.takes([Piece(9, 2000, [(0, 2009)])])
     prompts_NPD = torch.ones(4, 10, span.hidden_size, dtype=torch.bfloat16)
     plain, prompted = packed(rows(1, span), [step(0)]), packed(rows(1, span), [step(0, prompts_NPD=prompts_NPD)])
     assert (plain - prompted).abs().max() > 0.1
