@@ -1,6 +1,7 @@
 """How much faster does one person's text come from servers whose weights are in 8 or 4 bits?
 
-Greedy decoding over three swarms of the same model, in turns: unquantized, int8 and int4. The reference beside them is
+Greedy decoding over three swarms of the same model, in turns: unquantized, int8 and int4, the client's head in as many
+bits as the servers' weights (--whole-head: in all of them). The reference beside them is
 local `generate` in the unquantized dtype, by torch's own kernels.
 
 python benchmarks/quantization.py --shape 1.1B --length 16
@@ -26,7 +27,7 @@ QUANTIZATIONS = ("none", "int8", "int4")
 PROMPT_TOKENS = 16
 
 
-def open_swarms(setting: Setting, owned: ExitStack) -> dict[str, Any]:
+def open_swarms(setting: Setting, owned: ExitStack, *, whole_head: bool) -> dict[str, Any]:
     """Start a swarm for each quantization; return a client of each, and the local model."""
     directory = owned.enter_context(tempfile.TemporaryDirectory())
     clients: dict[str, Any] = {LOCAL: make_model(setting.shape, setting.dtype, directory)}
@@ -42,7 +43,9 @@ def open_swarms(setting: Setting, owned: ExitStack) -> dict[str, Any]:
             arguments=setting.serve_flags,
         )
         link = owned.enter_context(servers).link
-        client = AutoDistributedModelForCausalLM.from_pretrained(directory, join=link, dtype=setting.dtype)
+        client = AutoDistributedModelForCausalLM.from_pretrained(
+            directory, join=link, dtype=setting.dtype, quantization="none" if whole_head else quantization
+        )
         clients[quantization] = owned.enter_context(closing(client))
     return clients
 
@@ -66,10 +69,11 @@ def main() -> None:
     parser = new_parser(__doc__ or "", num_servers=1)
     parser.add_argument("--batch-size", type=int, default=1, help="sequences that are decoded together")
     parser.add_argument("--length", type=int, default=32, help="tokens of each sample")
+    parser.add_argument("--whole-head", action="store_true", help="leave the client's head as it is")
     arguments = parser.parse_args()
     setting = setting_of(arguments)
     with ExitStack() as owned:
-        clients = open_swarms(setting, owned)
+        clients = open_swarms(setting, owned, whole_head=arguments.whole_head)
         rates = measure(clients, setting, arguments.batch_size, arguments.length)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     pairs = {
@@ -80,6 +84,7 @@ def main() -> None:
         setting,
         batch_size=arguments.batch_size,
         length=arguments.length,
+        whole_head=arguments.whole_head,
         tokens_per_s={name: rounded(median) for name, median in medians.items()},
         ratio={name: rounded(medians[name] / medians["none"]) for name in pairs},
         ratio_to_local={name: rounded(medians[name] / medians[LOCAL]) for name in QUANTIZATIONS},

@@ -20,6 +20,9 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="For --sample.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
+    quantization: Annotated[
+        str, typer.Option(help="Keep the head, which runs here, in fewer bits: int8 or int4. Faster, not exact.")
+    ] = "none",
     allow: AllowOption = None,
     block: BlockOption = None,
 ) -> None:
@@ -38,6 +41,7 @@ def generate_command(
         initial_peers=link.initial_peers,
         revision=revision,
         token=token,
+        quantization=quantization,
         allowed_servers=allow or None,
         blocked_servers=block or (),
     )

@@ -27,11 +27,12 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
-from swarm.errors import BadCheckpoint, BadRequest, UnsupportedModel
+from swarm.errors import BadCheckpoint, BadRequest, ResourceError, UnsupportedModel
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import load_part
+from swarm.model.quantization import NONE, Scheme, choose_scheme
 from swarm.model.remote_cache import RemoteCache
 from swarm.model.shadows import RemoteLayers
 
@@ -160,6 +161,7 @@ def load_client_half(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantization: str = NONE,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Load everything but the blocks.
@@ -168,12 +170,15 @@ def load_client_half(
         auto_class: AutoModel, AutoModelForCausalLM or AutoModelForSequenceClassification.
         call: runs the blocks.
         dtype: None means that of the checkpoint.
+        quantization: "none", "int8" or "int4": in how many bits the language model's head is kept, and frozen.
         hf_kwargs: passed on to `from_pretrained`; `num_labels` and other config entries change the config.
     Returns: an instance of the library's class for this config.
     Raises:
-        UnsupportedModel: the architecture cannot be cut, or has no such class.
+        UnsupportedModel: the architecture cannot be cut, or has no such class, or no head that can be quantized.
         BadCheckpoint: tensors are missing, corrupt, or of the wrong shape.
+        BadRequest: no such quantization. ResourceError: this kind of device cannot do it.
     """
+    scheme = choose_scheme(quantization, torch.device(device).type)
     config: PretrainedConfig = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     for name in [name for name in hf_kwargs if hasattr(config, name)]:
         setattr(config, name, hf_kwargs.pop(name))
@@ -192,6 +197,8 @@ def load_client_half(
     _check_missing(model, missing, checkpoint, auto_class is AutoModelForSequenceClassification)
     AttentionMaskInterface.register(REMOTE_ATTENTION, _no_mask)
     model.config._attn_implementation_internal = REMOTE_ATTENTION
+    if scheme is not None:
+        _quantize_head(model, scheme)
     use_half_kernels(model)
     for module in model.modules():
         if isinstance(module, RemoteLayers):  # only now: nothing on `meta` is given kernels
@@ -199,6 +206,18 @@ def load_client_half(
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model
+
+
+def _quantize_head(model: Any, scheme: Scheme) -> None:
+    head = model.get_output_embeddings()
+    if scheme.linear is None:
+        raise ResourceError(f"a client's head cannot be kept in {scheme.name} on {scheme.device_type}: leave it out")
+    if head is None or not scheme.quantizes("head", head):
+        raise UnsupportedModel(
+            f"this {model.config.model_type} has no head that can be kept in {scheme.name}: leave it out"
+        )
+    model.set_output_embeddings(scheme.linear.quantize(head.weight.detach(), head.bias))
+    model.config.tie_word_embeddings = False
 
 
 def _no_mask(*_: Any, device: torch.device | None = None, **__: Any) -> Tensor:

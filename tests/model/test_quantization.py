@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact import save_tiny
+from exact import SpanChain, save_tiny
 from safetensors.torch import load_file, save_file
 from tiny_configs import tiny_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from swarm.errors import BadCheckpoint, BadRequest, ResourceError, UnsupportedModel
 from swarm.model.anatomy import anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
+from swarm.model.client_half import load_client_half
 from swarm.model.narrow import narrow
 from swarm.model.quantization import Scheme, block_bytes, choose_scheme, own_quantization
 from swarm.model.span import Span, load_span
@@ -266,6 +267,35 @@ def test_what_cannot_be_loaded_as_it_comes_is_refused(tmp_path: Path, settings, 
     write_quantization(tmp_path, settings)
     with pytest.raises(error, match=sentence):
         open_span(Checkpoint.open(CheckpointSource(str(tmp_path))))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_client_keeps_its_head_in_few_bits(tmp_path: Path, name: str, tied: bool) -> None:
+    config = wide_config("llama")
+    config.tie_word_embeddings = tied
+    checkpoint = Checkpoint.open(CheckpointSource(str(save_tiny(tmp_path, config))))
+    call = SpanChain([])
+    whole, client = (
+        load_client_half(AutoModelForCausalLM, checkpoint, call, dtype=torch.float32, quantization=bits)
+        for bits in ("none", name)
+    )
+    head, embeddings = client.get_output_embeddings(), client.get_input_embeddings()
+    assert isinstance(head, WeightOnlyLinear)
+    assert torch.equal(embeddings.weight, whole.get_input_embeddings().weight)
+    x_BLD = torch.randn(1, 5, config.hidden_size).requires_grad_()
+    wanted = torch.nn.functional.linear(x_BLD, head.weight)
+    assert rms(head(x_BLD) - wanted, wanted) < 1e-3
+    assert rms(head.weight - whole.get_output_embeddings().weight, head.weight) < (0.01 if name == "int8" else 0.15)
+    head(x_BLD).pow(2).mean().backward()
+    assert x_BLD.grad is not None and x_BLD.grad.abs().sum() > 0
+
+
+def test_what_has_no_head_or_no_such_kernel_says_so(checkpoints) -> None:
+    with pytest.raises(UnsupportedModel, match="no head that can be kept in int8"):
+        load_client_half(AutoModel, checkpoints(), SpanChain([]), quantization="int8")
+    with pytest.raises(ResourceError, match="nf4 runs on cuda, not on cpu"):
+        load_client_half(AutoModelForCausalLM, checkpoints(), SpanChain([]), quantization="nf4")
 
 
 # bitsandbytes, which is for CUDA; what it has for CPUs runs here, up to the device
