@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 MOST_TOKENS = TORCH_FROM_ROWS - 1
 """With more of them the products are torch's where that is faster, and the way there no longer counts."""
 
-MOST_SCORES = 1 << 14
-"""With more pairs of a token and a key, torch's attention of several tokens of a sequence is faster."""
+MOST_SCORES = 1 << 16
+"""With more pairs of a token and a key, of sequences that have several tokens, torch's attention is made for that."""
 
 _LINEAR = {
     "q": "self_attn.q_proj",

@@ -152,7 +152,7 @@ def test_padding_prompts_and_many_tokens_take_the_way_of_the_modules() -> None:
     assert not packed._whole.takes([step(0, key_mask_T=torch.arange(10) > 2)])
     assert packed._whole.takes([step(0), Piece(30, 0, [(20, 50)])])
     assert not packed._whole.takes([step(0), Piece(31, 0, [(20, 51)])])
-    assert not packed._whole.takes([Piece(9, 2000, [(0, 2009)])])
+    assert not packed._whole.takes([Piece(30, 3000, [(0, 3030)])])
     prompts_NPD = torch.ones(4, 10, span.hidden_size, dtype=torch.bfloat16)
     plain, prompted = packed(rows(1, span), [step(0)]), packed(rows(1, span), [step(0, prompts_NPD=prompts_NPD)])
     assert (plain - prompted).abs().max() > 0.1
