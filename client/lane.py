@@ -21,6 +21,7 @@ from swarm.streams import Step
 from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
 from .hedging import StepTimes
 from .network import Attempt, Network, cancel_and_wait
+from .parts import part_length
 from .record import Record
 from .routing import Hop, Needs
 
@@ -120,7 +121,8 @@ class Lane:
 
     async def _send(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
         """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
-        length = max(1, chain.max_step_tokens // self._config.batch_size)
+        batch_size = self._config.batch_size
+        length = part_length(record.length - start, batch_size, len(chain.hops), chain.max_step_tokens)
         began_s = time.monotonic()
         pending: list[asyncio.Future[StepOutput]] = []
         for begin in range(start, record.length, length):
@@ -138,9 +140,9 @@ class Lane:
             self._network.succeeded(hop.peer_id)
         seconds, num_tokens = time.monotonic() - began_s, record.length - start
         self.times.took(num_tokens, seconds)
-        self._network.feedings.took(num_tokens * self._config.batch_size, seconds)
+        self._network.feedings.took(num_tokens * batch_size, seconds)
         if num_tokens == 1:
-            self._network.took(chain.hops, outputs[0].hop_us, self._config.batch_size, seconds)
+            self._network.took(chain.hops, outputs[0].hop_us, batch_size, seconds)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
     async def _open_chain(self, attempt: Attempt) -> Chain:

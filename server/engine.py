@@ -404,12 +404,15 @@ class Engine:
                         continue
                     whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
                     settled.append((job.future, whole))
-                    self._returns.left(job.session, job.session.batch_size, now_s)
                 queue = self._queues.get(job.session)
                 if queue and queue[0] is job:
                     queue.popleft()
                     if not queue:
                         del self._queues[job.session]
+                # Parts of a prefill that return nothing, or are followed by another, bring no decode step: one that was
+                # expected all the same would make the next part wait for it, or go in shreds before it.
+                if job.done == job.step.length and job.step.num_outputs and job.session not in self._queues:
+                    self._returns.left(job.session, job.session.batch_size, now_s)
         self._settle(settled)
 
     def _settle(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:

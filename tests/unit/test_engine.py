@@ -87,11 +87,15 @@ class Bench:
             finally:
                 self.engine.forget(session)
 
-    def step(self, session: ServerSession, length: int, *, position: int | None = None) -> asyncio.Future[Tensor]:
+    def step(
+        self, session: ServerSession, length: int, *, position: int | None = None, num_outputs: int | None = None
+    ) -> asyncio.Future[Tensor]:
         self._step_ids[session] = self._step_ids.get(session, 0) + 1
         x_BLD = torch.full((session.batch_size, length, 2), float(length))
         at = session.cache.length if position is None else position
-        step = StepInput(self._step_ids[session], at, length, [], x_BLD, None, None)
+        step = StepInput(
+            self._step_ids[session], at, length if num_outputs is None else num_outputs, [], x_BLD, None, None
+        )
         return self.engine.step(session, step, begins_round=True)
 
     async def busy(self, session: ServerSession) -> asyncio.Future[Tensor]:
@@ -135,6 +139,20 @@ async def test_a_long_prefill_is_cut_into_chunks_and_comes_back_whole():
         output = await bench.step(session, 20)
         assert torch.equal(output, torch.full((1, 20, 2), 40.0))
         assert bench.executor.passes == [[(0, 8)], [(8, 8)], [(16, 4)]]
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1])
+async def test_parts_of_a_prefill_that_arrive_one_by_one_run_whole(num_outputs):
+    async with open_bench() as bench, bench.session() as session:
+        await bench.step(session, 8, num_outputs=num_outputs)
+        bench.executor.let_go.clear()
+        bench.executor.entered.clear()
+        parts = [bench.step(session, 8, num_outputs=num_outputs)]
+        assert await asyncio.to_thread(bench.executor.entered.wait, 30)
+        parts.append(bench.step(session, 8, position=16, num_outputs=num_outputs))
+        bench.executor.let_go.set()
+        await asyncio.gather(*parts)
+        assert bench.executor.passes == [[(0, 8)], [(8, 8)], [(16, 8)]]
 
 
 async def test_steps_of_one_session_run_in_their_order():
