@@ -19,9 +19,10 @@ from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import PeerError, PeerUnavailable
 from swarm.identity import Identity
 from swarm.pipes import Stream
+from swarm.punching import Introductions, Puncher, answer_punches, meet
 from swarm.reach import DIALS_PER_MINUTE, Question, Reach, judge
 from swarm.relaying import BURST_S, RelayConfig, serve_relay
-from swarm.relays import Registrations, circuits, open_relayed_stream
+from swarm.relays import Registrations, Request, ask_relay, circuits, open_relayed_stream
 from swarm.rpc import SERVER_OPTIONS
 from swarm.tunnel import Way, find_way
 
@@ -79,6 +80,43 @@ async def test_a_relay_carries_streams_to_a_server_that_nobody_can_dial(network:
         assert await find_way(network.client, network.server.peer_id, multiaddrs) == Way(network.relay.peer_id)
         stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=20)
         assert await _echoes(stream)
+
+
+async def test_two_peers_that_a_relay_introduces_dial_each_other(network: Network) -> None:
+    """The caller has a stream to the server: otherwise the relay introduces nobody."""
+    relay_id, server_id = network.relay.peer_id, network.server.peer_id
+    met: asyncio.Queue[Stream] = asyncio.Queue()
+    rule = Anywhere()
+    async with (
+        serve_relay(network.relay),
+        _registered(network),
+        answer_punches(network.server, rule, [relay_id], lambda stream, host: met.put_nowait(stream)),
+    ):
+        request = Request(punch=server_id)
+        with pytest.raises(PeerUnavailable, match="carries nothing of yours to that peer"):
+            await ask_relay(network.client, relay_id, request, 20)
+        carried = await open_relayed_stream(network.client, relay_id, server_id, timeout_s=20)
+        stream = await ask_relay(network.client, relay_id, request, 20)
+        mine, host = await meet(network.client, relay_id, stream, Introductions(rule))
+        theirs = await met.get()
+        mine[1].write(b"hello")
+        assert await theirs[0].readexactly(5) == b"hello" and host == "127.0.0.1"
+        for writer in (mine[1], theirs[1], stream[1], carried[1]):
+            writer.close()
+
+
+async def test_only_our_own_relays_introduce(network: Network) -> None:
+    async with (
+        serve_relay(network.relay),
+        _registered(network),
+        answer_punches(network.server, Anywhere(), [], lambda stream, host: stream[1].close()),
+    ):
+        carried = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=20)
+        puncher = Puncher(network.client, Anywhere(), waits_s=(0.0,))
+        puncher.begin(network.server.peer_id, network.relay.peer_id)
+        await puncher.wait_tried()
+        assert puncher.take(network.server.peer_id) is None
+        carried[1].close()
 
 
 async def test_a_relay_opens_streams_to_nobody_who_has_not_registered(network: Network) -> None:
