@@ -123,6 +123,7 @@ class Connector:
         address = next((each for each in reversed(self._links) if each.peer_id == peer_id), None)
         if address is None:
             return False
+        await asyncio.wait({self._links[address]})
         task = asyncio.create_task(self._connect(address))
         try:
             await task
@@ -130,6 +131,9 @@ class Connector:
             logger.debug("no better way to peer %s: %s", peer_id, exc)
             return False
         await self.forget(peer_id)
+        if address in self._links:  # somebody is connecting anew
+            await self._retire(task)
+            return False
         self._links[address] = task
         return True
 

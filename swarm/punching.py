@@ -44,6 +44,8 @@ DIAL_TIMEOUT_S = 4.0
 """How long both dial: a first packet that came too early is sent again after one second, and after three."""
 DIAL_AGAIN_S = 0.1
 """How long a port that was refused waits before it dials again."""
+KEEP_ALIVE_S = 60
+"""After so long without a byte, the system sends an empty packet."""
 WAITS_S = (0.0, 5.0, 60.0)
 """Before each attempt to reach one peer."""
 PAUSE_S = 600.0
@@ -105,6 +107,7 @@ async def meet(dht: Dht, relay_id: str, stream: Stream, introductions: Introduct
         if not await introductions.allow(found, relay_host):
             raise PeerUnavailable(f"relay {relay_id} names {found.host}, which is not dialled because others say so")
         connected = await _dial_until_met(found, mirror.getsockname()[1])
+    _keep_alive(connected)
     return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES), found.host
 
 
@@ -145,6 +148,13 @@ async def _dial_until_met(found: Introduction, local_port: int) -> socket.socket
             await asyncio.sleep(DIAL_AGAIN_S)
         else:
             return opened
+
+
+def _keep_alive(connected: socket.socket) -> None:
+    """Have the system send something now and then, so that routers do not forget the connection while it is idle."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # macOS calls it otherwise, and its two hours are often enough
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE_S)
 
 
 Renew = Callable[[str], Awaitable[bool]]

@@ -137,7 +137,11 @@ async def open_tunnel(
         nonlocal punched
         try:
             onward, punched = punched, None
-            await join_streams(connection, onward or await _open_stream(dht, peer_id, way, timeout_s))
+            if onward is None:
+                onward = await _open_stream(dht, peer_id, way, timeout_s)
+                if way.relay_id and puncher is not None:
+                    puncher.begin(peer_id, way.relay_id)
+            await join_streams(connection, onward)
         except PeerError as exc:
             logger.debug("tunnel: %s", exc)  # gRPC sees its connection closed and reports UNAVAILABLE
         finally:
@@ -154,8 +158,6 @@ async def open_tunnel(
             server = await asyncio.start_unix_server(accept, path=path, limit=STREAM_BUFFER_BYTES)
         except OSError as exc:
             raise ResourceError(f"cannot open a local socket for a tunnel: {exc.strerror or exc}") from exc
-        if way.relay_id and puncher is not None:
-            puncher.begin(peer_id, way.relay_id)
         try:
             yield f"unix:{path}"
         finally:
