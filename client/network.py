@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
-from swarm.dialling import Anywhere
 from swarm.directory import Directory
 from swarm.errors import (
     BadLink,
@@ -29,10 +28,9 @@ from swarm.errors import (
     UserError,
 )
 from swarm.peers import Connector
-from swarm.punching import Puncher
 from swarm.rpc import errors_from_wire
 from swarm.survey import Survey
-from swarm.tunnel import open_tunnel
+from swarm.tunnel import open_connector
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -445,14 +443,7 @@ async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
     async with AsyncExitStack() as owned:
         dht_config = DhtConfig(initial_peers=config.initial_peers, identity_path=config.identity_path, client_mode=True)
         dht = await owned.enter_async_context(open_dht(dht_config))
-        puncher = Puncher(dht, Anywhere())
-        connector = Connector(
-            lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, puncher=puncher),
-            connect_timeout_s=config.connect_timeout_s,
-        )
-        owned.push_async_callback(connector.aclose)
-        owned.push_async_callback(puncher.aclose)
-        puncher.renew = connector.renew
+        connector, _ = await owned.enter_async_context(open_connector(dht, connect_timeout_s=config.connect_timeout_s))
         network = Network(config, dht.directory, connector)
         owned.push_async_callback(network.aclose)
         touching = asyncio.create_task(network.keep_in_touch())

@@ -20,13 +20,11 @@ from swarm.announcement import Announcement, ModelListing
 from swarm.dht import Dht
 from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck
 from swarm.dial_back import ask, ask_some
-from swarm.dialling import Anywhere
 from swarm.errors import BadRequest, PeerError, SwarmError
-from swarm.peers import Connector, PeerAddress
-from swarm.punching import Puncher
+from swarm.peers import PeerAddress
 from swarm.reach import judge, outside_first
 from swarm.rpc import errors_from_wire
-from swarm.tunnel import Way, open_tunnel
+from swarm.tunnel import Way, open_connector
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -139,13 +137,7 @@ async def _find_server(
     )
     address = PeerAddress.of(server)
     ways: list[Way] = []
-    puncher = Puncher(dht, Anywhere(), waits_s=(0.0,))
-    connector = Connector(
-        lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=ways.append, puncher=puncher)
-    )
-    owned.push_async_callback(connector.aclose)
-    owned.push_async_callback(puncher.aclose)
-    puncher.renew = connector.renew
+    connector, puncher = await owned.enter_async_context(open_connector(dht, waits_s=(0.0,), on_way=ways.append))
     try:
         channel = await owned.enter_async_context(connector.lease(replace(address, multiaddrs=())))
         return replace(found, way="direct"), channel
