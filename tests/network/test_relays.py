@@ -12,14 +12,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from swarm import relays
+from swarm import punching, relays
 from swarm.dht import Dht
 from swarm.dial_back import answer_dial_back, ask, ask_some
 from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import PeerError, PeerUnavailable
 from swarm.identity import Identity
 from swarm.pipes import Stream
-from swarm.punching import Introductions, Puncher, answer_punches, meet
+from swarm.punching import Introduction, Puncher, answer_punches
 from swarm.reach import DIALS_PER_MINUTE, Question, Reach, judge
 from swarm.relaying import BURST_S, RelayConfig, serve_relay
 from swarm.relays import Registrations, Request, ask_relay, circuits, open_relayed_stream
@@ -82,27 +82,34 @@ async def test_a_relay_carries_streams_to_a_server_that_nobody_can_dial(network:
         assert await _echoes(stream)
 
 
-async def test_two_peers_that_a_relay_introduces_dial_each_other(network: Network) -> None:
-    """The caller has a stream to the server: otherwise the relay introduces nobody."""
+async def test_a_relay_tells_two_peers_where_the_other_one_comes_from(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller has a stream to the server: otherwise the relay introduces nobody. How they dial: test_nat.py."""
     relay_id, server_id = network.relay.peer_id, network.server.peer_id
-    met: asyncio.Queue[Stream] = asyncio.Queue()
-    rule = Anywhere()
+    told: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+
+    async def dial(found: Introduction, local_port: int) -> None:
+        assert found.host == "127.0.0.1"
+        told.put_nowait((local_port, found.port))
+        raise PeerUnavailable("nothing is dialled here")
+
+    monkeypatch.setattr(punching, "_dial_until_met", dial)
     async with (
         serve_relay(network.relay),
         _registered(network),
-        answer_punches(network.server, rule, [relay_id], lambda stream, host: met.put_nowait(stream)),
+        answer_punches(network.server, Anywhere(), [relay_id], lambda stream, host: stream[1].close()),
     ):
         request = Request(punch=server_id)
         with pytest.raises(PeerUnavailable, match="carries nothing of yours to that peer"):
             await ask_relay(network.client, relay_id, request, 20)
         carried = await open_relayed_stream(network.client, relay_id, server_id, timeout_s=20)
-        stream = await ask_relay(network.client, relay_id, request, 20)
-        mine, host = await meet(network.client, relay_id, stream, Introductions(rule))
-        theirs = await met.get()
-        mine[1].write(b"hello")
-        assert await theirs[0].readexactly(5) == b"hello" and host == "127.0.0.1"
-        for writer in (mine[1], theirs[1], stream[1], carried[1]):
-            writer.close()
+        puncher = Puncher(network.client, Anywhere(), waits_s=(0.0,))
+        puncher.begin(server_id, relay_id)
+        await puncher.wait_tried()
+        one, other = await told.get(), await told.get()
+        assert one == other[::-1]
+        carried[1].close()
 
 
 async def test_only_our_own_relays_introduce(network: Network) -> None:
