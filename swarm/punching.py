@@ -7,7 +7,7 @@
 
 A router lets in what comes from where its own side has just dialled, if it uses one outer port for all that a port
 behind it dials. Where it does not, nothing answers, and the relay goes on carrying. What is dialled is bounded: see
-`Introductions`. Why TCP, and why not libp2p's own way: docs/decisions/0020.
+`Introductions`. Why TCP, and why not libp2p's own way: docs/decisions/0021.
 """
 
 from __future__ import annotations
