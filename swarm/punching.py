@@ -48,8 +48,8 @@ KEEP_ALIVE_S = 60
 """After so long without a byte, the system sends an empty packet."""
 WAITS_S = (0.0, 5.0, 60.0)
 """Before each attempt to reach one peer."""
-PAUSE_S = 600.0
-"""After so many attempts, or a success, nothing is tried again with this peer for so long."""
+PAUSE_S, PAUSE_AFTER_SUCCESS_S = 600.0, 10.0
+"""How long nothing is tried with a peer after so many attempts, and after one that succeeded."""
 MAX_MEETINGS = 8
 """How many a server takes part in at once."""
 
@@ -102,7 +102,10 @@ async def meet(dht: Dht, relay_id: str, stream: Stream, introductions: Introduct
         raise PeerUnavailable(f"there is no connection to relay {relay_id} any more")
     with _open_socket(relay_host) as mirror:
         await _dial(mirror, relay_host, meeting.port, ASK_TIMEOUT_S)
-        await asyncio.get_running_loop().sock_sendall(mirror, bytes.fromhex(meeting.token))
+        try:
+            await asyncio.get_running_loop().sock_sendall(mirror, bytes.fromhex(meeting.token))
+        except OSError as exc:
+            raise PeerUnavailable(f"the mirror of relay {relay_id} has closed the connection") from exc
         found = await read_line(stream[0], Introduction, relay_id, timeout_s=2 * ASK_TIMEOUT_S)
         if not await introductions.allow(found, relay_host):
             raise PeerUnavailable(f"relay {relay_id} names {found.host}, which is not dialled because others say so")
@@ -180,9 +183,8 @@ class Puncher:
         """Called when there is a direct connection to a peer, which `take` then gives away."""
 
     def begin(self, peer_id: str, relay_id: str) -> None:
-        """Try to reach a peer that this relay carries us to, unless that is going on or was tried lately."""
-        now_s = asyncio.get_running_loop().time()
-        if peer_id not in self._tasks and now_s >= self._not_before_s.get(peer_id, now_s):
+        """Try to reach a peer that this relay carries us to; later, if it was tried lately."""
+        if peer_id not in self._tasks:
             self._tasks[peer_id] = asyncio.create_task(self._reach(peer_id, relay_id))
 
     def take(self, peer_id: str) -> Stream | None:
@@ -198,8 +200,9 @@ class Puncher:
         await cancel_all(self._tasks.values())
 
     async def _reach(self, peer_id: str, relay_id: str) -> None:
-        loop = asyncio.get_running_loop()
+        now_s, pause_s = asyncio.get_running_loop().time, PAUSE_S
         try:
+            await asyncio.sleep(self._not_before_s.get(peer_id, 0.0) - now_s())
             for wait_s in self._waits_s:
                 await asyncio.sleep(wait_s)
                 try:
@@ -208,12 +211,18 @@ class Puncher:
                     logger.debug("no direct connection to peer %s: %s", peer_id, exc)
                     continue
                 if self.renew is not None and await self.renew(peer_id):
+                    pause_s = PAUSE_AFTER_SUCCESS_S
                     return
+                self._drop(peer_id)
         finally:
-            if (unused := self.take(peer_id)) is not None:
-                unused[1].close()
-            self._not_before_s[peer_id] = loop.time() + PAUSE_S
+            self._drop(peer_id)
+            self._not_before_s[peer_id] = now_s() + pause_s
             del self._tasks[peer_id]
+
+    def _drop(self, peer_id: str) -> None:
+        """Close a connection that nobody has taken."""
+        if (unused := self.take(peer_id)) is not None:
+            unused[1].close()
 
     async def _meet(self, peer_id: str, relay_id: str) -> Stream:
         stream = await ask_relay(self._dht, relay_id, Request(punch=peer_id), ASK_TIMEOUT_S)
