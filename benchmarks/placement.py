@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from common import print_plain, rounded, say
-from simulator import HOUR_S, Rule, Server, Simulation, View, World
+from simulator import CHECK_PERIOD_S, HOUR_S, Rule, Server, Simulation, View, World
 
 from swarm.ranges import BlockRange
 from swarm.server import rebalancing
@@ -56,22 +56,30 @@ class Ours:
         """Only the server that a plan names needs to look."""
 
     def published(self, simulation: Simulation, view: View) -> None:
-        """Everybody who sees this view finds the same move: find it once, and have the server that it names look."""
+        """Everybody who sees this view finds the same moves: find them once, and let the servers in them look."""
         if not simulation.is_populated:
             return
         began_s = time.perf_counter()
-        move = rebalancing.best_move(view.population)
+        moves = rebalancing.best_moves(view.population)
         self.plan_s.append(time.perf_counter() - began_s)
-        if move is not None:
+        for move in moves:
             server = simulation.servers[view.numbers[move.server]]
-            check_s = simulation.next_check_s(server, view.since_s + server.check_lag_s)
-            simulation.at(check_s, lambda: self._check(simulation, server, view, move.start))
+            self._check_from(simulation, server, view, move.start, view.since_s + server.lag_s)
+
+    def _check_from(self, simulation: Simulation, server: Server, view: View, start: int, from_s: float) -> None:
+        check_s = simulation.next_check_s(server, from_s)
+        simulation.at(check_s, lambda: self._check(simulation, server, view, start))
 
     def _check(self, simulation: Simulation, server: Server, view: View, start: int) -> None:
-        if server.state != "online" or simulation.view(server.check_lag_s) is not view:
+        if server.state != "online":
+            return
+        lag_s = server.confirm_lag_s if simulation.is_alarmed(server) else server.check_lag_s
+        if simulation.view(lag_s) is not view:
+            if simulation.now_s < view.since_s + server.check_lag_s:
+                self._check_from(simulation, server, view, start, simulation.now_s + 0.5 * CHECK_PERIOD_S)
             return
         if simulation.now_s < server.looks_from_s:
-            simulation.at(server.looks_from_s, lambda: self._check(simulation, server, view, start))
+            self._check_from(simulation, server, view, start, server.looks_from_s)
         else:
             simulation.ask(server, start)
             simulation.at(simulation.now_s + rebalancing.ASK_S, lambda: self._confirm(simulation, server))
@@ -267,9 +275,9 @@ def measure_few(num_swarms: int, seed: int) -> dict[str, Any]:
         petals = _joined(rate_S, length_S, lambda population, length: weakest_window(population.coverage_N, length))
         shares["petals_join"].append(float(petals.coverage_N.min()) / best)
         moves.append(0)
-        while move := rebalancing.best_move(swarm):
+        while found := rebalancing.best_moves(swarm):
             moves[-1] += 1
-            swarm = swarm.moved(move.server, move.start, serving=True)
+            swarm = swarm.moved(found[0].server, found[0].start, serving=True)
         shares["moved"].append(float(swarm.coverage_N.min()) / best)
     return {
         "swarms": len(moves),
@@ -288,6 +296,7 @@ def placed(rate_S: Floats, length_S: Integers, start_S: Integers) -> Population:
         end_S=start_S + length_S[:number],
         rate_S=rate_S[:number],
         serving_S=np.ones(number, dtype=bool),
+        asking_S=np.zeros(number, dtype=bool),
         movable_S=np.ones(number, dtype=bool),
         tie_S=np.linspace(0, 1, number, endpoint=False),
     )

@@ -16,11 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm.ranges import BlockRange
-from swarm.server.rebalancing import CHECKS_PER_PERIOD, CONFIRM_BYTES, PATIENCE_PERIODS, READ_BYTES, Population
+from swarm.server.rebalancing import (
+    CHECKS_PER_PERIOD,
+    CONFIRM_BYTES,
+    PATIENCE_PERIODS,
+    READ_BYTES,
+    Population,
+    is_alarming,
+)
 
 Floats = npt.NDArray[np.float64]
 
 ANNOUNCE_PERIOD_S = 15.0
+CHECK_PERIOD_S = ANNOUNCE_PERIOD_S / CHECKS_PER_PERIOD
 PERIODS_ALIVE = 4
 LAG_S = (0.5, 2.0)
 """How long it takes until others can read an announcement; each reader has its own."""
@@ -37,8 +45,8 @@ SIGMA = 1.5
 """Of the logarithms of lives."""
 
 ROW = [
-    ("number", "i8"), ("start", "i8"), ("end", "i8"), ("rate", "f8"), ("is_serving", "?"), ("tie", "f8"),
-    ("is_listed", "?"),
+    ("number", "i8"), ("start", "i8"), ("end", "i8"), ("rate", "f8"), ("is_serving", "?"), ("is_asking", "?"),
+    ("tie", "f8"), ("is_listed", "?"),
 ]  # fmt: skip
 """What the directory has of a server, as the columns of a Population."""
 
@@ -82,7 +90,9 @@ class Server:
     check_lag_s: float
     """The same when it looks whether to move."""
     confirm_lag_s: float
-    """The same before it goes."""
+    """The same before it goes, or once it is alarmed."""
+    part: int
+    """Which part of the directory it reads first."""
     phase_s: float
     crashes: bool
     start: int = 0
@@ -149,8 +159,10 @@ class Simulation:
         self.servers: list[Server] = []
         self.num_bytes = world.num_servers * ENTRY_BYTES
         """Of the directory."""
-        self.rotation_s = float(np.ceil(self.num_bytes / READ_BYTES) - 1) * ANNOUNCE_PERIOD_S / CHECKS_PER_PERIOD
-        """How long a server that looks whether to move takes to read the whole directory."""
+        self.num_parts = int(np.ceil(self.num_bytes / READ_BYTES))
+        """Of the directory, by where ranges begin; who looks whether to move reads one at a time, in turns."""
+        self.rotation_s = (self.num_parts - 1) * CHECK_PERIOD_S
+        """How long it takes to read the whole directory."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._rng, self._patience_rng = np.random.default_rng(world.seed), np.random.default_rng(world.seed)
@@ -180,6 +192,7 @@ class Simulation:
             lag_s=lag_s,
             check_lag_s=lag_s + rotation * self.rotation_s,
             confirm_lag_s=lag_s + rotation * self.rotation_s * max(0.0, 1 - CONFIRM_BYTES / self.num_bytes),
+            part=int(rotation * self.num_parts),
             phase_s=float(rng.uniform(0, ANNOUNCE_PERIOD_S)),
             crashes=bool(rng.random() < world.crash_share),
             tie=float(rng.random()),
@@ -342,7 +355,7 @@ class Simulation:
         """Announce where it is, or is going; a server that crashed says nothing any more."""
         self._listed[server.number] = (
             server.number, server.target, server.target + server.length, server.rate, server.state == "online",
-            server.tie, True,
+            server.state == "asking", server.tie, True,
         )  # fmt: skip
         self._dirty = True
 
@@ -362,11 +375,13 @@ class Simulation:
             end_S=rows["end"],
             rate_S=rows["rate"],
             serving_S=rows["is_serving"],
+            asking_S=rows["is_asking"],
             movable_S=np.ones(len(rows), dtype=bool),
             tie_S=rows["tie"],
         )
         self.views.append(View(self.now_s, population, rows["number"]))
-        while len(self.views) > 1 and self.views[1].since_s < self.now_s - LAG_S[1] - self.rotation_s:
+        oldest_s = self.now_s - LAG_S[1] - self.rotation_s - 2 * CHECK_PERIOD_S
+        while len(self.views) > 1 and self.views[1].since_s < oldest_s:
             self.views.pop(0)
         self.rule.published(self, self.views[-1])
 
@@ -377,8 +392,22 @@ class Simulation:
 
     def next_check_s(self, server: Server, after_s: float) -> float:
         """When it looks at the directory next."""
-        period_s = ANNOUNCE_PERIOD_S / CHECKS_PER_PERIOD
-        return server.phase_s + float(np.ceil((after_s - server.phase_s) / period_s)) * period_s
+        return server.phase_s + float(np.ceil((after_s - server.phase_s) / CHECK_PERIOD_S)) * CHECK_PERIOD_S
+
+    def is_alarmed(self, server: Server) -> bool:
+        """Whether the part that it reads now shows so many gone, since it was read last, that it reads on."""
+        if self.num_parts == 1:
+            return False
+        part = (server.part + round((self.now_s - server.phase_s) / CHECK_PERIOD_S)) % self.num_parts
+        before = self.view(server.lag_s + self.num_parts * CHECK_PERIOD_S).population
+        now = self.view(server.lag_s).population
+        was_there, is_there = self._part_of(before) == part, self._part_of(now) == part
+        elsewhere_N = before.only(~was_there).going_N
+        return is_alarming(before.going_N, elsewhere_N + now.only(is_there).going_N)
+
+    def _part_of(self, population: Population) -> npt.NDArray[np.int64]:
+        parts: npt.NDArray[np.int64] = population.start_S * self.num_parts // self.world.num_blocks
+        return parts
 
     # What came of it.
 

@@ -22,6 +22,9 @@ def dht_command(
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
     relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
     relay_mbit: Annotated[float, typer.Option(help="Megabits per second that it carries at most.")] = 400.0,
+    mirror_port: Annotated[
+        int, typer.Option(help="TCP port at which it helps peers to dial each other instead; 0: any free one.")
+    ] = 0,
 ) -> None:
     """Run a bootstrap node: servers and clients join through it; it holds no blocks.
 
@@ -39,7 +42,7 @@ def dht_command(
         announce_host=announce_host or None,
     )
 
-    relaying = RelayConfig(max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None
+    relaying = RelayConfig(max_bytes_per_s=relay_mbit * 1e6 / 8, mirror_port=mirror_port) if relay else None
 
     async def work(lifetime: Lifetime) -> None:
         def on_ready(multiaddrs: list[str]) -> None:

@@ -19,6 +19,8 @@ from .common import JoinOption, console, need_join
 if TYPE_CHECKING:
     from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report
 
+WAYS = {"punched": "direct (punched)"}
+
 
 def doctor_command(
     model: Annotated[str, typer.Argument(help="Look at this model only.", show_default=False)] = "",
@@ -102,7 +104,7 @@ def _print_model(model: ModelCheck) -> None:
     for column in ("server", "blocks", "state", "way", "round trip", "Mbit/s up, down", "clock", "peer"):
         table.add_column(column, overflow="fold")
     for server in model.servers:
-        way = f"relay {server.relay_id[-8:]}" if server.relay_id else server.way
+        way = f"relay {server.relay_id[-8:]}" if server.relay_id else WAYS.get(server.way, server.way)
         table.add_row(
             escape(server.name),
             str(server.blocks),

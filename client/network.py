@@ -30,7 +30,7 @@ from swarm.errors import (
 from swarm.peers import Connector
 from swarm.rpc import errors_from_wire
 from swarm.survey import Survey
-from swarm.tunnel import open_tunnel
+from swarm.tunnel import open_connector
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -443,11 +443,7 @@ async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
     async with AsyncExitStack() as owned:
         dht_config = DhtConfig(initial_peers=config.initial_peers, identity_path=config.identity_path, client_mode=True)
         dht = await owned.enter_async_context(open_dht(dht_config))
-        connector = Connector(
-            lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs),
-            connect_timeout_s=config.connect_timeout_s,
-        )
-        owned.push_async_callback(connector.aclose)
+        connector, _ = await owned.enter_async_context(open_connector(dht, connect_timeout_s=config.connect_timeout_s))
         network = Network(config, dht.directory, connector)
         owned.push_async_callback(network.aclose)
         touching = asyncio.create_task(network.keep_in_touch())

@@ -24,10 +24,9 @@ from swarm.identity import TlsCertificate
 from swarm.link import JoinLink
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint
-from swarm.peers import Connector
 from swarm.ranges import BlockRange
 from swarm.survey import Survey
-from swarm.tunnel import open_tunnel, serve_tunnel
+from swarm.tunnel import open_connector, serve_tunnel
 
 from .announcer import announced
 from .config import PERIODS_ALIVE, ServerConfig
@@ -110,8 +109,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
         holding = await _choose_holding(config, checkpoint, dht)
         rule = UntilSeenOutside(await rule_for(await dht.multiaddrs()))
-        connector = Connector(lambda peer_id, addresses: open_tunnel(dht, peer_id, addresses), rule=rule)
-        owned.push_async_callback(connector.aclose)
+        connector, _ = await owned.enter_async_context(open_connector(dht, rule=rule))
         model = ServedModel(
             peer_id=dht.peer_id,
             name=public_name(checkpoint),
@@ -134,7 +132,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         reachability = await owned.enter_async_context(
             open_reachability(dht, config, port, certificate.certificate_der, rule, connector.forget)
         )
-        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays))
+        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays, rule))
         announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)
         announcer, announcing = await owned.enter_async_context(
             announced(dht.directory, announcement, Survey(connector), config.announce_period_s)

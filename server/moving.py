@@ -27,7 +27,9 @@ from .rebalancing import (
     CONFIRM_BYTES,
     PATIENCE_PERIODS,
     READ_BYTES,
+    Floats,
     Population,
+    is_alarming,
     own_move,
     reconsider,
 )
@@ -59,6 +61,8 @@ class Mover:
         """As measured in the first tenure; 0: not yet."""
         self._is_movable = config.moves and config.blocks is None
         """Whether it goes elsewhere without being told."""
+        self._seen_N: Floats | None = None
+        """How many servers each block had at the last look."""
         self._orders: asyncio.Queue[_Order] = asyncio.Queue(1)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -122,11 +126,12 @@ class Mover:
     async def _move_by_itself(self) -> bool:
         """Go where the swarm lacks this server more, if it does; False: others have hindered it. See rebalancing.py."""
         here = self.tenure.blocks
-        if (blocks := await self._plan(own_move, READ_BYTES)) is None:
+        if (blocks := await self._decide(own_move, await self._look_around())) is None:
             return True
         await self._announcer.say(next_start=blocks.start, next_end=blocks.end)
         await asyncio.sleep(min(ASK_S, self._config.announce_period_s / 3))
-        blocks = await self._plan(lambda population, server: reconsider(population, server, here.start), CONFIRM_BYTES)
+        population = await self._read(CONFIRM_BYTES)
+        blocks = await self._decide(lambda population, server: reconsider(population, server, here.start), population)
         if blocks is None:
             await self._announcer.say(next_start=None, next_end=None)
             return False
@@ -140,13 +145,20 @@ class Mover:
             await self._announcer.say(next_start=None, next_end=None)
         return True
 
-    async def _plan(
-        self, decide: Callable[[Population, int], BlockRange | None], max_bytes: float
-    ) -> BlockRange | None:
-        """Decide by what everybody announces; a directory that cannot be reached gives no reason to go.
+    async def _look_around(self) -> Population | None:
+        """Read a part of what everybody announces; if that shows that many have gone, more of it."""
+        population, seen_N = await self._read(READ_BYTES), self._seen_N
+        if population is not None and seen_N is not None and is_alarming(seen_N, population.going_N):
+            population = await self._read(CONFIRM_BYTES)
+        if population is not None:
+            self._seen_N = population.going_N
+        return population
+
+    async def _read(self, max_bytes: float) -> Population | None:
+        """What everybody announces, this server first; None: the directory cannot be reached.
 
         Args:
-            max_bytes: about how much of the directory to read for that.
+            max_bytes: about how much of the directory to read; of the rest, what was read before counts.
         """
         own = self._announcer.current
         try:
@@ -154,7 +166,13 @@ class Mover:
         except SwarmError as exc:
             logger.debug("no other servers can be looked up: %s", exc)
             return None
-        return await asyncio.to_thread(decide, Population.of([own, *others], own.num_model_blocks), 0)
+        return Population.of([own, *others], own.num_model_blocks)
+
+    async def _decide(
+        self, decide: Callable[[Population, int], BlockRange | None], population: Population | None
+    ) -> BlockRange | None:
+        """Where this server should go, by such a rule; a directory that cannot be reached gives no reason to go."""
+        return None if population is None else await asyncio.to_thread(decide, population, 0)
 
     async def drain(self) -> None:
         """Take no new calls, and let running ones finish for a while."""

@@ -49,7 +49,14 @@ READ_BYTES = 100_000
 """About how much of the directory it reads each time: 250 servers; of more, the rest is what it has read before."""
 
 CONFIRM_BYTES = 400_000
-"""The same before it goes, which few do: what it decides then should not rest on what has changed meanwhile."""
+"""The same before it goes, which few do: what it decides then should not rest on what has changed meanwhile. And when
+what it has read shows that many have gone."""
+
+ALARMING_LOSS = 0.1
+"""What share of the servers of a block must have gone between two looks to read that much."""
+
+MAX_FILLERS = 32
+"""So many servers may announce that they fill a hole: of a large swarm, not all see it at once. One goes."""
 
 ASK_S = 3.0
 """How long a server waits between announcing that it goes and going, to see what others have announced meanwhile."""
@@ -81,6 +88,8 @@ class Population:
     """Blocks per second, of single tokens."""
     serving_S: Bools
     """Whether it serves these blocks now and stays: if not, it is on its way there."""
+    asking_S: Bools
+    """Whether it has announced that it goes there, and is still where it was."""
     movable_S: Bools
     """Whether it goes elsewhere by itself."""
     tie_S: Floats
@@ -101,6 +110,9 @@ class Population:
             end_S=np.array([place.end for place in places], dtype=np.int64),
             rate_S=np.minimum(np.where(rates > 0, rates, median), MAX_RATIO * median),
             serving_S=np.array(staying, dtype=bool),
+            asking_S=np.array(
+                [each.state == "online" and each.next_blocks is not None for each in servers], dtype=bool
+            ),
             movable_S=np.array([each.movable for each in servers], dtype=bool),
             tie_S=np.array([tie_break(each.peer_id) for each in servers], dtype=np.float64),
         )
@@ -125,6 +137,11 @@ class Population:
     def going_N(self) -> Floats:
         """How many servers serve each block or are on their way to it."""
         return self._per_block(np.ones_like(self.rate_S))
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether there is a block that nobody serves or is on the way to."""
+        return bool((self.going_N < 0.5).any())
 
     @property
     def mean_coverage(self) -> float:
@@ -153,6 +170,19 @@ class Population:
         sums: Floats = np.cumsum(steps[:-1])
         return np.maximum(sums, 0.0)
 
+    def only(self, is_kept_S: Bools) -> Self:
+        """Some of the servers."""
+        return replace(
+            self,
+            start_S=self.start_S[is_kept_S],
+            end_S=self.end_S[is_kept_S],
+            rate_S=self.rate_S[is_kept_S],
+            serving_S=self.serving_S[is_kept_S],
+            asking_S=self.asking_S[is_kept_S],
+            movable_S=self.movable_S[is_kept_S],
+            tie_S=self.tie_S[is_kept_S],
+        )
+
     def moved(self, server: int, start: int, *, serving: bool) -> Self:
         """The same with one server elsewhere."""
         start_S, end_S, serving_S = self.start_S.copy(), self.end_S.copy(), self.serving_S.copy()
@@ -179,24 +209,25 @@ def choose_start(population: Population, num_blocks: int) -> int:
     return int(np.flatnonzero(gains >= gains.max() * (1 - 1e-9))[0])
 
 
-def best_move(population: Population) -> Move | None:
+def best_moves(population: Population) -> list[Move]:
     """Return the one move that helps most, if any helps enough; it lowers the coverage of no block below the least.
 
-    While there are blocks that nobody serves or is about to serve, only moves to some of those count, however little
-    they help. No move takes a block away from the last server that stays there.
+    While there are holes, blocks that nobody serves or is about to serve, only moves to some of those count, however
+    little they help, and the best MAX_FILLERS are returned, best first: see `reconsider`. No move takes a block away
+    from the last server that stays there.
     """
-    coverage_N, is_gap_N = population.coverage_N, population.going_N < 0.5
-    has_gaps = bool(is_gap_N.any())
-    if not has_gaps and coverage_N.min() >= population.good_enough:
-        return None
+    coverage_N, has_holes = population.coverage_N, population.has_holes
+    if not has_holes and coverage_N.min() >= population.good_enough:
+        return []
     length_S = population.end_S - population.start_S
     movers = np.flatnonzero(population.serving_S & population.movable_S & (length_S < population.num_blocks))
     if not len(movers):
-        return None
+        return []
     left_M, relief_MN = _reliefs(population, movers)
     allowed_MN = _allowed(population, movers)
-    if has_gaps:
-        allowed_MN &= _window_sums(is_gap_N.astype(np.float64)[None, :], length_S[movers, None]) > 0.5
+    if has_holes:
+        is_hole_1N = (population.going_N < 0.5).astype(np.float64)[None, :]
+        allowed_MN &= _window_sums(is_hole_1N, length_S[movers, None]) > 0.5
         least_M = np.full(len(movers), 1e-9)
     else:
         least_M = MIN_GAIN * (1 - np.exp(-population.add_S[movers] / population.tau))
@@ -205,28 +236,43 @@ def best_move(population: Population) -> Move | None:
     relief_MN = np.where(allowed_MN, np.round(relief_MN / now, 9), -np.inf)
     gain_M = np.round(1 - left_M / now, 9) + relief_MN.max(axis=1)
     gain_M = np.where(gain_M >= least_M, gain_M * (1 + 1e-3 * population.tie_S[movers]), 0.0)
-    best = int(np.argmax(gain_M))
-    return Move(int(movers[best]), int(relief_MN[best].argmax())) if gain_M[best] > 0.0 else None
+    best = np.argsort(-gain_M, kind="stable")[: MAX_FILLERS if has_holes else 1]
+    return [Move(int(movers[each]), int(relief_MN[each].argmax())) for each in best if gain_M[each] > 0.0]
 
 
 def own_move(population: Population, server: int) -> BlockRange | None:
     """Where one server should go now; None: it should stay."""
-    move = best_move(population)
-    if move is None or move.server != server:
-        return None
-    return BlockRange(move.start, move.start + int(population.end_S[server] - population.start_S[server]))
+    for move in best_moves(population):
+        if move.server == server:
+            return BlockRange(move.start, move.start + int(population.end_S[server] - population.start_S[server]))
+    return None
 
 
 def reconsider(population: Population, server: int, start: int) -> BlockRange | None:
     """Where a server that has announced that it goes should go, now that it sees what others have announced.
 
+    To fill a hole, several may have: the one whose tie is lowest goes.
+
     Args:
         start: the first of its present blocks; the population has it on its way to others.
     Returns: usually what it has announced; None: it should stay after all.
     """
+    index_S = np.arange(len(population.start_S))
     back = population.moved(server, start, serving=True)
-    alone = np.arange(len(back.start_S)) == server
-    return own_move(replace(back, movable_S=back.movable_S & alone), server)
+    back = replace(back, movable_S=back.movable_S & (index_S == server))
+    gives_way_S = population.asking_S & (population.tie_S > population.tie_S[server])
+    alone = back.only(~gives_way_S)
+    if alone.has_holes:
+        return own_move(alone, server - int(gives_way_S[:server].sum()))
+    return own_move(back, server)
+
+
+def is_alarming(before_N: Floats, now_N: Floats) -> bool:
+    """Whether so many servers of some block have gone between two looks that others may have gone as well.
+
+    Args: how many servers each block had and has, as in `Population.going_N`.
+    """
+    return bool((now_N <= (1 - ALARMING_LOSS) * before_N - 0.5).any())
 
 
 def tie_break(peer_id: str) -> float:

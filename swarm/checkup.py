@@ -21,10 +21,10 @@ from swarm.dht import Dht
 from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck
 from swarm.dial_back import ask, ask_some
 from swarm.errors import BadRequest, PeerError, SwarmError
-from swarm.peers import Connector, PeerAddress
+from swarm.peers import PeerAddress
 from swarm.reach import judge, outside_first
 from swarm.rpc import errors_from_wire
-from swarm.tunnel import Way, open_tunnel
+from swarm.tunnel import Way, open_connector
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -137,8 +137,7 @@ async def _find_server(
     )
     address = PeerAddress.of(server)
     ways: list[Way] = []
-    connector = Connector(lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=ways.append))
-    owned.push_async_callback(connector.aclose)
+    connector, puncher = await owned.enter_async_context(open_connector(dht, waits_s=(0.0,), on_way=ways.append))
     try:
         channel = await owned.enter_async_context(connector.lease(replace(address, multiaddrs=())))
         return replace(found, way="direct"), channel
@@ -148,8 +147,12 @@ async def _find_server(
         channel = await owned.enter_async_context(connector.lease(replace(address, direct=())))
     except PeerError as exc:
         return replace(found, error=str(exc)), None
-    relay_id = ways[-1].relay_id
-    return replace(found, way="relay" if relay_id else "libp2p", relay_id=relay_id), channel
+    await puncher.wait_tried()
+    way = ways[-1]
+    if way.is_punched:
+        channel = await owned.enter_async_context(connector.lease(replace(address, direct=())))
+        return replace(found, way="punched"), channel
+    return replace(found, way="relay" if way.relay_id else "libp2p", relay_id=way.relay_id), channel
 
 
 async def _call_server(check: ServerCheck, channel: grpc.aio.Channel) -> ServerCheck:

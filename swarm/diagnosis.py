@@ -53,7 +53,8 @@ class ServerCheck:
     state: str
     protocol_version: int
     way: str = ""
-    """"direct", "relay", "libp2p" for a tunnel without a relay; empty: there is none."""
+    """"direct", "relay", "libp2p" for a tunnel without a relay, "punched" where a relay has only arranged that both
+    dial each other; empty: there is none."""
     relay_id: str = ""
     error: str = ""
     rtt_s: float | None = None

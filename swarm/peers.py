@@ -115,6 +115,28 @@ class Connector:
         for address in [each for each, task in self._links.items() if each.peer_id == peer_id and task.done()]:
             await self._retire(self._links.pop(address))
 
+    async def renew(self, peer_id: str) -> bool:
+        """Connect to a peer once more, for new calls; calls in progress go on over their link.
+
+        Returns: whether that succeeded. If not, everything is as it was.
+        """
+        address = next((each for each in reversed(self._links) if each.peer_id == peer_id), None)
+        if address is None:
+            return False
+        await asyncio.wait({self._links[address]})
+        task = asyncio.create_task(self._connect(address))
+        try:
+            await task
+        except (PeerUnavailable, ProtocolError) as exc:
+            logger.debug("no better way to peer %s: %s", peer_id, exc)
+            return False
+        await self.forget(peer_id)
+        if address in self._links:  # somebody is connecting anew
+            await self._retire(task)
+            return False
+        self._links[address] = task
+        return True
+
     async def aclose(self) -> None:
         """Close all channels and tunnels."""
         tasks, self._links = list(self._links.values()), {}

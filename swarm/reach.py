@@ -94,8 +94,8 @@ def judge(seen: Sequence[Observation], *, trusted: Container[str], own: Containe
         return found.peer_id in trusted or found.answer.host in own or agreed
 
     credible = [each for each in tried if is_credible(each)]
-    widest = max((_scope(each.answer.host) for each in credible), default=0)
-    credible = [each for each in credible if _scope(each.answer.host) == widest]
+    widest = max((scope_of(each.answer.host) for each in credible), default=0)
+    credible = [each for each in credible if scope_of(each.answer.host) == widest]
     from_link = [each for each in credible if each.peer_id in trusted]
     reached: list[str] = []
     missed: list[str] = []
@@ -121,7 +121,7 @@ def neighbours(peers: Mapping[str, Sequence[str]], own: Sequence[str]) -> dict[s
     Args:
         own: our IP addresses; a network is what shares the first 24 bits with one (64 bits of IPv6).
     """
-    networks = {_network(host) for host in own if is_ip(host) and _scope(host) == 1}
+    networks = {_network(host) for host in own if is_ip(host) and scope_of(host) == 1}
     near = {
         peer_id: [text for text in addresses if (host := host_of(text)) and _network(host) in networks]
         for peer_id, addresses in peers.items()
@@ -174,6 +174,6 @@ def _network(host: str) -> str:
     return address.exploded[:19] if isinstance(address, IPv6Address) else host.rpartition(".")[0]
 
 
-def _scope(host: str) -> int:
+def scope_of(host: str) -> int:
     """From how far an address can be reached: 0 this machine, 1 this network, 2 the internet."""
     return 2 if is_outside(host) else 0 if ip_address(host).is_loopback else 1

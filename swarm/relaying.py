@@ -15,11 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from swarm import punching
 from swarm.dial_back import stop_handling
 from swarm.errors import BadRequest, PeerError, PeerUnavailable
+from swarm.mirror import Mirror, open_mirror
 from swarm.p2pd import finish
 from swarm.pipes import Stream, cancel_all, join_streams, read_line, write_line
-from swarm.reach import host_of, place_of
+from swarm.reach import Budget, host_of, place_of
 from swarm.relays import ASK_TIMEOUT_S, PROTOCOL, TUNNEL_PROTOCOL, Reply, Request
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class RelayConfig:
     """Both ways together; half of it may be for callers with one IP address."""
     idle_timeout_s: float = 300.0
     """After so long without a byte, a connection is closed; callers make it again when they need it."""
+    mirror_port: int = 0
+    """TCP port at which it sees where peers come from, so that they can do without it; 0: any free one."""
 
     def __post_init__(self) -> None:
         if self.max_bytes_per_s <= 0 or self.idle_timeout_s <= 0:
@@ -113,9 +117,11 @@ def may_carry(guests: Iterable[Guest], new: Guest, target: str, config: RelayCon
 class Relay:
     """Answers the streams of one node; `serve_relay` makes one."""
 
-    def __init__(self, dht: Dht, config: RelayConfig) -> None:
+    def __init__(self, dht: Dht, config: RelayConfig, mirror: Mirror) -> None:
         self._dht = dht
         self._config = config
+        self._mirror = mirror
+        self._meetings = Budget()
         self._guests: dict[asyncio.Task[None], Guest] = {}
         self._registered: dict[str, asyncio.Task[None]] = {}
         self._total = Throttle(config.max_bytes_per_s)
@@ -142,6 +148,8 @@ class Relay:
             request = await read_line(stream[0], Request, guest.peer_id, timeout_s=ASK_TIMEOUT_S)
             if request.to is not None:
                 error = await self._carry(guest, request.to, stream)
+            elif request.punch is not None:
+                error = await self._introduce(guest, request.punch, stream)
             else:
                 error = await self._keep(guest, stream) if request.register_me else "this is no request"
             if error:
@@ -193,6 +201,33 @@ class Relay:
                 self._of_place.pop(guest.place, None)
         return ""
 
+    async def _introduce(self, guest: Guest, target: str, stream: Stream) -> str:
+        """Tell a caller and a server that it is carried to where the other one comes from. Return why not."""
+        server = self._guests.get(self._registered[target]) if target in self._registered else None
+        is_carried = any((each.peer_id, each.target) == (guest.peer_id, target) for each in self._guests.values())
+        if server is None or not is_carried:
+            return "this relay carries nothing of yours to that peer"
+        if not self._meetings.take(guest.place, asyncio.get_running_loop().time()):
+            return "you have asked too often"
+        try:
+            onward = await self._dht.open_stream(target, punching.PROTOCOL, timeout_s=ASK_TIMEOUT_S)
+        except PeerUnavailable:
+            return "the peer is not to be met"
+        seeing: list[asyncio.Task[punching.Introduction]] = []
+        try:
+            await write_line(stream[1], Reply(), guest.peer_id)
+            seeing.append(asyncio.create_task(self._mirror.see(stream, guest.peer_id, guest.place)))
+            seeing.append(asyncio.create_task(self._mirror.see(onward, target, server.place)))
+            caller_at, server_at = await asyncio.gather(*seeing)
+            await write_line(stream[1], server_at, guest.peer_id)
+            await write_line(onward[1], caller_at, target)
+        except TimeoutError:
+            logger.debug("relay: peers %s and %s do not both come to the mirror", guest.peer_id, target)
+        finally:
+            onward[1].close()
+            await cancel_all(seeing)
+        return ""
+
     def _pace(self, guest: Guest, idle: asyncio.Timeout) -> Callable[[int], float]:
         """Return what says how long bytes have to wait; it also notes that the connection is not idle."""
         loop = asyncio.get_running_loop()
@@ -212,10 +247,12 @@ async def serve_relay(dht: Dht, config: RelayConfig | None = None) -> AsyncItera
     """Carry connections to the peers that register here, until the context ends."""
     max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     config = config or RelayConfig()
-    relay = Relay(dht, config.within(max_files) if max_files != resource.RLIM_INFINITY else config)
-    await dht.p2p.add_binary_stream_handler(PROTOCOL, relay.accept)
-    try:
-        yield
-    finally:
-        await finish(stop_handling(dht.p2p, PROTOCOL))
-        await finish(relay.aclose())
+    config = config.within(max_files) if max_files != resource.RLIM_INFINITY else config
+    async with open_mirror(dht.config.host, config.mirror_port) as mirror:
+        relay = Relay(dht, config, mirror)
+        await dht.p2p.add_binary_stream_handler(PROTOCOL, relay.accept)
+        try:
+            yield
+        finally:
+            await finish(stop_handling(dht.p2p, PROTOCOL))
+            await finish(relay.aclose())

@@ -38,12 +38,14 @@ _CIRCUIT = "/p2p-circuit"
 
 
 class Request(BaseModel):
-    """First line of a stream: one of the two."""
+    """First line of a stream: one of the three."""
 
     register_me: bool = False
     """Carry connections to me for as long as this stream is open."""
     to: PeerId | None = None
     """Carry this stream to a peer that is registered."""
+    punch: PeerId | None = None
+    """Let me and a peer that you carry streams of mine to dial each other: see swarm/punching.py."""
 
 
 class Reply(BaseModel):
@@ -80,10 +82,11 @@ def circuits(relays: Mapping[str, Sequence[str]], peer_id: str) -> list[str]:
 
 async def open_relayed_stream(node: Node, relay_id: str, peer_id: str, *, timeout_s: float) -> Stream:
     """Open a stream to a peer's tunnel through a relay. Raises: PeerUnavailable, ProtocolError."""
-    return await _ask_relay(node, relay_id, Request(to=peer_id), timeout_s)
+    return await ask_relay(node, relay_id, Request(to=peer_id), timeout_s)
 
 
-async def _ask_relay(node: Node, relay_id: str, request: Request, timeout_s: float) -> Stream:
+async def ask_relay(node: Node, relay_id: str, request: Request, timeout_s: float) -> Stream:
+    """Open a stream to a relay that grants this request. Raises: PeerUnavailable, ProtocolError."""
     stream = await node.open_stream(relay_id, PROTOCOL, timeout_s=timeout_s)
     try:
         await write_line(stream[1], request, relay_id)
@@ -149,7 +152,7 @@ class Registrations:
                 continue
             try:
                 await self._node.connect(peer_id, multiaddrs, timeout_s=ASK_TIMEOUT_S)
-                stream = await _ask_relay(self._node, peer_id, Request(register_me=True), ASK_TIMEOUT_S)
+                stream = await ask_relay(self._node, peer_id, Request(register_me=True), ASK_TIMEOUT_S)
             except PeerError as exc:
                 logger.debug("no relay: %s", exc)
                 continue

@@ -3,7 +3,8 @@
     client channel -> unix socket -> [open_tunnel] -> p2pd ~~ libp2p stream, perhaps through a relay ~~ p2pd
                                                                       -> [serve_tunnel] -> gRPC port
 
-Each connection that gRPC makes becomes one libp2p stream, byte for byte. The gRPC channel runs TLS with the pinned
+Each connection that gRPC makes becomes one libp2p stream, byte for byte, or one TCP connection, where the peers have
+managed to dial each other meanwhile (swarm/punching.py). The gRPC channel runs TLS with the pinned
 certificate over it, so relays see ciphertext. When either end of a connection closes or fails, what it sent before
 is still delivered and both ends are closed; p2pd knows no half-closed streams, and gRPC needs none.
 """
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarm.dht import STREAM_BUFFER_BYTES, Dht
 from swarm.dial_back import stop_handling
+from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerError, PeerUnavailable, ResourceError
 from swarm.p2pd import finish, open_socket_directory
+from swarm.peers import Connector
 from swarm.pipes import Stream, cancel_all, join_streams
+from swarm.punching import WAITS_S, Puncher, answer_punches
 from swarm.relays import TUNNEL_PROTOCOL, open_relayed_stream, relays_of
 
 if TYPE_CHECKING:
@@ -47,14 +51,24 @@ class Way:
 
     relay_id: str = ""
     """Peer id of the relay; empty: libp2p has a connection to the peer."""
+    is_punched: bool = False
+    """Whether it is one TCP connection, which both have dialled."""
+
+    def __str__(self) -> str:
+        if self.is_punched:
+            return "directly (punched)"
+        return f"through relay {self.relay_id}" if self.relay_id else "over libp2p"
 
 
 @asynccontextmanager
-async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str] = ()) -> AsyncIterator[None]:
+async def serve_tunnel(
+    dht: Dht, target: tuple[str, int], relays: Collection[str] = (), rule: DiallingRule | None = None
+) -> AsyncIterator[None]:
     """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends.
 
     Args:
-        relays: peer ids of our relays, whose streams come from many peers.
+        relays: peer ids of our relays, whose streams come from many peers, and which may introduce callers.
+        rule: where such callers may be dialled.
     """
     connections: dict[asyncio.Task[None], str] = {}
 
@@ -68,21 +82,25 @@ async def serve_tunnel(dht: Dht, target: tuple[str, int], relays: Container[str]
         finally:
             stream[1].close()
 
-    async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer_id = info.peer_id.to_base58()
-        of_peer = list(connections.values()).count(peer_id)
-        allowed = MAX_STREAMS_PER_RELAY if peer_id in relays else MAX_STREAMS_PER_PEER
-        if len(connections) >= MAX_STREAMS or of_peer >= allowed:
-            logger.info("refused a tunnel stream of peer %s: too many", peer_id)
-            writer.close()
+    def begin(stream: Stream, origin: str) -> None:
+        """Carry one more, from a peer or a host."""
+        of_origin = list(connections.values()).count(origin)
+        allowed = MAX_STREAMS_PER_RELAY if origin in relays else MAX_STREAMS_PER_PEER
+        if len(connections) >= MAX_STREAMS or of_origin >= allowed:
+            logger.info("refused a tunnel stream of %s: too many", origin)
+            stream[1].close()
             return
-        task = asyncio.create_task(carry((reader, writer)))
-        connections[task] = peer_id
+        task = asyncio.create_task(carry(stream))
+        connections[task] = origin
         task.add_done_callback(connections.pop)
+
+    async def accept(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begin((reader, writer), info.peer_id.to_base58())
 
     await dht.p2p.add_binary_stream_handler(PROTOCOL, accept)
     try:
-        yield
+        async with answer_punches(dht, rule or Anywhere(), relays, begin):
+            yield
     finally:
         await finish(stop_handling(dht.p2p, PROTOCOL))
         await finish(cancel_all(connections))
@@ -96,23 +114,35 @@ async def open_tunnel(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
     on_way: Callable[[Way], None] | None = None,
+    puncher: Puncher | None = None,
 ) -> AsyncIterator[str]:
     """Yield a gRPC target whose connections end at a peer's gRPC port.
 
     Args:
         multiaddrs: where the peer may be, and its relays; if none works, libp2p looks for it in the swarm.
         on_way: told how the peer is reached.
+        puncher: has a direct connection to the peer already, or looks for one if the way leads through a relay.
     Raises: PeerUnavailable: it cannot be reached, or serves no tunnel.
     """
-    way = await find_way(dht, peer_id, multiaddrs, timeout_s=timeout_s)
-    logger.info("peer %s is reached %s", peer_id, f"through relay {way.relay_id}" if way.relay_id else "over libp2p")
+    punched = puncher.take(peer_id) if puncher is not None else None
+    if punched is not None:
+        way = Way(is_punched=True)
+    else:
+        way = await find_way(dht, peer_id, multiaddrs, timeout_s=timeout_s)
+    logger.info("peer %s is reached %s", peer_id, way)
     if on_way is not None:
         on_way(way)
     connections: set[asyncio.Task[None]] = set()
 
     async def carry(connection: Stream) -> None:
+        nonlocal punched
         try:
-            await join_streams(connection, await _open_stream(dht, peer_id, way, timeout_s))
+            onward, punched = punched, None
+            if onward is None:
+                onward = await _open_stream(dht, peer_id, way, timeout_s)
+                if way.relay_id and puncher is not None:
+                    puncher.begin(peer_id, way.relay_id)
+            await join_streams(connection, onward)
         except PeerError as exc:
             logger.debug("tunnel: %s", exc)  # gRPC sees its connection closed and reports UNAVAILABLE
         finally:
@@ -133,7 +163,39 @@ async def open_tunnel(
             yield f"unix:{path}"
         finally:
             server.close()
+            if punched is not None:
+                punched[1].close()
             await finish(cancel_all(connections))
+
+
+@asynccontextmanager
+async def open_connector(
+    dht: Dht,
+    *,
+    rule: DiallingRule | None = None,
+    connect_timeout_s: float = 3.0,
+    waits_s: Sequence[float] = WAITS_S,
+    on_way: Callable[[Way], None] | None = None,
+) -> AsyncIterator[tuple[Connector, Puncher]]:
+    """Channels to peers, through the tunnel where need be, and what finds direct ways to these meanwhile.
+
+    Args:
+        rule, connect_timeout_s: see Connector.
+        waits_s: see Puncher.
+        on_way: see `open_tunnel`.
+    """
+    puncher = Puncher(dht, rule or Anywhere(), waits_s=waits_s)
+    connector = Connector(
+        lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
+        rule=rule,
+        connect_timeout_s=connect_timeout_s,
+    )
+    puncher.renew = connector.renew
+    try:
+        yield connector, puncher
+    finally:
+        await finish(puncher.aclose())
+        await finish(connector.aclose())
 
 
 async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:
@@ -186,6 +248,8 @@ async def _reach(
 
 
 async def _open_stream(dht: Dht, peer_id: str, way: Way, timeout_s: float) -> Stream:
+    if way.is_punched:
+        raise PeerUnavailable(f"the direct connection to peer {peer_id} has ended")
     if way.relay_id:
         return await open_relayed_stream(dht, way.relay_id, peer_id, timeout_s=timeout_s)
     return await dht.open_stream(peer_id, PROTOCOL, timeout_s=timeout_s)

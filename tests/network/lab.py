@@ -80,8 +80,12 @@ class Lab:
         self._plug_in(name, f"{SUBNET}.{number}")
         return name
 
-    def add_home(self, number: int) -> str:
-        """Add a router, SUBNET.(100 + number), and a host behind it, 192.168.number.2; return the host's namespace."""
+    def add_home(self, number: int, *, is_symmetric: bool = False) -> str:
+        """Add a router, SUBNET.(100 + number), and a host behind it, 192.168.number.2; return the host's namespace.
+
+        Args:
+            is_symmetric: the router gives each connection a random port, so that nobody can know from which one comes.
+        """
         router, host = self._add(f"{self._prefix}r{number}"), self._add(f"{self._prefix}h{number}")
         self._plug_in(router, f"{SUBNET}.{100 + number}")
         self._ip(router, "link", "add", "lan", "type", "veth", "peer", "name", "eth0", "netns", host)
@@ -91,8 +95,9 @@ class Lab:
         self._ip(host, "link", "set", "eth0", "up")
         self._ip(host, "route", "add", "default", "via", f"192.168.{number}.1")
         in_router = ("ip", "netns", "exec", router)
+        ports = ("--random-fully",) if is_symmetric else ()
         _run(*in_router, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
-        _run(*in_router, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+        _run(*in_router, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE", *ports)
         unasked = ("-i", "eth0", "-m", "conntrack", "--ctstate", "NEW,INVALID", "-j", "DROP")
         for chain in ("INPUT", "FORWARD"):
             _run(*in_router, "iptables", "-A", chain, *unasked)
@@ -101,6 +106,11 @@ class Lab:
     def cut(self, number: int) -> None:
         """Pull the cable of a public host: nothing arrives any more on either side, and nobody is told."""
         self._ip(self._internet, "link", "set", self._ports[f"{self._prefix}p{number}"], "down")
+
+    def carried_bytes(self, number: int) -> int:
+        """How many bytes a public host has received so far."""
+        at = f"/sys/class/net/{self._ports[f'{self._prefix}p{number}']}/statistics/tx_bytes"
+        return int(_run("ip", "netns", "exec", self._internet, "cat", at))
 
     def heal(self, number: int) -> None:
         """Put the cable back."""
@@ -171,10 +181,11 @@ class Lab:
         _run("ip", "-n", namespace, *arguments)
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     if done.returncode != 0:
         raise LabError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or done.returncode}")
+    return done.stdout
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

@@ -12,16 +12,17 @@ import grpc
 import grpc.aio
 import pytest
 
-from swarm import relays
+from swarm import punching, relays
 from swarm.dht import Dht
 from swarm.dial_back import answer_dial_back, ask, ask_some
 from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import PeerError, PeerUnavailable
 from swarm.identity import Identity
 from swarm.pipes import Stream
+from swarm.punching import Introduction, Puncher, answer_punches
 from swarm.reach import DIALS_PER_MINUTE, Question, Reach, judge
 from swarm.relaying import BURST_S, RelayConfig, serve_relay
-from swarm.relays import Registrations, circuits, open_relayed_stream
+from swarm.relays import Registrations, Request, ask_relay, circuits, open_relayed_stream
 from swarm.rpc import SERVER_OPTIONS
 from swarm.tunnel import Way, find_way
 
@@ -79,6 +80,50 @@ async def test_a_relay_carries_streams_to_a_server_that_nobody_can_dial(network:
         assert await find_way(network.client, network.server.peer_id, multiaddrs) == Way(network.relay.peer_id)
         stream = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=20)
         assert await _echoes(stream)
+
+
+async def test_a_relay_tells_two_peers_where_the_other_one_comes_from(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller has a stream to the server: otherwise the relay introduces nobody. How they dial: test_nat.py."""
+    relay_id, server_id = network.relay.peer_id, network.server.peer_id
+    told: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+
+    async def dial(found: Introduction, local_port: int) -> None:
+        assert found.host == "127.0.0.1"
+        told.put_nowait((local_port, found.port))
+        raise PeerUnavailable("nothing is dialled here")
+
+    monkeypatch.setattr(punching, "_dial_until_met", dial)
+    async with (
+        serve_relay(network.relay),
+        _registered(network),
+        answer_punches(network.server, Anywhere(), [relay_id], lambda stream, host: stream[1].close()),
+    ):
+        request = Request(punch=server_id)
+        with pytest.raises(PeerUnavailable, match="carries nothing of yours to that peer"):
+            await ask_relay(network.client, relay_id, request, 20)
+        carried = await open_relayed_stream(network.client, relay_id, server_id, timeout_s=20)
+        puncher = Puncher(network.client, Anywhere(), waits_s=(0.0,))
+        puncher.begin(server_id, relay_id)
+        await puncher.wait_tried()
+        one, other = await told.get(), await told.get()
+        assert one == other[::-1]
+        carried[1].close()
+
+
+async def test_only_our_own_relays_introduce(network: Network) -> None:
+    async with (
+        serve_relay(network.relay),
+        _registered(network),
+        answer_punches(network.server, Anywhere(), [], lambda stream, host: stream[1].close()),
+    ):
+        carried = await open_relayed_stream(network.client, network.relay.peer_id, network.server.peer_id, timeout_s=20)
+        puncher = Puncher(network.client, Anywhere(), waits_s=(0.0,))
+        puncher.begin(network.server.peer_id, network.relay.peer_id)
+        await puncher.wait_tried()
+        assert puncher.take(network.server.peer_id) is None
+        carried[1].close()
 
 
 async def test_a_relay_opens_streams_to_nobody_who_has_not_registered(network: Network) -> None:

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from swarm.announcement import Announcement
 from swarm.ranges import BlockRange
 from swarm.server.rebalancing import (
+    MAX_FILLERS,
     MAX_RATIO,
+    Move,
     Population,
-    best_move,
+    best_moves,
     choose_blocks,
+    is_alarming,
     own_move,
     reconsider,
 )
@@ -39,15 +42,28 @@ def population(*servers: tuple[int, int, float], movable: bool = True) -> Popula
         end_S=np.array([end for _, end, _ in servers], dtype=np.int64),
         rate_S=np.array([rate for _, _, rate in servers], dtype=np.float64),
         serving_S=np.ones(len(servers), dtype=bool),
+        asking_S=np.zeros(len(servers), dtype=bool),
         movable_S=np.full(len(servers), movable),
         tie_S=np.linspace(0.0, 1.0, len(servers), endpoint=False),
     )
+
+
+def best_move(swarm: Population) -> Move | None:
+    """The first of the best moves."""
+    return next(iter(best_moves(swarm)), None)
 
 
 def everybody_alike(swarm: Population, order: np.ndarray) -> Population:
     """The same servers, listed in another order."""
     columns = [name for name in Population.__slots__ if name != "num_blocks"]
     return replace(swarm, **{name: getattr(swarm, name)[order] for name in columns})
+
+
+def announced(swarm: Population, *servers: int) -> Population:
+    """The same when these have announced that they go to block 6, and have not left."""
+    for server in servers:
+        swarm = swarm.moved(server, 6, serving=False)
+    return replace(swarm, asking_S=np.isin(np.arange(len(swarm.start_S)), servers))
 
 
 @st.composite
@@ -116,12 +132,32 @@ def test_an_empty_block_is_always_among_the_chosen(kinds, num_blocks):
 
 
 def test_a_gap_is_filled_by_one_server_however_many_could():
+    """All that see it may announce that they go, and when they see each other, one does."""
     swarm = population(*[(0, 6, 100.0)] * 5)
-    move = best_move(swarm)
-    assert move is not None and move.start == 6
-    on_its_way = swarm.moved(move.server, move.start, serving=False)
-    assert all(own_move(swarm, server) is None for server in range(5) if server != move.server)
-    assert on_its_way.going_N.min() == 1
+    assert [own_move(swarm, server) for server in range(5)] == [BlockRange(6, 12)] * 5
+    asked = announced(swarm, 1, 2, 4)
+    assert [reconsider(asked, server, 0) for server in (1, 2, 4)] == [BlockRange(6, 12), None, None]
+    assert all(own_move(asked, server) is None for server in (0, 3))
+
+
+def test_a_gap_that_another_server_is_loading_is_left_to_it():
+    swarm = population(*[(0, 6, 100.0)] * 3)
+    loading = announced(swarm, 0, 1).moved(2, 6, serving=False)
+    assert reconsider(loading, 0, 0) is None and reconsider(loading, 1, 0) is None
+
+
+def test_of_many_that_could_fill_a_gap_so_many_try_that_some_have_seen_it():
+    movers = [own_move(population(*[(0, 6, 100.0)] * 200), server) is not None for server in range(200)]
+    assert sum(movers) == MAX_FILLERS
+
+
+def test_many_that_are_gone_are_alarming_and_one_of_many_is_not():
+    before_N = population(*[(0, 6, 100.0)] * 20, *[(6, 12, 100.0)] * 20).going_N
+    one_left = population(*[(0, 6, 100.0)] * 19, *[(6, 12, 100.0)] * 20).going_N
+    many_left = population(*[(0, 6, 100.0)] * 17, *[(6, 12, 100.0)] * 20).going_N
+    assert is_alarming(before_N, many_left)
+    assert not is_alarming(before_N, one_left) and not is_alarming(many_left, before_N)
+    assert is_alarming(population((0, 12, 100.0)).going_N, np.zeros(12))
 
 
 def test_a_gap_goes_before_what_is_weak():
@@ -205,15 +241,15 @@ def test_everybody_computes_the_same_mover_whoever_is_listed_first(swarm, random
     assert (ours is None) == (theirs is None)
     assert ours is None or (ours.server, ours.start) == (order[theirs.server], theirs.start)
     movers = [server for server in range(len(order)) if own_move(swarm, server) is not None]
-    assert movers == ([] if ours is None else [ours.server])
+    assert swarm.has_holes or movers == ([] if ours is None else [ours.server])
 
 
 def test_of_two_that_have_announced_the_same_both_stay_and_one_alone_goes():
-    """Both saw the same gap, before they saw each other."""
-    swarm = population(*[(0, 6, 100.0)] * 3)
-    both = swarm.moved(0, 6, serving=False).moved(1, 6, serving=False)
+    """Both saw the same weak blocks, before they saw each other."""
+    swarm = population(*[(0, 6, 100.0)] * 3, (6, 12, 10.0))
+    both = announced(swarm, 0, 1)
     assert reconsider(both, 0, 0) is None and reconsider(both, 1, 0) is None
-    assert reconsider(swarm.moved(1, 6, serving=False), 1, 0) == BlockRange(6, 12)
+    assert reconsider(announced(swarm, 1), 1, 0) == BlockRange(6, 12)
 
 
 def test_the_more_servers_there_are_the_nearer_to_the_mean_is_good_enough():
@@ -236,6 +272,7 @@ def test_the_move_of_five_thousand_servers_is_found_at_once():
         end_S=start_S + length_S,
         rate_S=rng.lognormal(5.0, 0.7, 5000),
         serving_S=np.ones(5000, dtype=bool),
+        asking_S=np.zeros(5000, dtype=bool),
         movable_S=np.ones(5000, dtype=bool),
         tie_S=rng.random(5000),
     )

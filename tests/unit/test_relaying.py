@@ -210,7 +210,7 @@ async def test_streams_on_which_nothing_comes_leave_room_for_other_addresses():
     async with answer_dial_back(p2p, UntilSeenOutside(Anywhere())):
         taken = [await p2p.is_accepted("1.1.1.1") for _ in range(MAX_ANSWERED_PER_PLACE + 1)]
         assert all(taken[:-1]) and not taken[-1] and await p2p.is_accepted("2.2.2.2")
-    async with serve_relay(SimpleNamespace(p2p=p2p)):
+    async with serve_relay(SimpleNamespace(p2p=p2p, config=SimpleNamespace(host="127.0.0.1"))):
         taken = [await p2p.is_accepted("1.1.1.1") for _ in range(MAX_ASKING_PER_PLACE + 1)]
         assert all(taken[:-1]) and not taken[-1] and await p2p.is_accepted("2.2.2.2")
 

@@ -1,0 +1,85 @@
+"""Whom a peer dials because a relay says so, and what a relay's mirror believes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from pydantic import ValidationError
+
+from swarm.dialling import Anywhere, OutsideOnly
+from swarm.mirror import open_mirror
+from swarm.peers import Connector
+from swarm.punching import Introduction, Introductions, Meeting
+from swarm.reach import DIALS_PER_MINUTE
+
+LOOPBACK, HOME, OUTSIDE = "127.0.0.1", "192.168.1.7", "8.8.8.8"
+
+
+@pytest.mark.parametrize(
+    ("relay", "allowed"), [(LOOPBACK, [LOOPBACK, HOME, OUTSIDE]), (HOME, [HOME, OUTSIDE]), (OUTSIDE, [OUTSIDE])]
+)
+async def test_a_relay_introduces_nobody_of_a_narrower_network_than_its_own(relay, allowed):
+    introductions = Introductions(Anywhere())
+    hosts = [LOOPBACK, HOME, OUTSIDE, "router.lan", ""]
+    assert [host for host in hosts if await introductions.allow(Introduction(host=host, port=1), relay)] == allowed
+
+
+async def test_a_server_that_the_internet_reaches_is_led_nowhere_else():
+    introductions = Introductions(OutsideOnly())
+    assert not await introductions.allow(Introduction(host=HOME, port=1), HOME)
+    assert await introductions.allow(Introduction(host="2606:4700::1111", port=1), OUTSIDE)
+
+
+async def test_no_address_is_dialled_often_because_a_relay_says_so():
+    introductions = Introductions(Anywhere())
+    allowed = [await introductions.allow(Introduction(host=OUTSIDE, port=port), OUTSIDE) for port in range(1, 100)]
+    assert sum(allowed) == DIALS_PER_MINUTE
+
+
+@pytest.mark.parametrize("line", ['{"port": 0, "token": "00"}', '{"port": 1, "token": "zz"}', '{"port": 70000}'])
+def test_what_a_relay_says_is_checked(line):
+    with pytest.raises(ValidationError):
+        Meeting.model_validate_json(line)
+
+
+class Told:
+    """A writer that keeps the last line."""
+
+    def __init__(self) -> None:
+        self.line = b""
+
+    def write(self, data: bytes) -> None:
+        self.line = data
+
+    async def drain(self) -> None:
+        pass
+
+
+async def test_a_mirror_sees_who_shows_the_token_from_the_place_it_belongs_to():
+    async with open_mirror(LOOPBACK, 0) as mirror:
+        told = Told()
+
+        async def called(place: str, show: Callable[[bytes], bytes]) -> Introduction | int | None:
+            seeing = asyncio.create_task(mirror.see((asyncio.StreamReader(), told), "peer", place))
+            await asyncio.sleep(0)
+            meeting = Meeting.model_validate_json(told.line)
+            reader, writer = await asyncio.open_connection(LOOPBACK, meeting.port)
+            writer.write(show(bytes.fromhex(meeting.token)))
+            closing = asyncio.create_task(reader.read(1))
+            await asyncio.wait({seeing, closing}, return_when=asyncio.FIRST_COMPLETED)
+            seeing.cancel()
+            port = writer.get_extra_info("sockname")[1]
+            writer.close()
+            await asyncio.gather(seeing, closing, return_exceptions=True)
+            return seeing.result().port == port if not seeing.cancelled() else None
+
+        assert await called(LOOPBACK, lambda token: token) is True
+        assert await called(OUTSIDE, lambda token: token) is None
+        assert await called(LOOPBACK, lambda token: bytes(len(token))) is None
+
+
+async def test_nobody_is_called_anew_who_is_not_called_at_all():
+    renew: Callable[[str], Awaitable[bool]] = Connector(None).renew
+    assert not await renew("12D3KooW")
