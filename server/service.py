@@ -175,7 +175,7 @@ class BlocksService(pb_grpc.BlocksServicer):
             while (message := await _next_message(context, "adapter", or_end=True)) is not None:
                 num_bytes += message.adapter.num_bytes
                 self._adapters.check_request(num_bytes)
-                await self._adapters.receive(message.adapter, context.read)
+                await self._adapters.receive(message.adapter, context.read, caller=checks.place_of(context.peer()))
         return pb.PutAdaptersResponse()
 
     def _check_caller(self, opening: pb.SessionOpen | pb.ComputeOpen | pb.PutAdaptersOpen) -> None:
