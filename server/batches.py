@@ -66,6 +66,13 @@ class Batch:
         adapters = None if self.adapters is None else self.adapters.adapters
         return adapters, self.dropout_seed, self.first_row
 
+    @property
+    def num_gradient_bytes(self) -> int:
+        """What the answer to a Backward takes, uncompressed: `Gradients`."""
+        tensors = [self.x_BLD] if self.prompts_NBPD is None else [self.x_BLD, self.prompts_NBPD]
+        of_adapters = sum(tensor.numel() for tensor in _adapter_tensors(self)) * torch.float32.itemsize
+        return sum(tensor.nbytes for tensor in tensors) + of_adapters
+
     def rows(self, start: int, end: int) -> Batch:
         """The sequences [start, end)."""
         return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +25,9 @@ from swarm.errors import AdapterMissing, BadRequest, ProtocolError
 from swarm.link import JoinLink
 from swarm.model.adapters import BlockAdapter, Lora
 from swarm.rpc import translate
-from swarm.server import LocalSwarm
+from swarm.server import LocalSwarm, service
 from swarm.server.adapters import LEAST_BYTES
+from swarm.server.answers import answer
 from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
@@ -375,6 +377,41 @@ async def test_adapters_that_do_not_fit_the_blocks(llama, data, sentence):
             gradient = torch.zeros(1, 3, 64)
             await assert_refused(error, wanted, stub.Backward(), compute(server, adapters=names, grad_outputs=gradient))
             await assert_refused(error, wanted, stub.Session(), pb.SessionRequest(open=opening(server, adapters=names)))
+
+
+async def test_backward_answers_that_nobody_takes_hold_the_next_ones_back(llama, monkeypatch):
+    server = next(hop.server for hop in llama.remote.explain_route() if hop.server.start == 2)
+    tenure = next(
+        each.running.mover.tenure for each in llama.swarm.servers if each.running.mover.tenure.blocks.start == 2
+    )
+    answering, go_on = asyncio.Semaphore(0), threading.Event()
+
+    async def slowly(*args):
+        answering_loop.call_soon_threadsafe(answering.release)
+        await asyncio.to_thread(go_on.wait, 30)
+        await answer(*args)
+
+    answering_loop = asyncio.get_running_loop()
+    monkeypatch.setattr(service, "answer", slowly)
+    monkeypatch.setattr(tenure.answers, "_max_bytes", 60_000)
+    data = BlockAdapter([Lora("mlp", torch.ones(64, 64), torch.ones(64, 64))]).to_bytes()
+    names = [hashlib.sha256(data).digest(), b""]
+    async with open_stub(server) as stub:
+        await put(stub, server, file(data))
+        tasks = []
+        for _ in range(3):
+            call = stub.Backward()
+            gradient = torch.zeros(1, 3, 64)
+            tasks.append(
+                asyncio.create_task(talk(call, compute(server, adapters=names, grad_outputs=gradient), num_answers=1))
+            )
+        await answering.acquire()  # one is computed, of 2 x 64 x 64 x 4 bytes and some
+        while tenure.answers.statistics().num_waiting < 2:
+            await asyncio.sleep(0.01)
+        assert 32_768 < tenure.answers.statistics().used_bytes < 60_000
+        go_on.set()
+        assert all([answer.WhichOneof("kind") == "result" for task in tasks for answer in await task])
+    wait_until(lambda: tenure.answers.statistics().used_bytes == 0, "the room is free")
 
 
 async def test_a_session_opened_again_with_other_adapters_is_refused(llama):
