@@ -67,9 +67,21 @@ async def ask(call: grpc.aio.StreamStreamCall, first: Any, more: Sequence[bytes]
     """
     try:
         await write_message(call.write, first, more)
-    except asyncio.InvalidStateError:
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
         logger.debug("a call ended while its message was sent")  # reading says why
+        await wait_status(call)
     return await call.read()
+
+
+async def wait_status(call: grpc.aio.StreamStreamCall | grpc.aio.StreamUnaryCall) -> None:
+    """Wait for the status that the other side gave a call that ended while it was written to.
+
+    gRPC puts one of its own first, as if the connection had broken, and replaces it within some turns of the loop.
+    """
+    for _ in range(50):
+        if await call.code() is not grpc.StatusCode.INTERNAL or await call.trailing_metadata():
+            return
+        await asyncio.sleep(0.01)
 
 
 async def read_tensors(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import AdapterMissing, BadRequest, ProtocolError
 from swarm.link import JoinLink
 from swarm.model.adapters import BlockAdapter, Lora
+from swarm.ranges import BlockRange
 from swarm.rpc import translate
 from swarm.server import LocalSwarm, service
-from swarm.server.adapters import LEAST_BYTES
+from swarm.server.adapters import LEAST_BYTES, AdapterStore
 from swarm.server.answers import answer
+from swarm.server.batches import Batch, KeptActivations, run_forward
 from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
@@ -294,6 +298,106 @@ def test_a_server_killed_while_a_session_with_adapters_decodes(tiny_model):
             assert torch.equal(torch.cat([first, rest], dim=1), wanted)
         finally:
             remote.close()
+
+
+# Slow lines
+
+
+def arrivals(monkeypatch: Any, swarm: LocalSwarm, slow: dict[int, float]) -> list[tuple[int, bytes]]:
+    """From now on, the uploads of these servers take so many seconds; returns (server, digest) as they come."""
+    came: list[tuple[int, bytes]] = []
+    for number, store in enumerate(stores(swarm)):
+
+        async def receive(wire: Any, read: Any, *, number: int = number, store: Any = store, **how: Any) -> None:
+            came.append((number, wire.digest))
+            await asyncio.sleep(slow.get(number, 0.0))
+            await AdapterStore.receive(store, wire, read, **how)
+
+        monkeypatch.setattr(store, "receive", receive)
+    return came
+
+
+def test_a_session_opens_when_all_its_servers_have_their_adapters_however_long_that_takes(llama, swarms, monkeypatch):
+    monkeypatch.setattr(service, "MESSAGE_TIMEOUT_S", 0.4)
+    came = arrivals(monkeypatch, llama.swarm, {2: 0.6})  # for each of two files
+    remote, adapters, ids = swarms.join(llama.swarm, llama.path), make_adapters(llama.swarm, seed=7), random_ids(1, 6)
+    opened: list[bytes] = []
+    for server in llama.swarm.servers:
+        table = server.running.sessions
+
+        def note(key: Any, *, open_session: Any = table.open, **how: Any) -> Any:
+            opened.append(key.session_id)
+            return open_session(key, **how)
+
+        monkeypatch.setattr(table, "open", note)
+    remote._swarm.adapters = lambda: adapters
+    with changed(llama.local.model.layers, adapters):
+        wanted = generate(llama.local, ids)
+    assert torch.equal(generate(remote, ids), wanted)
+    assert len(opened) == 3 and len(came) == len(set(came)) == 6
+    opening_s = remote._swarm.connection.network.openings.bound_s(1)
+    assert opening_s is not None and opening_s < 1.2
+
+
+@pytest.mark.parametrize("how", ["training", "decoding"])
+def test_a_slow_upload_is_not_raced_onto_another_server(swarms, monkeypatch, how):
+    swarm, path = swarms.get("llama", ((0, 6), (0, 6)))
+    remote, ids = swarms.join(swarm, path), random_ids(2, 9)
+
+    def work(seed: int) -> None:
+        adapters = make_adapters(swarm, seed=seed)
+        if how == "training":
+            train_remote(remote, adapters, ids)
+        else:
+            remote._swarm.adapters = lambda: adapters
+            generate(remote, ids)
+
+    for seed in (1, 1, 2, 2):
+        work(seed)
+    came = arrivals(monkeypatch, swarm, {0: 0.3, 1: 0.3})  # for each of six files, so longer than any bound
+    began_s = time.monotonic()
+    work(3)
+    assert time.monotonic() - began_s > 1.5
+    assert len(came) == 6 and len({number for number, _ in came}) == 1
+    bounds = [each.bound_s(18 * 6) for each in remote._swarm.blocks._compute._times.values()]
+    assert all(bound_s is None or bound_s < 1.5 for bound_s in bounds)
+
+
+async def test_an_adapter_counts_once_among_the_activations_that_are_kept(llama):
+    tenure = llama.swarm.servers[0].running.mover.tenure
+    span, blocks = tenure.sessions.views.span, BlockRange(0, 2)
+    adapter = random_adapter(tenure.adapters.targets[0])
+    store = AdapterStore(1 << 22, tenure.adapters.targets, torch.device("cpu"))
+    await store.receive(pb.AdapterFile(**as_file(adapter)), None)
+    with store.lease([adapter.digest, b""], blocks) as lease:
+        used_bytes = []
+        for num_rows in (8, 1):
+            kept = KeptActivations(1 << 30)
+            for forward_id in (bytes(16), bytes([1] * 16)):
+                batch = Batch(blocks, torch.randn(8, 3, 64), None, None, None, None, pb.CODEC_RAW, forward_id, lease)
+                run_forward(span, batch, Rows(num_rows), kept)
+            used_bytes.append(kept.used_bytes)
+            kept.take(bytes(16))
+            assert used_bytes[-1] / 2 < kept.used_bytes <= used_bytes[-1] / 2 + adapter.num_bytes
+            kept.take(bytes([1] * 16))
+            assert kept.used_bytes == 0
+    assert used_bytes[1] < used_bytes[0] + 7 * adapter.num_bytes  # 14 more slices, which have some more to keep
+
+
+@dataclass
+class Rows:
+    """Turns of a computation that nobody interrupts."""
+
+    num_rows: int
+
+    def at_boundary(self) -> None: ...
+
+    def rows(self, num_rows: int, length: int) -> int:
+        return self.num_rows
+
+
+def as_file(adapter: BlockAdapter) -> dict[str, Any]:
+    return {"digest": adapter.digest, "num_bytes": len(adapter.to_bytes()), "data": adapter.to_bytes()}
 
 
 # What nobody should send
