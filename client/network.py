@@ -303,8 +303,13 @@ class Network:
         try:
             async with asyncio.timeout(timeout_s):
                 while not (await asyncio.wait({task}, timeout=self.config.silence_s))[0]:
-                    if before == (before := progress()):
+                    if before != (before := progress()):
+                        continue
+                    try:
                         await self._probe(hops)
+                    except PeerUnavailable:
+                        if before == progress():
+                            raise
         except TimeoutError as exc:
             raise blame(PeerUnavailable(f"peer {hops[0]} gave no result in {timeout_s:.0f} s"), hops[0]) from exc
         finally:

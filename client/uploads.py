@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -35,11 +36,18 @@ T = TypeVar("T")
 MAX_UPLOADS = 3
 """How often adapters are sent for one request: a server that forgets them again and again has no room for them."""
 
-MAX_AT_ONCE = 4
-"""Servers that are sent adapters at a time: each needs its share of a slow line to go on."""
+MAX_AT_ONCE = 2
+"""Servers that are sent adapters at a time: two keep a line of 1 Mbit/s full, four lose their connections there."""
 
-PART_BYTES = 128 << 10
+PART_BYTES = 32 << 10
 """Of a file, in one message: small enough that one comes through a slow line every few seconds."""
+
+LEAST_WINDOW_BYTES, MOST_WINDOW_BYTES = 64 << 10, 8 << 20
+"""How much is sent before the server is asked for an answer, which comes when it has got there. More would wait in the
+buffers of a slow line, and whatever else goes that way behind it: a connection whose pings take 5 s is given up."""
+
+QUICK_S, LATE_S = 0.25, 1.0
+"""Answers by which more is sent at a time, and from which on less."""
 
 LEAST_BYTES_PER_S = 16 << 10
 """A slower upload is given up; servers give up at the same rate."""
@@ -145,7 +153,7 @@ class Uploads:
     async def _upload(self, hop: Hop, adapters: Sequence[BlockAdapter], fingerprint: str) -> None:
         timeout_s = self._timeout_s + sum(len(adapter.to_bytes()) for adapter in adapters) / LEAST_BYTES_PER_S
         async with self._connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
-            writer = _Writer(pb_grpc.BlocksStub(channel).PutAdapters(timeout=timeout_s))
+            writer = _Writer(pb_grpc.BlocksStub(channel), timeout_s)
             try:
                 writing = writer.write(adapters, fingerprint)
                 await self._while_alive(writing, [hop], timeout_s, progress=lambda: writer.num_written)
@@ -161,12 +169,16 @@ class Uploads:
 
 
 class _Writer:
-    """A call that sends adapters."""
+    """A call that sends adapters, as fast as they arrive."""
 
-    def __init__(self, call: grpc.aio.StreamUnaryCall) -> None:
-        self.call = call
+    def __init__(self, stub: pb_grpc.BlocksStub, timeout_s: float) -> None:
+        self.call = stub.PutAdapters(timeout=timeout_s)
         self.num_written = 0
         """Messages that the line has taken."""
+        self._stub = stub
+        self._timeout_s = timeout_s
+        self._window_bytes = LEAST_WINDOW_BYTES
+        self._unanswered_bytes = 0
 
     async def write(self, adapters: Sequence[BlockAdapter], fingerprint: str) -> None:
         """Send all. Raises: AioRpcError: the server refused. ProtocolError: it did not answer as it should."""
@@ -188,6 +200,19 @@ class _Writer:
     async def _write(self, message: Any) -> None:
         await self.call.write(message)
         self.num_written += 1
+        self._unanswered_bytes += message.ByteSize()
+        if self._unanswered_bytes >= self._window_bytes:
+            began_s = time.monotonic()
+            await self._stub.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=self._timeout_s)
+            self._unanswered_bytes = 0
+            self._window_bytes = next_window_bytes(self._window_bytes, time.monotonic() - began_s)
+
+
+def next_window_bytes(window_bytes: int, answer_s: float) -> int:
+    """How much to send before the next question, when the last one was answered after so long."""
+    if answer_s < QUICK_S:
+        return min(2 * window_bytes, MOST_WINDOW_BYTES)
+    return max(window_bytes // 2, LEAST_WINDOW_BYTES) if answer_s > LATE_S else window_bytes
 
 
 def names_of(adapters: Adapters | None) -> list[bytes]:
