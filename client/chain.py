@@ -26,8 +26,9 @@ from swarm.streams import Step, ask, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
-from .network import Network, blame, cancel_and_wait
+from .network import Network, blame
 from .routing import Hop
+from .tasks import cancel_and_wait
 from .uploads import names_of
 
 logger = logging.getLogger(__name__)
@@ -182,14 +183,9 @@ class Chain:
 
         Raises: PeerError, UserError.
         """
-        hop, config = self.hops[index], self._config
+        hop = self.hops[index]
         channel = await leases.enter_async_context(self._network.connector.lease(hop.address))
-        answer = await self._network.uploads.calling(
-            hop,
-            of_blocks(config.adapters, hop.blocks),
-            config.fingerprint,
-            lambda: self._ask_to_open(index, pb_grpc.BlocksStub(channel)),
-        )
+        answer = await self._ask_to_open(index, pb_grpc.BlocksStub(channel))
         self.max_step_tokens = min(self.max_step_tokens, max(1, answer.opened.max_step_tokens))
         return int(answer.opened.position)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -28,9 +29,10 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .hedging import Hedges, StepTimes
-from .network import Attempt, Network, blame, cancel_and_wait
+from .network import Attempt, Network, blame
 from .racing import race
 from .routing import Hop, Needs
+from .tasks import cancel_and_wait
 from .uploads import names_of
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
@@ -41,6 +43,10 @@ T = TypeVar("T")
 
 MAX_PARALLEL = 4
 """Micro-batches on their way at once, so that the servers of a route work at the same time."""
+
+MAX_EARLY = 4
+"""Gradients of micro-batches that wait for those of earlier ones: they are added in one order, so that sums do not
+depend on which server is faster."""
 
 MAX_REMEMBERED = 1024
 """Servers whose times are remembered."""
@@ -142,15 +148,9 @@ class RemoteCompute:
             partial(self._backward_part, batch.rows(start, start + size), trace, grad_BLD[start : start + size])
             for start, size, trace in zip(starts, sizes, traces, strict=True)
         ]
-        results = await _gather_bounded(jobs)
-        dx_BLD = torch.cat([each.dx_BLD for each in results])
-        dadapters = {number: _sums([each.dadapters[number] for each in results]) for number in results[0].dadapters}
-        prompts = batch.prompts_NBPD
-        if prompts is None:
-            return Gradients(dx_BLD, None, dadapters)
-        dprompts = [each.dprompts_NBPD for each in results if each.dprompts_NBPD is not None]
-        summed = torch.cat(dprompts, dim=1) if prompts.shape[1] > 1 else torch.stack(dprompts).sum(dim=0)
-        return Gradients(dx_BLD, summed, dadapters)
+        sums = _Sums(prompts_of_rows=batch.prompts_NBPD is not None and batch.prompts_NBPD.shape[1] > 1)
+        await _fold(jobs, sums.add)
+        return sums.gradients()
 
     async def _micro_batch_size(self, blocks: BlockRange) -> tuple[int, int]:
         """How many tokens and how many sequences all servers of a route take at once."""
@@ -187,20 +187,28 @@ class RemoteCompute:
 
             needs = self._needs_of(batch, rest)
             hops = await self._network.route(needs, attempt)
-            return await self._raced(run, hops[0], needs, attempt, is_backward=False)
+            racing = partial(self._raced, run, batch, hops[0], needs, attempt, is_backward=False)
+            return await self._prepared(batch, hops[0], racing)
 
         return await self._network.retrying(attempt)
+
+    async def _prepared(self, batch: Batch, hop: Hop, call: Callable[[], Awaitable[T]]) -> T:
+        """Call when a hop has been sent its adapters: the time that they take is not the call's, nor is it raced."""
+        batch_size, length, _ = batch.x_BLD.shape
+        with self._network.working(hop, batch_size * length):
+            return await self._network.uploads.calling([hop], batch.adapters, self._needs.fingerprint, call)
 
     async def _raced(
         self,
         run: Callable[[Hop], Coroutine[Any, Any, T]],
+        batch: Batch,
         hop: Hop,
         needs: Needs,
         attempt: Attempt,
         *,
         is_backward: bool,
     ) -> T:
-        """Run a micro-batch on a hop; where that takes longer than it should, on another one as well."""
+        """Run a micro-batch on a hop that has its adapters; where that takes too long, on another one as well."""
         others_asked: list[Hop] = []
 
         async def elsewhere(number: int) -> T:
@@ -211,7 +219,7 @@ class RemoteCompute:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
             others_asked.append(others[0])
-            return await run(others[0])
+            return await self._prepared(batch, others[0], partial(run, others[0]))
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
@@ -245,7 +253,8 @@ class RemoteCompute:
                 async def run(hop: Hop) -> Gradients:
                     return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
-                return await self._raced(run, hops[0], needs, attempt, is_backward=True)
+                racing = partial(self._raced, run, batch, hops[0], needs, attempt, is_backward=True)
+                return await self._prepared(batch, hops[0], racing)
 
             result = await self._network.retrying(attempt)
             if result is None:
@@ -269,10 +278,7 @@ class RemoteCompute:
         opening, more = self._opening(hop, batch, grad_BLD, forward_id)
         batch_size, length, _ = batch.x_BLD.shape
         began_s = time.monotonic()
-        with self._network.working(hop, batch_size * length):
-            tensors = await self._network.uploads.calling(
-                hop, adapters, self._needs.fingerprint, lambda: self._exchange(hop, opening, more, batch, is_backward)
-            )
+        tensors = await self._exchange(hop, opening, more, batch, is_backward)
         y_BLD, dprompts, *rest = tensors
         if y_BLD is None or [_shape(each) for each in tensors] != self._answer_shapes(hop, batch, is_backward):
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
@@ -359,13 +365,75 @@ class RemoteCompute:
                 call.cancel()
 
 
-def _sums(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The sums of tensors that stand at the same place."""
-    return [torch.stack(tensors).sum(dim=0) for tensors in zip(*parts, strict=True)]
+class _Sums:
+    """The gradients of a batch, from those of its micro-batches, each added when it is handed over.
+
+    Args:
+        prompts_of_rows: whether each sequence has deep prompts of its own.
+    """
+
+    def __init__(self, *, prompts_of_rows: bool) -> None:
+        self._prompts_of_rows = prompts_of_rows
+        self._dx: list[Tensor] = []
+        self._dprompts: list[Tensor] = []
+        self._dadapters: dict[int, Sequence[Tensor]] = {}
+
+    def add(self, part: Gradients) -> None:
+        """Add the next one; its tensors may be changed."""
+        self._dx.append(part.dx_BLD)
+        if part.dprompts_NBPD is not None and (self._prompts_of_rows or not self._dprompts):
+            self._dprompts.append(part.dprompts_NBPD)
+        elif part.dprompts_NBPD is not None:
+            self._dprompts[0] += part.dprompts_NBPD
+        for number, tensors in part.dadapters.items():
+            for total, tensor in zip(self._dadapters.setdefault(number, tensors), tensors, strict=True):
+                if total is not tensor:
+                    total += tensor
+
+    def gradients(self) -> Gradients:
+        dprompts = torch.cat(self._dprompts, dim=1) if self._dprompts else None
+        return Gradients(torch.cat(self._dx), dprompts, self._dadapters)
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
+
+
+async def _fold(jobs: Iterable[Callable[[], Awaitable[T]]], add: Callable[[T], None]) -> None:
+    """Run jobs, MAX_PARALLEL at a time, and add their results in the order of the jobs, whichever comes first.
+
+    No more than MAX_EARLY wait for those before them, so that few are in memory. The first failure cancels the rest.
+    """
+    gate = asyncio.Semaphore(MAX_PARALLEL)
+    failed = asyncio.Event()
+    tasks: collections.deque[asyncio.Task[T]] = collections.deque()
+
+    async def bounded(job: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await job()
+
+    def note(task: asyncio.Task[T]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            failed.set()
+
+    async def add_first() -> None:
+        await asyncio.wait({tasks[0], failing}, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()  # raises why one has failed
+        await asyncio.to_thread(add, tasks.popleft().result())
+
+    failing = asyncio.create_task(failed.wait())
+    try:
+        for job in jobs:
+            if len(tasks) == MAX_PARALLEL + MAX_EARLY:
+                await add_first()
+            tasks.append(asyncio.create_task(bounded(job)))
+            tasks[-1].add_done_callback(note)
+        while tasks:
+            await add_first()
+    finally:
+        await cancel_and_wait([*tasks, failing])
 
 
 async def _gather_bounded(jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

@@ -20,10 +20,11 @@ from swarm.streams import Step
 
 from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
 from .hedging import StepTimes
-from .network import Attempt, Network, cancel_and_wait
+from .network import Attempt, Network
 from .parts import part_length
 from .record import Record
 from .routing import Hop, Needs
+from .tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +91,22 @@ class Lane:
         # The record has its beams in order already, the chain's caches have not: unless they hold all, all is replayed.
         return 0 if step.beam_idx and start < step.position else start
 
-    async def feed(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
+    async def plan(self, attempt: Attempt) -> Sequence[Hop]:
+        """The hops in use; if there are none, those of a route for a new chain. Raises: NoRoute."""
+        return self._hops if self._chain is not None else await self._network.route(self._needs, attempt)
+
+    async def feed(self, step: Step, record: Record, hops: Sequence[Hop]) -> Tensor:
         """Feed a step, and before it what the caches lack of the record; open a chain first if there is none.
 
         Args:
             record: what the session holds after the step.
+            hops: what `plan` has said, with the adapters that the chain names.
         Returns: the last `num_outputs` hidden states, [B, num_outputs, D].
         Raises: PeerError, NoRoute, UserError: the chain is gone then; the next call begins with another one.
         """
         self._unchanged = record.length
         try:
-            chain = self._chain or await self._open_chain(attempt)
+            chain = self._chain or await self._open_chain(hops)
             start = self._start_of(step)
             tokens = replace(step, beam_idx=()) if start == 0 else step
             # Until all is done, the caches may hold some of the old tokens from here on, or some of the new ones.
@@ -145,8 +151,8 @@ class Lane:
             self._network.took(chain.hops, outputs[0].hop_us, batch_size, seconds)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
-    async def _open_chain(self, attempt: Attempt) -> Chain:
-        self._hops = hops = await self._network.route(self._needs, attempt)
+    async def _open_chain(self, hops: Sequence[Hop]) -> Chain:
+        self._hops = hops
         began_s = time.monotonic()
         self._tickets = self._tickets.following(hops)
         self.times = StepTimes()

@@ -18,6 +18,7 @@ from swarm.announcement import Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
+    AdapterMissing,
     BadLink,
     NoRoute,
     PeerError,
@@ -39,6 +40,7 @@ from .hedging import StepTimes
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
+from .tasks import cancel_and_wait
 from .uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -282,16 +284,32 @@ class Network:
                     await self.note_failure(exc)
                     attempt = replace(attempt, max_age_s=FRESH_S if num_failures > 1 else attempt.max_age_s)
 
-    async def while_alive(self, work: Awaitable[T], hops: Sequence[Hop], timeout_s: float) -> T:
+    async def while_alive(
+        self,
+        work: Awaitable[T],
+        hops: Sequence[Hop],
+        timeout_s: float,
+        *,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> T:
         """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
 
+        Args:
+            progress: how far the work is; while it moves on, nobody is asked: the answer would have to wait behind it.
         Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s.
         """
         task = asyncio.ensure_future(work)
+        before = progress()
         try:
             async with asyncio.timeout(timeout_s):
                 while not (await asyncio.wait({task}, timeout=self.config.silence_s))[0]:
-                    await self._probe(hops)
+                    if before != (before := progress()):
+                        continue
+                    try:
+                        await self._probe(hops)
+                    except PeerUnavailable:
+                        if before == progress():
+                            raise
         except TimeoutError as exc:
             raise blame(PeerUnavailable(f"peer {hops[0]} gave no result in {timeout_s:.0f} s"), hops[0]) from exc
         finally:
@@ -377,7 +395,7 @@ class Network:
         if not isinstance(error, PeerError):
             return
         assert error.peer_id, f"an error of a peer does not say which: {error!r}"
-        if isinstance(error, SessionLost):
+        if isinstance(error, SessionLost | AdapterMissing):
             return
         self._failures.failed(error.peer_id, time.monotonic())
         if isinstance(error, PeerUnavailable):
@@ -428,13 +446,6 @@ def blame(error: E, hop: Hop) -> E:
     """Note in an error which peer is at fault."""
     error.peer_id = hop.peer_id
     return error
-
-
-async def cancel_and_wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """End tasks, whatever they are doing, and wait until they have."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from swarm.errors import SwarmError
 
-from .network import cancel_and_wait
+from .tasks import cancel_and_wait
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ from swarm.streams import Step
 from .chain import ChainConfig
 from .hedging import Hedges
 from .lane import Lane
-from .network import Attempt, Network, cancel_and_wait
+from .network import Attempt, Network
 from .racing import race
 from .record import Record
 from .routing import Hop, Needs
+from .tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
 # B batch, L length, D hidden
+
+T = TypeVar("T")
 
 
 class RemoteSession:
@@ -84,21 +88,31 @@ class RemoteSession:
         return result
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
-        """Feed the step; while that takes longer than it should, feed it on other routes as well."""
-        lanes = [self._lane]
-        hops, draining = self._lane.hops, self._lane.draining
+        """Feed the step; the servers of a new route are sent their adapters first."""
+        hops = await self._lane.plan(attempt)
+        return await self._prepared(self._lane, hops, lambda: self._race(step, record, attempt, hops))
+
+    async def _prepared(self, lane: Lane, hops: Sequence[Hop], call: Callable[[], Awaitable[T]]) -> T:
+        """Call when the hops of a lane that is not open yet have been sent their adapters."""
+        if lane.is_open:
+            return await call()
+        return await self._network.uploads.calling(hops, self._config.adapters, self._config.fingerprint, call)
+
+    async def _race(self, step: Step, record: Record, attempt: Attempt, hops: Sequence[Hop]) -> Tensor:
+        """Feed the step on these hops; while that takes longer than it should, feed it on other routes as well."""
+        lanes, draining = [self._lane], self._lane.draining
         bound_s = self._lane.bound_s(step)
 
         async def hedge(number: int) -> Tensor:
-            nonlocal hops
-            hops = hops or lanes[0].hops  # which it may have chosen since
-            lanes.append(self._new_lane())
+            lane = self._new_lane()
+            lanes.append(lane)
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
             leaving = replace(attempt, refused_by=attempt.refused_by | draining)
-            return await lanes[number].feed(step, record, await self._network.elsewhere(leaving, hops, number))
+            others = await lane.plan(await self._network.elsewhere(leaving, hops, number))
+            return await self._prepared(lane, others, lambda: lane.feed(step, record, others))
 
         outcome = await race(
-            self._lane.feed(step, record, attempt),
+            self._lane.feed(step, record, hops),
             hedge,
             lambda number: self._hedges.after_s(bound_s, record.length, number),
             self._network.note_failure,
@@ -135,17 +149,20 @@ class RemoteSession:
     async def _move(self, lane: Lane) -> None:
         successor = self._new_lane()
 
-        async def feed(attempt: Attempt) -> None:
+        async def feed(hops: Sequence[Hop]) -> None:
             async with self._stepping:
                 record, self._successor = self._record, successor
                 if self._lane is not lane or not lane.draining:
                     return
+            await successor.feed(record.part(0, record.length), record, hops)
+
+        async def move(attempt: Attempt) -> None:
             # The directory says who leaves; a server that only changes its range may be part of the new route.
-            newest = replace(attempt, max_age_s=1.0)
-            await successor.feed(record.part(0, record.length), record, newest)
+            hops = await successor.plan(replace(attempt, max_age_s=1.0))
+            await self._prepared(successor, hops, lambda: feed(hops))
 
         try:
-            await self._network.retrying(feed)
+            await self._network.retrying(move)
             async with self._stepping:
                 if self._lane is lane and lane.draining:
                     logger.info("moved from %s to %s", *(", ".join(map(str, each.hops)) for each in (lane, successor)))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swarm.model.adapters import BlockAdapter
 from swarm.model.dropout import Dropout
 from swarm.model.edits import Adapters
 from swarm.model.span import Span
@@ -66,6 +67,13 @@ class Batch:
         adapters = None if self.adapters is None else self.adapters.adapters
         return adapters, self.dropout_seed, self.first_row
 
+    @property
+    def num_gradient_bytes(self) -> int:
+        """What the answer to a Backward takes, uncompressed: `Gradients`."""
+        tensors = [self.x_BLD] if self.prompts_NBPD is None else [self.x_BLD, self.prompts_NBPD]
+        of_adapters = sum(tensor.numel() for tensor in _adapter_tensors(self)) * torch.float32.itemsize
+        return sum(tensor.nbytes for tensor in tensors) + of_adapters
+
     def rows(self, start: int, end: int) -> Batch:
         """The sequences [start, end)."""
         return replace(
@@ -100,6 +108,11 @@ class _Graph:
     changes: tuple[Adapters | None, int | None, int]
     y_BLD: Tensor
     num_bytes: int
+    """Without the adapters."""
+
+    @property
+    def adapters(self) -> list[BlockAdapter]:
+        return [adapter for adapter in self.changes[0] or () if adapter is not None]
 
     def fits(self, batch: Batch) -> bool:
         """Whether the batch has the shapes of the one that this was made of, and the same changes."""
@@ -109,7 +122,10 @@ class _Graph:
 
 
 class KeptActivations:
-    """Activations of recent Forward calls, within a budget, for the Backward that may follow; the oldest go first."""
+    """Activations of recent Forward calls, within a budget, for the Backward that may follow; the oldest go first.
+
+    They keep the adapters that they were computed with, which count once however many slices have them.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -117,6 +133,8 @@ class KeptActivations:
         self.num_hits = 0
         """Slices whose activations did not have to be computed again."""
         self._kept: collections.OrderedDict[bytes, tuple[float, list[_Graph]]] = collections.OrderedDict()
+        self._users: collections.Counter[BlockAdapter] = collections.Counter()
+        """How many slices keep an adapter."""
 
     def room(self, num_bytes: int) -> bool:
         """Whether so much can be kept, were all else dropped."""
@@ -126,7 +144,11 @@ class KeptActivations:
         """Keep these until they are taken, drop what is too old or too much."""
         self._remove(forward_id)
         self._kept[forward_id] = now_s, graphs
-        self.used_bytes += sum(graph.num_bytes for graph in graphs)
+        for graph in graphs:
+            self.used_bytes += graph.num_bytes
+            for adapter in graph.adapters:
+                self.used_bytes += 0 if self._users[adapter] else adapter.num_bytes
+                self._users[adapter] += 1
         while self._kept:
             oldest, (kept_s, _) = next(iter(self._kept.items()))
             if self.used_bytes <= self.max_bytes and now_s - kept_s <= MAX_KEPT_S:
@@ -141,14 +163,21 @@ class KeptActivations:
 
     def _remove(self, forward_id: bytes) -> list[_Graph]:
         _, graphs = self._kept.pop(forward_id, (0.0, []))
-        self.used_bytes -= sum(graph.num_bytes for graph in graphs)
+        for graph in graphs:
+            self.used_bytes -= graph.num_bytes
+            for adapter in graph.adapters:
+                self._users[adapter] -= 1
+                if not self._users[adapter]:
+                    del self._users[adapter]
+                    self.used_bytes -= adapter.num_bytes
         return graphs
 
 
 def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -> Tensor:
     """Return the hidden states that leave the span, [B, L, D], on the CPU."""
     graphs: list[_Graph] = []
-    outputs, at, num_bytes = [], 0, 0
+    outputs, at = [], 0
+    num_bytes = sum(adapter.num_bytes for adapter in {*(batch.changes[0] or ())} if adapter is not None)
     with _boundaries(span, turns):
         while at < batch.num_rows:
             end = min(batch.num_rows, at + turns.rows(batch.num_rows - at, batch.length))
@@ -228,7 +257,8 @@ def _run_span(span: Span, batch: Batch, inputs: list[Tensor]) -> Tensor:
 def _graph(span: Span, batch: Batch, start: int, end: int) -> _Graph:
     """Run forward on some rows, with all that backward needs."""
     part = batch.rows(start, end)
-    with torch.enable_grad(), _counting_saved(span) as saved:
+    known = [*span.parameters(), *span.buffers(), *_adapter_tensors(batch)]
+    with torch.enable_grad(), _counting_saved(known) as saved:
         inputs = [tensor.detach().requires_grad_() for tensor in _on_device(span, part)]
         y_BLD = _run_span(span, part, inputs)
     return _Graph(start, end, inputs, part.changes, y_BLD, saved.num_bytes)
@@ -240,10 +270,10 @@ class _Saved:
 
 
 @contextmanager
-def _counting_saved(span: Span) -> Iterator[_Saved]:
-    """Count the bytes that autograd keeps for backward, each storage once, the weights not at all."""
+def _counting_saved(known: Sequence[Tensor]) -> Iterator[_Saved]:
+    """Count the bytes that autograd keeps for backward, each storage once, those of known tensors not at all."""
     saved = _Saved()
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*span.parameters(), *span.buffers())}
+    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

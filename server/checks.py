@@ -53,6 +53,16 @@ class ServiceLimits:
         )
 
 
+def place_of(peer: str) -> str:
+    """From where a call comes, as far as one can tell: an address, or a connection where that is this machine's.
+
+    Args:
+        peer: as gRPC writes it. Whoever comes through the tunnel has an address of this machine.
+    """
+    address = peer.partition(":")[2].rpartition(":")[0]
+    return peer if address in ("", "127.0.0.1", "%5B::1%5D", "[::1]") else address
+
+
 def check_version(version: int) -> None:
     """Raise ProtocolError unless the caller speaks our version."""
     if version != PROTOCOL_VERSION:

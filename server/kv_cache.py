@@ -122,7 +122,7 @@ class SessionCache:
         adapters: Lease | None = None,
     ) -> None:
         self._pool = pool
-        self._adapters = adapters
+        self.adapters = adapters
         self._tables = [pool.open(expected_tokens) for _ in range(batch_size)]
         self._ballast = pool.open()
         pool.append(self._ballast, ballast_pages * pool.page_tokens)
@@ -214,8 +214,8 @@ class SessionCache:
             self._pool.close(table)
         self._tables.clear()
         self.own = None
-        if self._adapters is not None:
-            self._adapters.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def _reorder(self, beam_idx: Sequence[int]) -> None:
         """Let sequence b be what sequence beam_idx[b] was: those that go on keep their tables, further copies fork."""

@@ -38,7 +38,11 @@ class ServerCollector(Collector):
         adapters = tenure.adapters.statistics()
         yield _gauge("adapters", "Adapters that clients have sent.", adapters.num_adapters)
         yield _gauge("adapters_in_use", "Those that sessions and batches use now.", adapters.num_used)
-        yield _gauge("adapter_bytes", "What they take.", adapters.used_bytes)
+        yield _gauge("adapters_arriving", "Those on their way here.", adapters.num_arriving)
+        yield _gauge("adapter_bytes", "What they take, and what has come of those on their way.", adapters.used_bytes)
+        answers = tenure.answers.statistics()
+        yield _gauge("answer_bytes", "Answers of Backward, from before they are computed.", answers.used_bytes)
+        yield _gauge("answers_waiting", "Batches that wait until there is room for their answers.", answers.num_waiting)
         yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", tenure.kept.num_hits)
 
     def _of_engine(self, statistics: EngineStatistics) -> Iterator[Metric]:

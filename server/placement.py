@@ -9,8 +9,12 @@ from swarm.errors import ResourceError
 CACHE_TOKENS = 8192
 """Tokens of KV cache that a server should have room for beside its blocks."""
 
+LEAST_CACHE_TOKENS = 256
+"""The smallest cache, of one page where pages are largest."""
+
 MAX_ADAPTER_BYTES = 512 << 20
-"""Room for adapters, where nobody says how much; an eighth of what the blocks leave, if that is less."""
+"""Room for adapters, where nobody says how much; an eighth of what the blocks leave, if that is less, and no more than
+leaves the smallest cache its room."""
 
 RESERVE_FRACTION = 0.15
 """Share of the free memory left for activations and for the rest of the machine."""
@@ -69,17 +73,19 @@ def plan_memory(
     Raises: ResourceError: not even one block fits, or fewer than the wanted number.
     """
     usable = _usable(free_bytes) - (adapter_bytes or 0)
-    smallest = needs.bytes_per_block + needs.cache_bytes_per_token * 256
+    smallest = needs.bytes_per_block + needs.cache_bytes_per_token * LEAST_CACHE_TOKENS
     wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // _with_cache(needs)))
     if wanted * smallest > usable:
         raise ResourceError(
             f"{wanted} block{'s' * (wanted > 1)} of this model need{'s' * (wanted == 1)} at least "
-            f"{_mib(wanted * smallest)} MiB, {_mib(usable)} MiB can be used here: free some memory, "
+            f"{_mib(wanted * smallest)} MiB, {_mib(max(0, usable))} MiB can be used here"
+            f"{f' beside {_mib(adapter_bytes)} MiB for adapters' if adapter_bytes else ''}: free some memory, "
+            f"{'give adapters less (--adapter-mib), ' if adapter_bytes else ''}"
             f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use fewer bits (--quantization)"
         )
     left = usable - wanted * needs.bytes_per_block
     if adapter_bytes is None:
-        adapter_bytes = min(MAX_ADAPTER_BYTES, left // 8)
+        adapter_bytes = min(MAX_ADAPTER_BYTES, left // 8, left - wanted * (smallest - needs.bytes_per_block))
         left -= adapter_bytes
     cache_bytes = min(left, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
     return MemoryPlan(wanted, cache_bytes, adapter_bytes)

@@ -17,33 +17,58 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 
 class PushLink:
-    """A Push stream into a session on the next hop; see `open_push_link`."""
+    """A Push stream into a session on the next hop, which begins with the first step; see `open_push_link`.
 
-    def __init__(self, call: grpc.aio.StreamUnaryCall, peer_id: str, attach: pb.SessionAttach) -> None:
-        self._call = call
+    Until then nobody knows whether the session there is open, and the next hop would wait for us.
+    """
+
+    def __init__(
+        self,
+        stub: pb_grpc.BlocksStub,
+        peer_id: str,
+        attach: pb.SessionAttach,
+        on_end: Callable[[SwarmError], None],
+    ) -> None:
+        self._stub = stub
         self._peer_id = peer_id
         self._attach: pb.SessionAttach | None = attach
+        self._on_end = on_end
+        self._call: grpc.aio.StreamUnaryCall | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     async def send(self, first: pb.SessionRequest, more: list[bytes]) -> None:
         """Pass a step on. Raises: PeerError: the next hop failed."""
         async with errors_from_wire(self._peer_id):
+            call = self._call or self._begin()
             try:
                 if self._attach is not None:
                     attach, self._attach = self._attach, None
-                    await self._call.write(pb.SessionRequest(attach=attach))
-                await write_message(self._call.write, first, more)
+                    await call.write(pb.SessionRequest(attach=attach))
+                await write_message(call.write, first, more)
             except asyncio.InvalidStateError:  # the stream has ended: its status says why
-                await self._call
+                await call
                 raise
 
-    async def watch(self, on_end: Callable[[SwarmError], None]) -> None:
+    def _begin(self) -> grpc.aio.StreamUnaryCall:
+        call = self._call = self._stub.Push()
+        self._watcher = asyncio.create_task(self._watch(call))
+        return call
+
+    async def _watch(self, call: grpc.aio.StreamUnaryCall) -> None:
         """Say why the next hop ended the link."""
         try:
             async with errors_from_wire(self._peer_id):
-                await self._call
+                await call
                 raise PeerUnavailable(f"the next hop {self._peer_id} closed the session")
         except SwarmError as exc:
-            on_end(exc)
+            self._on_end(exc)
+
+    async def aclose(self) -> None:
+        """Break the stream."""
+        if self._call is not None and self._watcher is not None:
+            self._watcher.cancel()
+            self._call.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -56,15 +81,11 @@ async def open_push_link(
         on_end: called when the next hop ends the link, with the reason.
     """
     async with connector.lease(address) as channel:
-        call = pb_grpc.BlocksStub(channel).Push()
-        link = PushLink(call, address.peer_id, attach)
-        watcher = asyncio.create_task(link.watch(on_end))
+        link = PushLink(pb_grpc.BlocksStub(channel), address.peer_id, attach, on_end)
         try:
             yield link
         except PeerUnavailable:
             await connector.forget(address.peer_id)
             raise
         finally:
-            watcher.cancel()
-            call.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
+            await link.aclose()

@@ -15,16 +15,17 @@ import grpc.aio
 import swarm
 from swarm import PROTOCOL_VERSION
 from swarm.codec import CHUNK_BYTES, optional, pack, wire_dtype
-from swarm.errors import Draining, PeerUnavailable, ProtocolError
+from swarm.errors import Draining, ProtocolError
 from swarm.model.narrow import SpanViews
 from swarm.peers import Connector
 from swarm.rpc import errors_to_wire
-from swarm.streams import PART_TIMEOUT_S, read_tensors, write_message
+from swarm.streams import read_tensors
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
 from .adapters import AdapterStore
+from .answers import AnswerRoom, answer
 from .batches import Batch, KeptActivations, run_backward, run_forward
 from .checks import ServiceLimits
 from .decoding import Decoding
@@ -60,6 +61,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         limits: ServiceLimits,
         kept: KeptActivations,
         adapters: AdapterStore,
+        answers: AnswerRoom,
     ) -> None:
         self._model = model
         self._views = views
@@ -69,6 +71,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._limits = limits
         self._kept = kept
         self._adapters = adapters
+        self._answers = answers
         self._decoding = Decoding(views.span, engine, sessions, connector, limits, adapters)
         self._can_rewind = views.span.can_rewind
         self._num_calls = 0
@@ -142,30 +145,31 @@ class BlocksService(pb_grpc.BlocksServicer):
             )
             packed = pack(y_BLD, codec=batch.codec)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
-            await _answer(context, pb.ComputeResponse(result=result), packed.more)
+            await answer(context, pb.ComputeResponse(result=result), packed.more)
 
     async def Backward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
         async with errors_to_wire(context, "Backward"), self._counted(), self._open_batch(context) as batch:
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
             span = self._views.view(batch.blocks)
-            gradients = await self._engine.train(
-                lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
-                num_rows=batch.num_rows,
-                length=batch.length,
-            )
-            # An optimizer adds up the gradients of adapters: they go as they are.
-            packed = await asyncio.to_thread(
-                pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters
-            )
-            del gradients
-            result = pb.ComputeResult(
-                hidden_states=packed.specs[0],
-                prompts=packed.specs[1],
-                adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
-                data=packed.data,
-            )
-            await _answer(context, pb.ComputeResponse(result=result), packed.more)
+            async with self._answers.hold(checks.place_of(context.peer()), batch.num_gradient_bytes):
+                gradients = await self._engine.train(
+                    lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
+                    num_rows=batch.num_rows,
+                    length=batch.length,
+                )
+                # An optimizer adds up the gradients of adapters: they go as they are.
+                packed = await asyncio.to_thread(
+                    pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters
+                )
+                del gradients
+                result = pb.ComputeResult(
+                    hidden_states=packed.specs[0],
+                    prompts=packed.specs[1],
+                    adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
+                    data=packed.data,
+                )
+                await answer(context, pb.ComputeResponse(result=result), packed.more)
 
     async def PutAdapters(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PutAdaptersResponse:
         """See the wire contract."""
@@ -175,7 +179,7 @@ class BlocksService(pb_grpc.BlocksServicer):
             while (message := await _next_message(context, "adapter", or_end=True)) is not None:
                 num_bytes += message.adapter.num_bytes
                 self._adapters.check_request(num_bytes)
-                await self._adapters.receive(message.adapter, context.read)
+                await self._adapters.receive(message.adapter, context.read, caller=checks.place_of(context.peer()))
         return pb.PutAdaptersResponse()
 
     def _check_caller(self, opening: pb.SessionOpen | pb.ComputeOpen | pb.PutAdaptersOpen) -> None:
@@ -228,19 +232,6 @@ class BlocksService(pb_grpc.BlocksServicer):
             self._num_calls -= 1
             if not self._num_calls:
                 self._idle.set()
-
-
-async def _answer(context: grpc.aio.ServicerContext, first: pb.ComputeResponse, more: list[bytes]) -> None:
-    """Send a result. Raises: PeerUnavailable: the caller does not take it."""
-
-    async def write(message: pb.ComputeResponse) -> None:
-        async with asyncio.timeout(PART_TIMEOUT_S):
-            await context.write(message)
-
-    try:
-        await write_message(write, first, more)
-    except TimeoutError as exc:
-        raise PeerUnavailable(f"the caller did not take its results within {PART_TIMEOUT_S:.0f} s") from exc
 
 
 async def _next_message(context: grpc.aio.ServicerContext, kind: str, *, or_end: bool = False) -> Any:

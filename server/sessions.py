@@ -2,7 +2,8 @@
 
 A session lives as long as the stream that opened it. It takes cache pages as it grows. Opening one waits while those
 that run leave no room; what they hold is never taken from them. When a stream breaks, the cache is kept for a grace,
-so that the same caller can open the session again and go on; kept caches give way to whoever needs their pages.
+so that the same caller can open the session again and go on; kept caches give way to whoever needs their pages, or the
+room of their adapters.
 """
 
 from __future__ import annotations
@@ -273,6 +274,8 @@ class SessionTable:
                 self._close(old.cache)
                 return None
             promised = self._promised.pop(old, 0)
+            if old.cache.adapters is not None:
+                old.cache.adapters.resume()
             session = ServerSession(key, epoch, old.span, old.cache, old.prompts_NBPD, old.adapters, old.names)
             session.opened_at_s = old.opened_at_s
             if promised:
@@ -371,17 +374,21 @@ class SessionTable:
             return
         with self.guard:
             if keep:
-                timer = asyncio.get_running_loop().call_later(self._grace_s, self._grace_over, session)
+                timer = asyncio.get_running_loop().call_later(self._grace_s, self._end_kept, session)
                 self._kept[session.key.session_id] = _Kept(session, timer)
+                if session.cache.adapters is not None:
+                    session.cache.adapters.rest(lambda: self._end_kept(session))
             else:
                 self._promised.pop(session, None)
                 self._close(session.cache)
         self.admit_waiting()
 
-    def _grace_over(self, session: ServerSession) -> None:
+    def _end_kept(self, session: ServerSession) -> None:
+        """Free what is kept of a session, if it still is."""
         with self.guard:
             kept = self._kept.get(session.key.session_id)
             if kept is not None and kept.session is session:
+                kept.timer.cancel()
                 del self._kept[session.key.session_id]
                 self._close(session.cache)
         self.admit_waiting()

@@ -25,6 +25,7 @@ from swarm.peers import Connector
 from swarm.ranges import BlockRange
 
 from .adapters import AdapterStore
+from .answers import LEAST_ROOM_BYTES, AnswerRoom
 from .batches import KeptActivations
 from .compute import ComputeThread
 from .config import ServerConfig
@@ -71,6 +72,7 @@ class Tenure:
     engine: Engine
     kept: KeptActivations
     adapters: AdapterStore
+    answers: AnswerRoom
     speed: Speed
     """As measured before anybody used it."""
 
@@ -128,8 +130,11 @@ async def open_tenure(
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
         kept = KeptActivations(config.kept_activation_bytes)
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
-        service = BlocksService(model, sessions.views, engine, sessions, connector, config.limits, kept, adapters)
-        yield Tenure(holding, service, sessions, engine, kept, adapters, speed)
+        answers = AnswerRoom(max(LEAST_ROOM_BYTES, holding.memory.adapter_bytes))
+        service = BlocksService(
+            model, sessions.views, engine, sessions, connector, config.limits, kept, adapters, answers
+        )
+        yield Tenure(holding, service, sessions, engine, kept, adapters, answers, speed)
 
 
 def _load(config: ServerConfig, checkpoint: Checkpoint, holding: Holding, thread: ComputeThread) -> Span:

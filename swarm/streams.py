@@ -67,9 +67,21 @@ async def ask(call: grpc.aio.StreamStreamCall, first: Any, more: Sequence[bytes]
     """
     try:
         await write_message(call.write, first, more)
-    except asyncio.InvalidStateError:
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
         logger.debug("a call ended while its message was sent")  # reading says why
+        await wait_status(call)
     return await call.read()
+
+
+async def wait_status(call: grpc.aio.StreamStreamCall | grpc.aio.StreamUnaryCall) -> None:
+    """Wait for the status that the other side gave a call that ended while it was written to.
+
+    gRPC puts one of its own first, as if the connection had broken, and replaces it within some turns of the loop.
+    """
+    for _ in range(50):
+        if await call.code() is not grpc.StatusCode.INTERNAL or await call.trailing_metadata():
+            return
+        await asyncio.sleep(0.01)
 
 
 async def read_tensors(
@@ -87,31 +99,42 @@ async def read_tensors(
     return unpacker.tensors()
 
 
-async def read_bytes(read: Callable[[], Awaitable[Any]], data: bytes, num_bytes: int) -> bytes:
-    """Return the bytes of a message whose first part is `data`, reading more parts as needed.
+async def read_parts(
+    read: Callable[[], Awaitable[Any]],
+    data: bytes,
+    num_bytes: int,
+    on_part: Callable[[bytes], None],
+    *,
+    timeout_s: float = PART_TIMEOUT_S,
+) -> None:
+    """Hand over the parts of a message whose first part is `data`, reading more as needed.
 
     Args:
-        num_bytes: how many there are; whoever calls has checked that so many are welcome.
+        num_bytes: how many there are in all; whoever calls has checked that so many are welcome.
+        on_part: called with each part in turn; what it raises ends the reading.
+        timeout_s: how long the next part may take.
     Raises: ProtocolError: parts that do not add up to them.
     """
-    parts, received = [data], len(data)
-    while received < num_bytes:
-        parts.append(await _read_part(read))
-        received += len(parts[-1])
-        if not parts[-1]:
+    received = 0
+    while True:
+        received += len(data)
+        if received > num_bytes:
+            raise ProtocolError(f"{num_bytes} bytes were announced, {received} came")
+        on_part(data)
+        if received == num_bytes:
+            return
+        data = await _read_part(read, timeout_s)
+        if not data:
             raise ProtocolError("a message part carries no bytes although some are missing")
-    if received > num_bytes:
-        raise ProtocolError(f"{num_bytes} bytes were announced, {received} came")
-    return b"".join(parts)
 
 
-async def _read_part(read: Callable[[], Awaitable[Any]]) -> bytes:
+async def _read_part(read: Callable[[], Awaitable[Any]], timeout_s: float = PART_TIMEOUT_S) -> bytes:
     """Return the next part of a message that has begun."""
     try:
-        async with asyncio.timeout(PART_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             message = await read()
     except TimeoutError as exc:
-        raise PeerUnavailable(f"the rest of a message did not come within {PART_TIMEOUT_S:.0f} s") from exc
+        raise PeerUnavailable(f"the rest of a message did not come within {timeout_s:.0f} s") from exc
     if message is grpc.aio.EOF or message.WhichOneof("kind") != "more":
         raise ProtocolError("a message ended before the bytes that it announced had come")
     return bytes(message.more)

@@ -311,6 +311,29 @@ def test_a_router_and_experts_cannot_be_changed_but_what_holds_them_can() -> Non
     assert "mlp.gate" not in targets[1] and {"mlp", "self_attn.q_proj"} <= targets[1].keys()
 
 
+class Misplacing(torch.nn.Module):
+    """A linear layer within a module that hands it the tokens in another order, as a mixture hands them to experts."""
+
+    def __init__(self, inner: torch.nn.Module, order: list[int]) -> None:
+        super().__init__()
+        self.inner, self._order = inner, torch.tensor(order)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        rows = x_BLD.reshape(-1, x_BLD.shape[-1])
+        if len(rows) != len(self._order):  # not the trial
+            return self.inner(x_BLD)
+        return self.inner(rows[self._order])[self._order.argsort()].reshape(*x_BLD.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("order", [[3, 4, 5, 0, 1, 2], [0, 2, 1, 3, 5, 4], [0, 3, 1, 4, 2, 5]])
+def test_what_sees_the_tokens_in_another_order_cannot_be_changed(order: list[int]) -> None:
+    span = make_span(tiny_config("llama"))
+    mlp = span.layers[1].mlp
+    mlp.up_proj = Misplacing(mlp.up_proj, order)
+    targets = find_targets(span)[span.blocks.start + 1]
+    assert "mlp.up_proj.inner" not in targets and {"mlp", "mlp.up_proj", "mlp.down_proj"} <= targets.keys()
+
+
 def test_a_session_has_the_same_adapter_whether_the_model_is_trained_or_not() -> None:
     trained, evaluated = ([BlockAdapter([lora(dropout=share)]), None] for share in (0.1, 0.0))
     assert undropped(trained)[0].digest == evaluated[0].digest != trained[0].digest

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,12 @@ from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import AdapterMissing, BadRequest, ProtocolError
 from swarm.link import JoinLink
 from swarm.model.adapters import BlockAdapter, Lora
+from swarm.ranges import BlockRange
 from swarm.rpc import translate
-from swarm.server import LocalSwarm
-from swarm.server.adapters import LEAST_BYTES
+from swarm.server import LocalSwarm, service
+from swarm.server.adapters import LEAST_BYTES, AdapterStore
+from swarm.server.answers import answer
+from swarm.server.batches import Batch, KeptActivations, run_forward
 from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
@@ -294,6 +300,106 @@ def test_a_server_killed_while_a_session_with_adapters_decodes(tiny_model):
             remote.close()
 
 
+# Slow lines
+
+
+def arrivals(monkeypatch: Any, swarm: LocalSwarm, slow: dict[int, float]) -> list[tuple[int, bytes]]:
+    """From now on, the uploads of these servers take so many seconds; returns (server, digest) as they come."""
+    came: list[tuple[int, bytes]] = []
+    for number, store in enumerate(stores(swarm)):
+
+        async def receive(wire: Any, read: Any, *, number: int = number, store: Any = store, **how: Any) -> None:
+            came.append((number, wire.digest))
+            await asyncio.sleep(slow.get(number, 0.0))
+            await AdapterStore.receive(store, wire, read, **how)
+
+        monkeypatch.setattr(store, "receive", receive)
+    return came
+
+
+def test_a_session_opens_when_all_its_servers_have_their_adapters_however_long_that_takes(llama, swarms, monkeypatch):
+    monkeypatch.setattr(service, "MESSAGE_TIMEOUT_S", 0.4)
+    came = arrivals(monkeypatch, llama.swarm, {2: 0.6})  # for each of two files
+    remote, adapters, ids = swarms.join(llama.swarm, llama.path), make_adapters(llama.swarm, seed=7), random_ids(1, 6)
+    opened: list[bytes] = []
+    for server in llama.swarm.servers:
+        table = server.running.sessions
+
+        def note(key: Any, *, open_session: Any = table.open, **how: Any) -> Any:
+            opened.append(key.session_id)
+            return open_session(key, **how)
+
+        monkeypatch.setattr(table, "open", note)
+    remote._swarm.adapters = lambda: adapters
+    with changed(llama.local.model.layers, adapters):
+        wanted = generate(llama.local, ids)
+    assert torch.equal(generate(remote, ids), wanted)
+    assert len(opened) == 3 and len(came) == len(set(came)) == 6
+    opening_s = remote._swarm.connection.network.openings.bound_s(1)
+    assert opening_s is not None and opening_s < 1.2
+
+
+@pytest.mark.parametrize("how", ["training", "decoding"])
+def test_a_slow_upload_is_not_raced_onto_another_server(swarms, monkeypatch, how):
+    swarm, path = swarms.get("llama", ((0, 6), (0, 6)))
+    remote, ids = swarms.join(swarm, path), random_ids(2, 9)
+
+    def work(seed: int) -> None:
+        adapters = make_adapters(swarm, seed=seed)
+        if how == "training":
+            train_remote(remote, adapters, ids)
+        else:
+            remote._swarm.adapters = lambda: adapters
+            generate(remote, ids)
+
+    for seed in (1, 1, 2, 2):
+        work(seed)
+    came = arrivals(monkeypatch, swarm, {0: 0.3, 1: 0.3})  # for each of six files, so longer than any bound
+    began_s = time.monotonic()
+    work(3)
+    assert time.monotonic() - began_s > 1.5
+    assert len(came) == 6 and len({number for number, _ in came}) == 1
+    bounds = [each.bound_s(18 * 6) for each in remote._swarm.blocks._compute._times.values()]
+    assert all(bound_s is None or bound_s < 1.5 for bound_s in bounds)
+
+
+async def test_an_adapter_counts_once_among_the_activations_that_are_kept(llama):
+    tenure = llama.swarm.servers[0].running.mover.tenure
+    span, blocks = tenure.sessions.views.span, BlockRange(0, 2)
+    adapter = random_adapter(tenure.adapters.targets[0])
+    store = AdapterStore(1 << 22, tenure.adapters.targets, torch.device("cpu"))
+    await store.receive(pb.AdapterFile(**as_file(adapter)), None)
+    with store.lease([adapter.digest, b""], blocks) as lease:
+        used_bytes = []
+        for num_rows in (8, 1):
+            kept = KeptActivations(1 << 30)
+            for forward_id in (bytes(16), bytes([1] * 16)):
+                batch = Batch(blocks, torch.randn(8, 3, 64), None, None, None, None, pb.CODEC_RAW, forward_id, lease)
+                run_forward(span, batch, Rows(num_rows), kept)
+            used_bytes.append(kept.used_bytes)
+            kept.take(bytes(16))
+            assert used_bytes[-1] / 2 < kept.used_bytes <= used_bytes[-1] / 2 + adapter.num_bytes
+            kept.take(bytes([1] * 16))
+            assert kept.used_bytes == 0
+    assert used_bytes[1] < used_bytes[0] + 7 * adapter.num_bytes  # 14 more slices, which have some more to keep
+
+
+@dataclass
+class Rows:
+    """Turns of a computation that nobody interrupts."""
+
+    num_rows: int
+
+    def at_boundary(self) -> None: ...
+
+    def rows(self, num_rows: int, length: int) -> int:
+        return self.num_rows
+
+
+def as_file(adapter: BlockAdapter) -> dict[str, Any]:
+    return {"digest": adapter.digest, "num_bytes": len(adapter.to_bytes()), "data": adapter.to_bytes()}
+
+
 # What nobody should send
 
 
@@ -375,6 +481,41 @@ async def test_adapters_that_do_not_fit_the_blocks(llama, data, sentence):
             gradient = torch.zeros(1, 3, 64)
             await assert_refused(error, wanted, stub.Backward(), compute(server, adapters=names, grad_outputs=gradient))
             await assert_refused(error, wanted, stub.Session(), pb.SessionRequest(open=opening(server, adapters=names)))
+
+
+async def test_backward_answers_that_nobody_takes_hold_the_next_ones_back(llama, monkeypatch):
+    server = next(hop.server for hop in llama.remote.explain_route() if hop.server.start == 2)
+    tenure = next(
+        each.running.mover.tenure for each in llama.swarm.servers if each.running.mover.tenure.blocks.start == 2
+    )
+    answering, go_on = asyncio.Semaphore(0), threading.Event()
+
+    async def slowly(*args):
+        answering_loop.call_soon_threadsafe(answering.release)
+        await asyncio.to_thread(go_on.wait, 30)
+        await answer(*args)
+
+    answering_loop = asyncio.get_running_loop()
+    monkeypatch.setattr(service, "answer", slowly)
+    monkeypatch.setattr(tenure.answers, "_max_bytes", 60_000)
+    data = BlockAdapter([Lora("mlp", torch.ones(64, 64), torch.ones(64, 64))]).to_bytes()
+    names = [hashlib.sha256(data).digest(), b""]
+    async with open_stub(server) as stub:
+        await put(stub, server, file(data))
+        tasks = []
+        for _ in range(3):
+            call = stub.Backward()
+            gradient = torch.zeros(1, 3, 64)
+            tasks.append(
+                asyncio.create_task(talk(call, compute(server, adapters=names, grad_outputs=gradient), num_answers=1))
+            )
+        await answering.acquire()  # one is computed, of 2 x 64 x 64 x 4 bytes and some
+        while tenure.answers.statistics().num_waiting < 2:
+            await asyncio.sleep(0.01)
+        assert 32_768 < tenure.answers.statistics().used_bytes < 60_000
+        go_on.set()
+        assert all([answer.WhichOneof("kind") == "result" for task in tasks for answer in await task])
+    wait_until(lambda: tenure.answers.statistics().used_bytes == 0, "the room is free")
 
 
 async def test_a_session_opened_again_with_other_adapters_is_refused(llama):

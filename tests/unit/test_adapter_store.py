@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import threading
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable, ProtocolError
-from swarm.model.adapters import Bias, BlockAdapter
+from swarm.model.adapters import Bias, BlockAdapter, Lora
 from swarm.model.targets import Width
 from swarm.ranges import BlockRange
-from swarm.server.adapters import LEAST_BYTES, AdapterStore
+from swarm.server import adapters
+from swarm.server.adapters import LEAST_BYTES, MAX_ARRIVING, AdapterStore, Lease
+from swarm.server.checks import place_of
 from swarm.v1 import blocks_pb2 as pb
 
 BLOCKS = BlockRange(2, 4)
@@ -31,9 +34,43 @@ async def nothing_more() -> Any:
     raise PeerUnavailable("the connection broke")
 
 
-async def put(store: AdapterStore, adapter: BlockAdapter) -> None:
+async def put(store: AdapterStore, adapter: BlockAdapter, caller: str = "") -> None:
     data = adapter.to_bytes()
-    await store.receive(pb.AdapterFile(digest=adapter.digest, num_bytes=len(data), data=data), nothing_more)
+    wire = pb.AdapterFile(digest=adapter.digest, num_bytes=len(data), data=data)
+    await store.receive(wire, nothing_more, caller=caller)
+
+
+def large(seed: int, num_bytes: int = 2 * SIZE) -> bytes:
+    """A file of about this size."""
+    torch.manual_seed(seed)
+    return BlockAdapter([Lora("mlp", torch.randn(num_bytes // 512, 64), torch.randn(64, num_bytes // 512))]).to_bytes()
+
+
+class Upload:
+    """A file that somebody sends part by part; nothing comes unless it is told to."""
+
+    def __init__(self, store: AdapterStore, data: bytes, caller: str) -> None:
+        self._data = data
+        self._parts: asyncio.Queue[bytes] = asyncio.Queue()
+        wire = pb.AdapterFile(digest=hashlib.sha256(data).digest(), num_bytes=len(data))
+        self.task = asyncio.create_task(store.receive(wire, self._read, caller=caller))
+
+    async def _read(self) -> pb.PutAdaptersRequest:
+        return pb.PutAdaptersRequest(more=await self._parts.get())
+
+    async def send(self, num_bytes: int) -> None:
+        part, self._data = self._data[:num_bytes], self._data[num_bytes:]
+        self._parts.put_nowait(part)
+        await settle()
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def held(store: AdapterStore) -> list[int]:
@@ -94,7 +131,7 @@ async def test_what_does_not_arrive_whole_takes_no_room() -> None:
 
 async def test_the_same_file_twice_is_held_once() -> None:
     store = new_store()
-    await asyncio.gather(*(put(store, ADAPTERS[0]) for _ in range(4)))
+    await asyncio.gather(*(put(store, ADAPTERS[0], caller=str(number)) for number in range(4)))
     assert store.statistics().used_bytes == SIZE
 
 
@@ -176,3 +213,152 @@ async def test_an_upload_that_is_given_up_takes_its_room_until_it_is_parsed(monk
     with pytest.raises(asyncio.CancelledError):
         await upload
     assert store.statistics().used_bytes == 0
+
+
+# Files on their way
+
+
+async def test_uploads_that_send_nothing_hold_nothing() -> None:
+    store = new_store(4)
+    await put(store, ADAPTERS[0])
+    silent = [Upload(store, large(number, 2 * SIZE - 4096), str(number)) for number in range(8)]
+    await settle()
+    assert store.statistics().num_arriving == 8
+    assert held(store) == [0] and store.statistics().used_bytes == SIZE
+    for number in (1, 2, 3):
+        await put(store, ADAPTERS[number], caller="honest")
+    assert held(store) == [0, 1, 2, 3]
+    for upload in silent:
+        await upload.stop()
+    assert store.statistics().num_arriving == 0 and store.statistics().used_bytes == 4 * SIZE
+
+
+async def test_room_is_taken_as_bytes_come_and_given_back_when_they_stop() -> None:
+    store = new_store(4)
+    for number in range(4):
+        await put(store, ADAPTERS[number])
+    upload = Upload(store, large(0, 2 * SIZE - 4096), "slow")
+    await settle()
+    assert held(store) == [0, 1, 2, 3]
+    await upload.send(SIZE)
+    assert held(store) == [1, 2, 3] and store.statistics().used_bytes == 4 * SIZE
+    await upload.send(100)
+    assert held(store) == [2, 3] and store.statistics().used_bytes == 3 * SIZE + 100
+    await upload.stop()
+    assert store.statistics().used_bytes == 2 * SIZE
+
+
+async def test_an_upload_that_stops_on_its_way_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "STALL_S", 0.05)
+    store = new_store(4)
+    upload = Upload(store, large(0, SIZE), "slow")
+    await upload.send(1000)
+    with pytest.raises(PeerUnavailable, match="did not come within"):
+        await upload.task
+    assert store.statistics().used_bytes == 0
+
+
+async def test_one_caller_may_have_half_of_the_room_on_its_way() -> None:
+    store = new_store(4)
+    uploads = [Upload(store, large(number, 2 * SIZE - 4096), "one") for number in range(2)]
+    await uploads[0].send(2 * SIZE - 8192)
+    await uploads[1].send(2 * SIZE - 8192)
+    with pytest.raises(CacheFull, match="from one place"):
+        await uploads[1].task
+    await put(store, ADAPTERS[0], caller="other")
+    assert held(store) == [0]
+    await uploads[0].stop()
+    many = [Upload(store, large(number, SIZE), "one") for number in range(MAX_ARRIVING + 1)]
+    await settle()
+    with pytest.raises(CacheFull, match=f"{MAX_ARRIVING} adapters are on their way"):
+        await many[-1].task
+    for upload in many[:-1]:
+        await upload.stop()
+
+
+async def test_an_upload_that_comes_whole_is_held_and_counted_once() -> None:
+    store, data = new_store(4), large(0, SIZE)
+    upload = Upload(store, data, "")
+    while not upload.task.done():
+        await upload.send(100_000)
+        await asyncio.sleep(0.001)
+    upload.task.result()
+    assert store.statistics().used_bytes == len(data) and store.statistics().num_adapters == 1
+
+
+def test_whose_connections_are_of_one_place() -> None:
+    assert place_of("ipv4:1.2.3.4:5") == place_of("ipv4:1.2.3.4:6") != place_of("ipv4:1.2.3.5:5")
+    assert place_of("ipv6:%5B2001:db8::1%5D:5") == place_of("ipv6:%5B2001:db8::1%5D:6")
+    assert place_of("ipv4:127.0.0.1:5") != place_of("ipv4:127.0.0.1:6")  # the tunnel's connections
+
+
+# What memory there is not
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+async def test_a_device_without_memory_is_short_of_room_for_now(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(self: BlockAdapter, tensors: object) -> BlockAdapter:
+        raise error
+
+    store = new_store()
+    monkeypatch.setattr(BlockAdapter, "with_tensors", full)
+    with pytest.raises(CacheFull, match="no memory on cpu for an adapter"):
+        await put(store, ADAPTERS[0])
+    assert store.statistics().used_bytes == 0
+
+
+# What gives way
+
+
+async def test_what_nobody_uses_goes_first_then_what_rests_and_what_is_lent_stays() -> None:
+    store, ended = new_store(4), []
+    for number in range(4):
+        await put(store, ADAPTERS[number])
+
+    def resting(*numbers: int) -> Lease:
+        lease = store.lease([(ADAPTERS[number].digest) for number in numbers], BLOCKS)
+
+        def end() -> None:
+            ended.append(numbers)
+            lease.close()
+
+        lease.rest(end)
+        return lease
+
+    live = store.lease([ADAPTERS[2].digest, b""], BLOCKS)
+    resting(0, 2)
+    resting(1, 1)
+    await put(store, ADAPTERS[4])  # instead of 3, which nobody uses
+    assert ended == [] and store.statistics().num_used == 3
+    store.lease([ADAPTERS[4].digest, b""], BLOCKS).close()
+    holding = store.lease([ADAPTERS[4].digest, b""], BLOCKS)
+    await put(store, ADAPTERS[5])
+    assert ended == [(0, 2)]
+    in_use = store.lease([ADAPTERS[5].digest, b""], BLOCKS)
+    await put(store, ADAPTERS[6])
+    assert ended == [(0, 2), (1, 1)]
+    last = store.lease([ADAPTERS[6].digest, b""], BLOCKS)
+    with pytest.raises(CacheFull):
+        await put(store, ADAPTERS[7])
+    assert held(store) == [2, 4, 5, 6]
+    for lease in (live, holding, in_use, last):
+        lease.close()
+    assert store.statistics().num_used == 0
+
+
+async def test_a_lease_that_is_used_again_does_not_give_way() -> None:
+    store = new_store(4)
+    for number in range(4):
+        await put(store, ADAPTERS[number])
+    leases = [store.lease([ADAPTERS[number].digest, ADAPTERS[number + 1].digest], BLOCKS) for number in (0, 2)]
+    for lease in leases:
+        lease.rest(pytest.fail)
+        lease.resume()
+    with pytest.raises(CacheFull):
+        await put(store, ADAPTERS[4])
+    for lease in leases:
+        lease.close()
+    await put(store, ADAPTERS[4])
+    assert store.statistics().num_used == 0

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from swarm.client.hedging import FEW_TOKENS, FLOOR_S, LONGER, PATIENCE_S, Hedges, StepTimes
-from swarm.client.network import cancel_and_wait
 from swarm.client.racing import MOST_AT_ONCE, Outcome, race
+from swarm.client.tasks import cancel_and_wait
 from swarm.errors import NoRoute, PeerUnavailable, SwarmError
 
 LONG = 10 * FEW_TOKENS

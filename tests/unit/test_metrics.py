@@ -14,6 +14,7 @@ from test_engine import Bench, open_bench
 
 from swarm.errors import ResourceError
 from swarm.server.adapters import AdapterStore
+from swarm.server.answers import AnswerRoom
 from swarm.server.batches import KeptActivations
 from swarm.server.metrics import ServerCollector, serve_metrics
 
@@ -38,7 +39,8 @@ def read_metrics(port: int) -> dict[tuple[str, str], float]:
 def in_service(bench: Bench) -> Any:
     """What a collector reads of a tenure."""
     adapters = AdapterStore(0, {}, torch.device("cpu"))
-    return SimpleNamespace(engine=bench.engine, sessions=bench.table, kept=KeptActivations(1 << 20), adapters=adapters)
+    kept, answers = KeptActivations(1 << 20), AnswerRoom(1 << 20)
+    return SimpleNamespace(engine=bench.engine, sessions=bench.table, kept=kept, adapters=adapters, answers=answers)
 
 
 async def test_metrics_follow_what_the_engine_does():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import ResourceError
-from swarm.server.placement import CACHE_TOKENS, MemoryNeeds, MemoryPlan, fits, plan_memory
+from swarm.server.placement import CACHE_TOKENS, LEAST_CACHE_TOKENS, MemoryNeeds, MemoryPlan, fits, plan_memory
 
 MIB = 1 << 20
 NEEDS = MemoryNeeds(bytes_per_block=100 * MIB, cache_bytes_per_token=1024)
@@ -38,6 +38,21 @@ def test_a_plan_never_takes_more_than_there_is(free_mib, num_blocks):
 def test_too_little_memory_for_one_block_is_said_with_numbers():
     with pytest.raises(ResourceError, match=r"1 block of this model needs at least 101 MiB, 85 MiB can be used"):
         plan_memory(NEEDS, free_bytes=100 * MIB, num_model_blocks=12)
+
+
+@given(st.integers(0, 20 << 20), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_room_for_adapters_never_takes_that_of_the_smallest_cache(spare_bytes, num_blocks):
+    smallest = num_blocks * (NEEDS.bytes_per_block + LEAST_CACHE_TOKENS * NEEDS.cache_bytes_per_token)
+    free_bytes = int((smallest + spare_bytes) / 0.85) + 2
+    plan = plan_memory(NEEDS, free_bytes=free_bytes, num_model_blocks=12, num_blocks=num_blocks)
+    assert plan.cache_bytes >= num_blocks * LEAST_CACHE_TOKENS * NEEDS.cache_bytes_per_token
+    assert plan.adapter_bytes >= 0 and (spare_bytes < 1 << 20 or plan.adapter_bytes > 0)
+
+
+def test_too_little_memory_beside_the_wanted_room_for_adapters_says_so():
+    with pytest.raises(ResourceError, match=r"55 MiB can be used here beside 30 MiB for adapters: .*--adapter-mib"):
+        plan_memory(NEEDS, free_bytes=100 * MIB, num_model_blocks=12, adapter_bytes=30 * MIB)
 
 
 def test_too_little_memory_for_the_wanted_blocks_advises_fewer():

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_adapter_store import ADAPTERS, held, new_store, put
+from test_adapter_store import BLOCKS as ADAPTED_BLOCKS
 from test_engine import BLOCKS, FakeViews
 from torch import Tensor
 
 from swarm.errors import BadRequest, CacheFull, PeerUnavailable, PromptTooLong, SessionLost
+from swarm.server.adapters import Lease
 from swarm.server.kv_cache import PageNames, StepInput
 from swarm.server.pages import PagePool
 from swarm.server.sessions import ServerSession, SessionKey, SessionTable
@@ -42,13 +45,25 @@ def fill(table: SessionTable, session: ServerSession, num_tokens: int) -> None:
 class Visitor:
     """Somebody who opens a session in a task of its own and holds it until told to leave."""
 
-    def __init__(self, table: SessionTable, key: SessionKey, *, epoch: int = 1, timeout_s: float = LATE_S) -> None:
+    def __init__(
+        self,
+        table: SessionTable,
+        key: SessionKey,
+        *,
+        epoch: int = 1,
+        adapters: Lease | None = None,
+        timeout_s: float = LATE_S,
+    ) -> None:
         self._leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.session: ServerSession | None = None
-        self.task = asyncio.create_task(self._hold(table, key, epoch, timeout_s))
+        self.task = asyncio.create_task(self._hold(table, key, epoch, adapters, timeout_s))
 
-    async def _hold(self, table: SessionTable, key: SessionKey, epoch: int, timeout_s: float) -> None:
-        async with table.open(key, epoch=epoch, prompts_NBPD=None, timeout_s=timeout_s) as self.session:
+    async def _hold(
+        self, table: SessionTable, key: SessionKey, epoch: int, adapters: Lease | None, timeout_s: float
+    ) -> None:
+        async with table.open(
+            key, epoch=epoch, prompts_NBPD=None, adapters=adapters, timeout_s=timeout_s
+        ) as self.session:
             await self._leave
 
     async def leave(self) -> None:
@@ -285,3 +300,34 @@ def test_steps_with_more_to_them_than_their_tokens_end_naming(changes):
     names, x_BLD = PageNames(1, PAGE, b""), torch.randn(1, 8, 3)
     assert names.of_step(step(0, x_BLD[:, :4], **changes)) == []
     assert names.of_step(step(4, x_BLD[:, 4:])) == []
+
+
+async def test_sessions_that_are_kept_end_when_the_room_of_their_adapters_is_needed_live_ones_do_not():
+    table, store = make_table(8), new_store(4)
+    live, old, new = (make_key() for _ in range(3))
+    visitors = []
+    for number, key in enumerate((live, old, new)):
+        await put(store, ADAPTERS[number])
+        with store.lease([ADAPTERS[number].digest, b""], ADAPTED_BLOCKS) as lease:
+            visitors.append(Visitor(table, key, adapters=lease))
+            await settle()
+        fill(table, visitors[-1].session, 3)
+    for visitor in visitors[1:]:
+        await visitor.break_off()
+    for number in (3, 4):  # unused, and instead of it
+        await put(store, ADAPTERS[number])
+    assert table.statistics().num_kept == 2
+    with store.lease([ADAPTERS[4].digest, b""], ADAPTED_BLOCKS):
+        await put(store, ADAPTERS[5])
+        assert table.statistics().num_kept == 1 and table.pool.num_used == 2
+        again = Visitor(table, new, epoch=2)
+        await settle()
+        assert again.session.cache.length == 3
+        await put(store, ADAPTERS[6])  # instead of 5; what is live again stays
+        assert held(store) == [0, 2, 4, 6]
+    anew = Visitor(table, old, epoch=2)
+    await settle()
+    assert anew.session.cache.length == 0  # its client feeds it again
+    for visitor in (visitors[0], again, anew):
+        await visitor.leave()
+    assert store.statistics().num_used == 0 and table.pool.num_used == 0
