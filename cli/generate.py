@@ -19,6 +19,9 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="For --sample.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="For --sample.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter that servers host, by its name.", show_default=False)
+    ] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
     allow: AllowOption = None,
     block: BlockOption = None,
@@ -38,6 +41,7 @@ def generate_command(
         initial_peers=link.initial_peers,
         revision=revision,
         token=token,
+        active_adapter=adapter,
         allowed_servers=allow or None,
         blocked_servers=block or (),
     )

@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement
+from swarm.announcement import AdapterListing, Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
     BadLink,
+    BadRequest,
     NoRoute,
     PeerError,
     PeerUnavailable,
@@ -36,6 +37,7 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .config import ClientConfig
 from .hedging import StepTimes
+from .hosted import choose_adapter
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
@@ -244,6 +246,14 @@ class Network:
                 f"this swarm serves {served}, not {model_name} (fingerprint {needs.fingerprint[:12]}): "
                 "use the join link of a swarm for this model, or load the model and revision that it serves"
             )
+
+    async def find_adapter(self, wanted: str, needs: Needs) -> AdapterListing:
+        """Return the hosted adapter that a name means, see `choose_adapter`. Raises: BadRequest: nobody has it."""
+        try:
+            return choose_adapter(await self.servers(needs.fingerprint), wanted, needs.blocks)
+        except BadRequest:
+            servers = await self.servers(needs.fingerprint, max_age_s=FRESH_S)
+            return choose_adapter(servers, wanted, needs.blocks)
 
     async def retrying(self, work: Callable[[Attempt], Awaitable[T]]) -> T:
         """Call `work` until it succeeds: peers that fail are avoided, a missing route is waited for.
