@@ -130,11 +130,23 @@ def _load(place: str, config_path: Path, weights_path: Path, model: nn.Module) -
             raise BadRequest(
                 f"{config.peft_type.value} adds virtual tokens, and those are put in by clients: load it there"
             )
+        for name in ("layer_replication", "megatron_config"):  # which would repeat blocks, and import what a file names
+            if getattr(config, name, None):
+                raise BadRequest(f"its {name} is for a model that is built otherwise: train one without")
         config.inference_mode = True
         adapted = PeftModel(model, config).eval()
         _refuse_outside(adapted)
         result = set_peft_model_state_dict(adapted, load_file(weights_path))
-    except (SafetensorError, OSError, ImportError, ValueError, KeyError, TypeError, RuntimeError) as exc:
+    except (
+        SafetensorError,
+        OSError,
+        ImportError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as exc:
         if isinstance(exc, UserError):
             raise
         raise BadCheckpoint(f"PEFT cannot load {place!r} into this model: {_first_line(exc)}") from exc

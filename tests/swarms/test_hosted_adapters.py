@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,16 +16,18 @@ import pytest
 import torch
 from changing import changed
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_client_adapters import make_adapters
 from tiny import load_local, random_ids
 from torch import Tensor
 
 from swarm import AutoDistributedModelForCausalLM
-from swarm.errors import BadRequest, NoRoute
+from swarm.errors import BadRequest, NoRoute, UserError
 from swarm.link import JoinLink
-from swarm.model.checkpoint import CheckpointSource
-from swarm.model.hosted import AdapterSource
+from swarm.model.checkpoint import Checkpoint, CheckpointSource
+from swarm.model.hosted import AdapterSource, read_hosted
 from swarm.server import LocalSwarm
+from swarm.server.config import ServerConfig
 
 TOLERANCE = 1e-4
 
@@ -237,3 +240,67 @@ def test_what_servers_cannot_apply_is_refused_at_start(
         pass
     assert "the adapter 'bad' cannot be hosted: " in str(caught.value) and sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def broken(directory: Path, kind: str) -> None:
+    """Spoil a good adapter."""
+    config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    changes = {
+        "replicated": {"layer_replication": [[0, 4], [2, 6]]},
+        "foreign targets": {"target_modules": ["c_attn"]},
+        "virtual tokens": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+        "unknown": {"peft_type": "MAGIC"},
+        "rank": {"r": 3},
+    }
+    if kind in changes:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes[kind]}))
+    elif kind == "pickled":
+        weights.rename(directory / "adapter_model.bin")
+    elif kind == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    else:
+        tensors = load_file(weights)
+        name = sorted(tensors)[0]
+        if kind == "not finite":
+            tensors[name][0, 0] = float("nan")
+        elif kind == "a tensor less":
+            del tensors[name]
+        else:
+            tensors[name.replace("layers.0", "layers.6")] = tensors[name].clone()
+        save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    "kind, sentence",
+    [
+        ("replicated", "its layer_replication is for a model that is built otherwise"),
+        ("foreign targets", "PEFT cannot load"),
+        ("virtual tokens", "PROMPT_TUNING adds virtual tokens"),
+        ("unknown", "PEFT cannot load"),
+        ("rank", "PEFT cannot load"),
+        ("pickled", "only pickled weights (adapter_model.bin)"),
+        ("cut short", "PEFT cannot load"),
+        ("not finite", "values that are not finite"),
+        ("a tensor less", "lacks the tensor base_model"),
+        ("a tensor more", "has the tensor base_model"),
+    ],
+)
+def test_files_that_are_no_adapter_of_this_model(hosting: Hosting, tmp_path: Path, kind: str, sentence: str) -> None:
+    shutil.copytree(hosting.directory / "lora", tmp_path / "bad")
+    broken(tmp_path / "bad", kind)
+    checkpoint = Checkpoint.open(CheckpointSource(str(hosting.path)))
+    with pytest.raises(UserError) as caught:
+        read_hosted(*sources(tmp_path, "bad"), checkpoint)
+    assert "the adapter 'bad' cannot be hosted: " in str(caught.value) and sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_adapters_come_from_their_paths() -> None:
+    assert AdapterSource.parse("someone/fox-adapter").name == "fox-adapter"
+    assert AdapterSource.parse("poet=/some/where").name == "poet"
+    with pytest.raises(BadRequest, match="give it one of at most 64 letters"):
+        AdapterSource.parse("two words=/some/where")
+    with pytest.raises(BadRequest, match="each with a name of its own"):
+        ServerConfig(
+            source=CheckpointSource("model"), adapters=(AdapterSource.parse("a/x"), AdapterSource.parse("b/x"))
+        )
