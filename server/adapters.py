@@ -156,7 +156,8 @@ class AdapterStore:
 
         Raises: BadRequest: it does not fit them.
         """
-        adapters, digests = ([each[number] for number in blocks] for each in (hosted.adapters, hosted.digests))
+        adapters = [hosted.adapters[number] for number in blocks]
+        digests = [hosted.digests[number] for number in blocks]
         try:
             check_adapters(adapters, blocks, self.targets)
         except BadRequest as exc:
