@@ -121,4 +121,6 @@ def _print_model(listing: ModelListing, servers: list[Announcement]) -> None:
     for adapter, having in _hosted(servers):
         lacking = _missing(listing, having)
         state = f"[red]not for blocks {describe_blocks(lacking)}[/]" if lacking else "[green]complete[/]"
-        console.print(f"adapter [bold]{adapter}[/]: {state}, on {len(having)} servers", highlight=False)
+        console.print(
+            f"adapter [bold]{adapter}[/]: {state}, on {len(having)} server{'s' * (len(having) > 1)}", highlight=False
+        )

@@ -100,7 +100,7 @@ class SwarmCall:
         return y_BLD
 
     def _stateless(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> Tensor:
-        blocks = self.state.through or self.blocks
+        blocks = self.blocks if self.state.through is None else self.state.through
         prompts, changes = self.prompts, {"adapters": self.adapters(), "active_adapter": self.hosted}
         if prompts is None:
             y_BLD: Tensor = blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL, **changes)

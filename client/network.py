@@ -249,11 +249,16 @@ class Network:
 
     async def find_adapter(self, wanted: str, needs: Needs) -> AdapterListing:
         """Return the hosted adapter that a name means, see `choose_adapter`. Raises: BadRequest: nobody has it."""
+        permitted = self._permitted(needs)
+
+        async def choose(max_age_s: float | None) -> AdapterListing:
+            servers = await self.servers(needs.fingerprint, max_age_s=max_age_s)
+            return choose_adapter([each for each in servers if permitted.permits(each.peer_id)], wanted, needs.blocks)
+
         try:
-            return choose_adapter(await self.servers(needs.fingerprint), wanted, needs.blocks)
+            return await choose(None)
         except BadRequest:
-            servers = await self.servers(needs.fingerprint, max_age_s=FRESH_S)
-            return choose_adapter(servers, wanted, needs.blocks)
+            return await choose(FRESH_S)
 
     async def retrying(self, work: Callable[[Attempt], Awaitable[T]]) -> T:
         """Call `work` until it succeeds: peers that fail are avoided, a missing route is waited for.
