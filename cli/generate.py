@@ -19,6 +19,9 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="For --sample.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="For --sample.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter that servers host, by its name.", show_default=False)
+    ] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Hub token.", show_default=False)] = None,
     quantization: Annotated[
         str, typer.Option(help="Keep the head, which runs here, in fewer bits: int8 or int4. Faster, not exact.")
@@ -42,6 +45,7 @@ def generate_command(
         revision=revision,
         token=token,
         quantization=quantization,
+        active_adapter=adapter,
         allowed_servers=allow or None,
         blocked_servers=block or (),
     )

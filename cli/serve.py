@@ -50,6 +50,10 @@ def serve_command(
     relay: Annotated[bool, typer.Option(help="Carry connections to servers that nobody can dial.")] = True,
     relay_mbit: Annotated[float, typer.Option(help="Megabits per second that it carries at most.")] = 80.0,
     cache_mib: Annotated[int, typer.Option(help="KV cache; default: from free memory.", show_default=False)] = 0,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(help="PEFT adapter to host, REPO_OR_PATH or NAME=REPO_OR_PATH; repeatable.", show_default=False),
+    ] = None,
     adapter_mib: Annotated[
         int, typer.Option(help="Clients' adapters; 0: none; default: from free memory.", show_default=False)
     ] = -1,
@@ -76,6 +80,7 @@ def serve_command(
     link = parse_join(join)
     block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
+    from swarm.model.hosted import AdapterSource
     from swarm.relaying import BESIDE_SERVING
     from swarm.server.checks import ServiceLimits
     from swarm.server.config import ServerConfig
@@ -97,6 +102,7 @@ def serve_command(
         announce_host=announce_host or None,
         tunnel_only=tunnel_only,
         relay=replace(BESIDE_SERVING, max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None,
+        adapters=tuple(AdapterSource.parse(each, token=token, cache_dir=cache_dir) for each in adapters or ()),
         cache_bytes=cache_mib << 20 or None,
         adapter_bytes=None if adapter_mib < 0 else adapter_mib << 20,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from swarm.announcement import Announcement, ModelListing
+from swarm.announcement import AdapterListing, Announcement, ModelListing
 from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest, NoRoute
 from swarm.ranges import BlockRange, describe_blocks
@@ -78,12 +78,24 @@ def _missing(listing: ModelListing, servers: list[Announcement]) -> set[int]:
     return set(range(listing.num_blocks)) - covered
 
 
+def _hosted(servers: list[Announcement]) -> list[tuple[AdapterListing, list[Announcement]]]:
+    """The adapters that servers host, and which servers do, by name."""
+    adapters = sorted(
+        {each for server in servers for each in server.adapters}, key=lambda each: (each.name, each.digest)
+    )
+    return [(adapter, [server for server in servers if adapter in server.adapters]) for adapter in adapters]
+
+
 def _as_dict(listing: ModelListing, servers: list[Announcement]) -> dict[str, Any]:
     return {
         "model": listing.name,
         "fingerprint": listing.fingerprint,
         "num_blocks": listing.num_blocks,
         "missing_blocks": sorted(_missing(listing, servers)),
+        "adapters": [
+            {**adapter.model_dump(), "missing_blocks": sorted(_missing(listing, having))}
+            for adapter, having in _hosted(servers)
+        ],
         "servers": [server.model_dump(mode="json", exclude={"tls_certificate"}) for server in servers],
     }
 
@@ -106,3 +118,9 @@ def _print_model(listing: ModelListing, servers: list[Announcement]) -> None:
             server.peer_id[-8:],
         )
     console.print(table)
+    for adapter, having in _hosted(servers):
+        lacking = _missing(listing, having)
+        state = f"[red]not for blocks {describe_blocks(lacking)}[/]" if lacking else "[green]complete[/]"
+        console.print(
+            f"adapter [bold]{adapter}[/]: {state}, on {len(having)} server{'s' * (len(having) > 1)}", highlight=False
+        )

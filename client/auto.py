@@ -66,6 +66,7 @@ class _AutoDistributed:
         blocked_servers: Collection[str] = (),
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
+        active_adapter: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         quantization: str = "none",
@@ -84,6 +85,7 @@ class _AutoDistributed:
             allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
             blocked_servers: peer ids of servers that are not used.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
+            active_adapter: name of an adapter that servers host, as `swarm status` shows it; see `use_adapter`.
             dtype: of the client's weights; None or "auto": that of the checkpoint.
             device: where the client's part lies.
             quantization: "int8" or "int4": keep the head, often the largest part, in so many bits, frozen. That takes a
@@ -125,6 +127,7 @@ class _AutoDistributed:
                 call.prompts = prompts
             elif pre_seq_len:
                 raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+            model.use_adapter(active_adapter)
         except BaseException:
             connection.close()
             raise

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swarm.announcement import AdapterListing
 from swarm.errors import BadRequest
 from swarm.model.adapters import Lora, ModelAdapter, frozen
 from swarm.ranges import BlockRange
 
 from .compute import Batch, RemoteCompute
+from .hosted import check_one_way
 from .loop import LoopThread
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
@@ -54,6 +56,7 @@ class RemoteBlocks(nn.Module):
         position_ids: Tensor | None = None,
         prompts: Tensor | None = None,
         adapters: ModelAdapter | None = None,
+        active_adapter: str | AdapterListing | None = None,
     ) -> Tensor:
         """Run hidden states through the blocks.
 
@@ -64,16 +67,26 @@ class RemoteBlocks(nn.Module):
             prompts: deep prompts [N, B or 1, P, D] for these blocks, added at the first P positions of each.
             adapters: what is changed in the blocks of the model, block 0 first; their tensors get gradients too.
                 Features are dropped where a change says so, each time others, drawn by torch's generator.
+            active_adapter: instead of these, one that servers host; only its listing names the same one for sure.
         Raises: BadRequest: a shape does not fit. NoRoute: no servers for some blocks within the timeout.
         """
         self._check(x_BLD, attention_mask, position_ids, prompts)
         if adapters is not None and len(adapters) < self.blocks.end:
             raise BadRequest(f"adapters of {len(adapters)} blocks were given, these are blocks {self.blocks}")
+        hosted = self.find_adapter(active_adapter)
+        check_one_way(adapters, hosted)
         tensors = _tensors_of(adapters, self.blocks)
         wanted = any(each is not None and each.requires_grad for each in (x_BLD, prompts, *tensors))
-        call = _Call(self, wanted and torch.is_grad_enabled(), attention_mask, position_ids, frozen(adapters))
+        keep = wanted and torch.is_grad_enabled()
+        call = _Call(self, keep, attention_mask, position_ids, frozen(adapters), hosted)
         y_BLD: Tensor = _RemoteFunction.apply(call, x_BLD, prompts, *tensors)
         return y_BLD
+
+    def find_adapter(self, wanted: str | AdapterListing | None) -> AdapterListing | None:
+        """The hosted adapter that a name means now. Raises: BadRequest: nobody has it."""
+        if wanted is None or isinstance(wanted, AdapterListing):
+            return wanted
+        return self._loop.run(self._compute.find_adapter(wanted))
 
     def _check(self, x_BLD: Tensor, mask_BL: Tensor | None, ids_BL: Tensor | None, prompts_NBPD: Tensor | None) -> None:
         if x_BLD.dim() != 3 or x_BLD.shape[2] != self._hidden_size or 0 in x_BLD.shape or not x_BLD.is_floating_point():
@@ -109,7 +122,8 @@ class RemoteBlocks(nn.Module):
             prompts = torch.cat([padding, prompts_NBPD.detach().cpu()])
         mask = None if call.mask_BL is None else call.mask_BL.cpu().to(torch.int64)
         ids = None if call.position_ids_BL is None else call.position_ids_BL.cpu().to(torch.int64)
-        return Batch(x_BLD.detach().cpu(), mask, ids, prompts, call.adapters, _dropout_seed(call.adapters))
+        seed = _dropout_seed(call.adapters)
+        return Batch(x_BLD.detach().cpu(), mask, ids, prompts, call.adapters, call.hosted, seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +135,7 @@ class _Call:
     mask_BL: Tensor | None
     position_ids_BL: Tensor | None
     adapters: ModelAdapter | None
+    hosted: AdapterListing | None
 
 
 class _RemoteFunction(torch.autograd.Function):

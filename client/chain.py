@@ -17,6 +17,7 @@ import grpc.aio
 from torch import Tensor
 
 from swarm import PROTOCOL_VERSION
+from swarm.announcement import AdapterListing
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
 from swarm.model.adapters import ModelAdapter, of_blocks
@@ -52,6 +53,8 @@ class ChainConfig:
     """Deep prompts of all blocks of the model."""
     adapters: ModelAdapter | None = None
     """What is changed in the blocks of the model."""
+    hosted: AdapterListing | None = None
+    """The hosted adapter to use instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,7 @@ class Chain:
             prompts=packed.specs[0],
             data=packed.data,
             adapters=names_of(of_blocks(config.adapters, hop.blocks)),
+            hosted_adapter=b"" if config.hosted is None else config.hosted.digest_bytes,
         )
         if index + 1 < len(self.hops):
             opening.next.CopyFrom(self.hops[index + 1].address.to_wire())

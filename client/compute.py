@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from swarm import PROTOCOL_VERSION
+from swarm.announcement import AdapterListing
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import NoRoute, PromptTooLong, ProtocolError
 from swarm.model.adapters import ModelAdapter, of_blocks
@@ -63,6 +64,8 @@ class Batch:
     """Deep prompts of all blocks of the model (block 0 first), or None."""
     adapters: ModelAdapter | None = None
     """What is changed in the blocks of the model."""
+    hosted: AdapterListing | None = None
+    """The hosted adapter to use instead."""
     dropout_seed: int | None = None
     """For the changes that drop features; None: nothing is dropped."""
     first_row: int = 0
@@ -129,6 +132,10 @@ class RemoteCompute:
         self._times: dict[tuple[str, bool], StepTimes] = {}
         """(peer id, whether backward) -> how long its batches take; a token counts once for each block."""
 
+    async def find_adapter(self, wanted: str) -> AdapterListing:
+        """The hosted adapter that a name means. Raises: BadRequest: nobody has it."""
+        return await self._network.find_adapter(wanted, self._needs)
+
     async def forward(self, batch: Batch, blocks: BlockRange, *, keep: bool) -> tuple[Tensor, list[Trace]]:
         """Return the hidden states that leave the blocks, and one trace per micro-batch.
 
@@ -136,7 +143,7 @@ class RemoteCompute:
             keep: whether a backward will follow, so that servers may keep their activations for it.
         Raises: NoRoute, PeerError: see Network.retrying.
         """
-        parts = batch.split(*await self._micro_batch_size(blocks))
+        parts = batch.split(*await self._micro_batch_size(blocks, batch.hosted))
         results = await _gather_bounded([partial(self._forward_part, part, blocks, keep) for part in parts])
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
@@ -152,11 +159,12 @@ class RemoteCompute:
         await _fold(jobs, sums.add)
         return sums.gradients()
 
-    async def _micro_batch_size(self, blocks: BlockRange) -> tuple[int, int]:
+    async def _micro_batch_size(self, blocks: BlockRange, hosted: AdapterListing | None) -> tuple[int, int]:
         """How many tokens and how many sequences all servers of a route take at once."""
+        needs = replace(self._needs, blocks=blocks, adapter=hosted)
 
         async def attempt(attempt: Attempt) -> tuple[int, int]:
-            servers = [hop.server for hop in await self._network.route(replace(self._needs, blocks=blocks), attempt)]
+            servers = [hop.server for hop in await self._network.route(needs, attempt)]
             max_tokens = min(self._network.config.micro_batch_tokens, *(each.max_batch_tokens for each in servers))
             return max_tokens, min(each.max_batch_size for each in servers)
 
@@ -164,7 +172,8 @@ class RemoteCompute:
 
     def _needs_of(self, batch: Batch, blocks: BlockRange) -> Needs:
         batch_size, length, _ = batch.x_BLD.shape
-        return replace(self._needs, blocks=blocks, batch_size=batch_size, batch_tokens=batch_size * length)
+        num_tokens = batch_size * length
+        return replace(self._needs, blocks=blocks, adapter=batch.hosted, batch_size=batch_size, batch_tokens=num_tokens)
 
     async def _forward_part(self, batch: Batch, blocks: BlockRange, keep: bool) -> tuple[Tensor, Trace]:
         x_BLD, segments = batch.x_BLD, []
@@ -330,6 +339,7 @@ class RemoteCompute:
             data=packed.data,
             forward_id=forward_id,
             adapters=names_of(of_blocks(batch.adapters, hop.blocks)),
+            hosted_adapter=b"" if batch.hosted is None else batch.hosted.digest_bytes,
             dropout_seed=batch.dropout_seed,
             first_row=batch.first_row,
         )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from swarm.announcement import AdapterListing
 from swarm.errors import BadRequest
 from swarm.model.adapters import ModelAdapter, frozen, undropped
 from swarm.model.remote_cache import RemoteCache
@@ -23,6 +24,7 @@ from .chain import ChainConfig
 from .compute import RemoteCompute
 from .connection import Connection
 from .drafts import AdaptiveDrafts
+from .hosted import check_one_way
 from .prompts import Prompts
 from .routing import ExplainedRoute, Needs
 from .session import InferenceSession
@@ -55,6 +57,8 @@ class _ThreadState(threading.local):
         self.sessions: list[InferenceSession] = []
         self.generating: list[InferenceSession] = []
         self.num_outputs: int | None = None
+        self.through: nn.Module | None = None
+        """What runs in place of all remote blocks."""
 
 
 @dataclass(slots=True)
@@ -68,6 +72,8 @@ class SwarmCall:
     prompts: Prompts | None = None
     adapters: Callable[[], ModelAdapter | None] = lambda: None
     """Says what is changed in the blocks: asked for each stateless call, and when a session opens."""
+    hosted: AdapterListing | None = None
+    """The hosted adapter to use instead, where a session does not say another."""
     state: _ThreadState = field(default_factory=_ThreadState)
 
     def __call__(
@@ -94,15 +100,17 @@ class SwarmCall:
         return y_BLD
 
     def _stateless(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> Tensor:
-        prompts = self.prompts
+        blocks = self.blocks if self.state.through is None else self.state.through
+        prompts, changes = self.prompts, {"adapters": self.adapters(), "active_adapter": self.hosted}
         if prompts is None:
-            return self.blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL, adapters=self.adapters())
-        y_BLD = self.blocks(
+            y_BLD: Tensor = blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL, **changes)
+            return y_BLD
+        y_BLD = blocks(
             prompts.prepend(x_BLD),
             attention_mask=prompts.prepend_mask(mask_BL),
             position_ids=prompts.prepend_position_ids(position_ids_BL),
             prompts=prompts.deep_NBPD,
-            adapters=self.adapters(),
+            **changes,
         )
         return y_BLD[:, prompts.pre_seq_len :]
 
@@ -114,6 +122,7 @@ class SwarmCall:
                 "gradients do not flow through a session's cache: call the model with use_cache=False to train it, "
                 "or under torch.no_grad() to generate"
             )
+        self.refuse_between()
         length = x_BLD.shape[1]
         if mask_BL is not None and bool(mask_BL.all()):
             mask_BL = None
@@ -135,6 +144,14 @@ class SwarmCall:
         changed = [adapter for adapter in self.adapters() or () if adapter is not None]
         return any(tensor.requires_grad for adapter in changed for tensor in adapter.tensors().values())
 
+    def refuse_between(self) -> None:
+        """Raise BadRequest where a session would leave out the module that runs in place of the blocks."""
+        if self.state.through is not None:
+            raise BadRequest(
+                "a session's tokens go from server to server, so nothing of yours can run between the blocks: call the "
+                "model with use_cache=False inside run_through"
+            )
+
     @property
     def num_virtual_tokens(self) -> int:
         return 0 if self.prompts is None else self.prompts.pre_seq_len
@@ -150,16 +167,62 @@ class DistributedMixin:
         """The remote blocks as a differentiable module; slices of it are modules too."""
         return self._swarm.blocks
 
-    def inference_session(self, max_length: int = DEFAULT_SESSION_TOKENS, *, batch_size: int | None = None) -> Any:
+    @contextmanager
+    def run_through(self, module: nn.Module) -> Iterator[None]:
+        """Inside, run a module of your own in place of all remote blocks, in this thread: embeddings before it, norm
+        and head after it are the model's.
+
+        Args:
+            module: made of slices of `remote_blocks` and of what is to happen between them. It is called with hidden
+                states [B, L, D] and the keyword arguments that each slice takes: hand them on as they are.
+        """
+        state = self._swarm.state
+        outer, state.through = state.through, module
+        try:
+            yield
+        finally:
+            state.through = outer
+
+    @property
+    def hosted_adapter(self) -> AdapterListing | None:
+        """The hosted adapter in use; None: none."""
+        return self._swarm.hosted
+
+    def use_adapter(self, name: str | None) -> None:
+        """Use an adapter that servers host, from the next call and the next session on; None: none.
+
+        The name means one adapter from then on: servers that host another one under it are not used.
+
+        Args:
+            name: as `swarm status` shows it; NAME@DIGEST to choose among several of one name.
+        Raises: BadRequest: no server has it.
+        """
+        self._swarm.hosted = self._swarm.blocks.find_adapter(name)
+
+    def inference_session(
+        self,
+        max_length: int = DEFAULT_SESSION_TOKENS,
+        *,
+        batch_size: int | None = None,
+        active_adapter: str | None = None,
+    ) -> Any:
         """Open a decoding session of at most `max_length` tokens per sequence, virtual tokens not counted.
 
-        Inside its `with` block, every call of `generate` continues it.
+        Inside its `with` block, every call of `generate` continues it, with the adapter that it was opened with.
+
+        Args:
+            active_adapter: name of one that servers host; None: that of the model, if it has one; "": none.
+        Raises: BadRequest: no server has it, or the model has adapters of its own.
         """
         swarm = self._swarm
+        swarm.refuse_between()
         if max_length < 1:
             raise BadRequest(f"max_length must be at least 1, got {max_length}")
         max_tokens = max_length + swarm.num_virtual_tokens
         deep = None if swarm.prompts is None else swarm.prompts.deep_NBPD
+        hosted = swarm.hosted if active_adapter is None else swarm.blocks.find_adapter(active_adapter or None)
+        adapters = frozen(undropped(swarm.adapters()))
+        check_one_way(adapters, hosted)
         config = ChainConfig(
             fingerprint=swarm.needs.fingerprint,
             batch_size=batch_size or 1,
@@ -167,9 +230,10 @@ class DistributedMixin:
             hidden_size=swarm.hidden_size,
             open_timeout_s=OPEN_TIMEOUT_S,
             prompts_NBPD=None if deep is None else deep.detach().cpu().clone(),
-            adapters=frozen(undropped(swarm.adapters())),
+            adapters=adapters,
+            hosted=hosted,
         )
-        connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens)
+        connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens, adapter=hosted)
         session = _ActiveSession(
             connection.loop, connection.network, needs, config, batch_size=batch_size, prompts=swarm.prompts
         )
@@ -185,7 +249,7 @@ class DistributedMixin:
 
     def new_default_cache(self) -> DeferredCache:
         """Return the cache of a call that neither brings nor asks for one."""
-        return DeferredCache(self.inference_session)
+        return DeferredCache(self.inference_session if self._swarm.state.through is None else _refuse_session)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, session: Any = None, **kwargs: Any) -> Any:
@@ -268,11 +332,19 @@ class DistributedMixin:
     def explain_route(self) -> ExplainedRoute:
         """The hops that a session would take now, and what each is expected to cost; print it. Raises: NoRoute."""
         connection = self._swarm.connection
-        return connection.loop.run(connection.network.explain_route(self._swarm.needs))
+        needs = replace(self._swarm.needs, adapter=self._swarm.hosted)
+        return connection.loop.run(connection.network.explain_route(needs))
 
     def close(self) -> None:
         """Leave the swarm; the model can no longer be used."""
         self._swarm.connection.close()
+
+
+def _refuse_session(max_length: int) -> InferenceSession:
+    raise BadRequest(
+        "this cache comes from a call inside run_through, and a session would run the blocks without what is between "
+        "them: call the model with use_cache=False there"
+    )
 
 
 def _joined(

@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement
+from swarm.announcement import AdapterListing, Announcement
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
     AdapterMissing,
     BadLink,
+    BadRequest,
     NoRoute,
     PeerError,
     PeerUnavailable,
@@ -37,6 +38,7 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .config import ClientConfig
 from .hedging import StepTimes
+from .hosted import choose_adapter
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
@@ -246,6 +248,19 @@ class Network:
                 f"this swarm serves {served}, not {model_name} (fingerprint {needs.fingerprint[:12]}): "
                 "use the join link of a swarm for this model, or load the model and revision that it serves"
             )
+
+    async def find_adapter(self, wanted: str, needs: Needs) -> AdapterListing:
+        """Return the hosted adapter that a name means, see `choose_adapter`. Raises: BadRequest: nobody has it."""
+        permitted = self._permitted(needs)
+
+        async def choose(max_age_s: float | None) -> AdapterListing:
+            servers = await self.servers(needs.fingerprint, max_age_s=max_age_s)
+            return choose_adapter([each for each in servers if permitted.permits(each.peer_id)], wanted, needs.blocks)
+
+        try:
+            return await choose(None)
+        except BadRequest:
+            return await choose(FRESH_S)
 
     async def retrying(self, work: Callable[[Attempt], Awaitable[T]]) -> T:
         """Call `work` until it succeeds: peers that fail are avoided, a missing route is waited for.

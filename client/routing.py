@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement
+from swarm.announcement import AdapterListing, Announcement
 from swarm.coordinates import Coordinates
 from swarm.errors import NoRoute, PromptTooLong
 from swarm.peers import PeerAddress
@@ -80,6 +80,8 @@ class Needs:
     """Peer ids of the only servers that the user permits; None: all."""
     blocked: Collection[str] = frozenset()
     """Peer ids of those that the user does not permit."""
+    adapter: AdapterListing | None = None
+    """The hosted adapter that all of them must have."""
 
     def permits(self, peer_id: str) -> bool:
         """Whether the user lets a server be on the route."""
@@ -155,11 +157,11 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
     """Say what a route costs, and which servers were seen to be slow or to fail."""
     remarks = []
     for server in roster.servers:
-        name = f"{server.blocks} at {server.server_name or 'peer'} ({server.peer_id[-8:]})"
+        name = _called(server)
         if server.peer_id in view.avoid:
             remarks.append(f"not used: {name} failed a moment ago")
-        elif not needs.permits(server.peer_id):
-            remarks.append(f"not used: {name} {usable(server, needs)}")
+        elif not needs.permits(server.peer_id) or (needs.adapter and needs.adapter not in server.adapters):
+            remarks.append(f"not used: {name}, {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
@@ -177,6 +179,9 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"serves revision {server.model_commit[:12]} (ours is {needs.commit[:12]})"
     if server.state != "online":
         return f"is {server.state}"
+    if needs.adapter is not None and needs.adapter not in server.adapters:
+        has_other = any(each.name == needs.adapter.name for each in server.adapters)
+        return f"with {'another' if has_other else 'no'} adapter {needs.adapter.name!r}"
     if server.max_session_tokens < needs.session_tokens:
         return f"allows sessions of {server.max_session_tokens} tokens (we need {needs.session_tokens})"
     if server.max_batch_tokens < needs.batch_tokens or server.max_batch_size < needs.batch_size:
@@ -469,7 +474,18 @@ def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collectio
         else:
             reasons[reason] = reasons.get(reason, 0) + 1
     known = "; ".join(f"{count} known server{'s' * (count > 1)} {reason}" for reason, count in sorted(reasons.items()))
+    where = f"block{'s' * (len(missing) > 1)} {describe_blocks(missing)}"
+    if needs.adapter is not None:
+        having = ", ".join(_called(server) for server in servers if needs.adapter in server.adapters)
+        return (
+            f"the adapter {needs.adapter} is not served for {where} of {needs.blocks}{f' ({known})' if known else ''}; "
+            f"servers that have it: {having or 'none'}"
+        )
     return (
-        f"no server is available for block{'s' * (len(missing) > 1)} {describe_blocks(missing)} of "
-        f"{needs.blocks}{f' ({known})' if known else ''}: start a server for them with `swarm serve`"
+        f"no server is available for {where} of {needs.blocks}{f' ({known})' if known else ''}: start a server for "
+        "them with `swarm serve`"
     )
+
+
+def _called(server: Announcement) -> str:
+    return f"{server.blocks} at {server.server_name or 'peer'} ({server.peer_id[-8:]})"

@@ -20,6 +20,7 @@ import torch
 from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable, ProtocolError
 from swarm.model.adapters import BlockAdapter
 from swarm.model.edits import Adapters
+from swarm.model.hosted import HostedAdapter
 from swarm.model.targets import Targets, check_adapters
 from swarm.ranges import BlockRange
 from swarm.streams import read_parts
@@ -59,12 +60,23 @@ class _Entry:
 class Lease:
     """Adapters that stay where they are until this is closed; a context manager."""
 
-    def __init__(self, store: AdapterStore, entries: Sequence[_Entry | None]) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        entries: Sequence[_Entry | None],
+        names: Sequence[bytes] = (),
+        *,
+        hosted: bool = False,
+    ) -> None:
         self._store = store
         self._entries = entries
         self._closed = False
         self.give_way: Callable[[], None] | None = None
         """Ends what holds this, if that may be when room is needed; set by the store."""
+        self.names = tuple(names) if any(entry is not None for entry in entries) else ()
+        """The digest of each block's adapter; empty if nothing is changed anywhere."""
+        self.is_hosted = hosted
+        """Whether they are the server's own: their tensors get no gradients."""
         self.adapters: Adapters | None = None
         """One entry for each block; None if nothing is changed anywhere."""
         if any(entry is not None for entry in entries):
@@ -85,7 +97,7 @@ class Lease:
 
     def share(self) -> Lease:
         """A lease of the same adapters that is closed by itself."""
-        return Lease(self._store, self._entries)
+        return Lease(self._store, self._entries, self.names, hosted=self.is_hosted)
 
     def close(self) -> None:
         if not self._closed:
@@ -146,6 +158,8 @@ class AdapterStore:
         self._arriving: set[_Arrival] = set()
         self._used_bytes = 0
         self._guard = threading.Lock()
+        self._hosted: dict[bytes, tuple[BlockRange, Sequence[bytes]]] = {}
+        """Digest of a hosted adapter -> our blocks, and the digests of their adapters."""
         self._reading = asyncio.Semaphore(1)
         """Files are turned into tensors one at a time: for that moment, both are in memory."""
 
@@ -193,11 +207,34 @@ class AdapterStore:
                     self._entries[wire.digest] = _Entry(adapter, arrival.num_bytes)
                     arrival.num_bytes = 0  # the entry has it from now on
 
-    def lease(self, digests: Sequence[bytes], blocks: BlockRange) -> Lease:
+    def host(self, hosted: HostedAdapter, blocks: BlockRange) -> None:
+        """Hold what an adapter of our own changes in these blocks, beside the budget and for good.
+
+        Raises: BadRequest: it does not fit them.
+        """
+        adapters = [hosted.adapters[number] for number in blocks]
+        digests = [hosted.digests[number] for number in blocks]
+        try:
+            check_adapters(adapters, blocks, self.targets)
+        except BadRequest as exc:
+            raise BadRequest(f"the adapter {hosted.name!r} cannot be hosted: {exc}") from exc
+        for digest, adapter in zip(digests, adapters, strict=True):
+            if adapter is not None and digest not in self._entries:
+                here = adapter.with_tensors([tensor.to(self._device) for tensor in adapter.tensors().values()])
+                self._entries[digest] = _Entry(here, num_bytes=0, num_users=1)  # we are the user who stays
+        self._hosted[hosted.listing.digest_bytes] = blocks, digests
+
+    def lease(self, digests: Sequence[bytes], blocks: BlockRange, hosted: bytes = b"") -> Lease:
         """Lend the adapters that a request names, one for each of its blocks; none if it names none.
 
+        Args:
+            hosted: digest of an adapter that is hosted here, instead of these.
         Raises: AdapterMissing: not all are here. BadRequest: they do not fit the blocks, or are too many.
         """
+        if hosted:
+            if digests:
+                raise BadRequest("a hosted adapter and others were named: use one or the other")
+            digests = self._hosted_digests(hosted, blocks)
         if not digests:
             return Lease(self, [])
         if len(digests) != len(blocks):
@@ -214,7 +251,13 @@ class AdapterStore:
             if entry is not None and number not in entry.fits:
                 check_adapters([entry.adapter], BlockRange(number, number + 1), self.targets)
                 entry.fits.add(number)
-        return Lease(self, entries)
+        return Lease(self, entries, digests, hosted=bool(hosted))
+
+    def _hosted_digests(self, hosted: bytes, blocks: BlockRange) -> Sequence[bytes]:
+        if hosted not in self._hosted:
+            raise BadRequest("the adapter that was asked for is not hosted here: use a server that announces it")
+        own, digests = self._hosted[hosted]
+        return digests[blocks.start - own.start : blocks.end - own.start]
 
     def check_request(self, num_bytes: int) -> None:
         """Raise BadRequest if the adapters of one request take more than they may."""

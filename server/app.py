@@ -24,6 +24,7 @@ from swarm.identity import TlsCertificate
 from swarm.link import JoinLink
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.hosted import read_hosted
 from swarm.ranges import BlockRange
 from swarm.survey import Survey
 from swarm.tunnel import open_connector, serve_tunnel
@@ -102,12 +103,13 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     anatomy = anatomy_of(checkpoint.config)
     if config.blocks is not None:
         config.blocks.check_inside(anatomy.num_blocks)
+    hosted = [await asyncio.to_thread(read_hosted, source, checkpoint) for source in config.adapters]
     if anatomy.max_session_tokens is not None:
         longest = min(config.limits.max_session_tokens, anatomy.max_session_tokens)
         config = replace(config, limits=replace(config.limits, max_session_tokens=longest))
     async with AsyncExitStack() as owned:
         dht = await owned.enter_async_context(open_dht(_dht_config(config)))
-        holding = await _choose_holding(config, checkpoint, dht)
+        holding = await _choose_holding(config, checkpoint, dht, sum(each.num_bytes for each in hosted))
         rule = UntilSeenOutside(await rule_for(await dht.multiaddrs()))
         connector, _ = await owned.enter_async_context(open_connector(dht, rule=rule))
         model = ServedModel(
@@ -115,6 +117,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             name=public_name(checkpoint),
             fingerprint=checkpoint.fingerprint,
             num_blocks=anatomy.num_blocks,
+            hosted=hosted,
         )
         front = Front()
         mover = await owned.enter_async_context(
@@ -134,6 +137,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         )
         await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays, rule))
         announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)
+        announcement = announcement.model_copy(update={"adapters": tuple(each.listing for each in hosted)})
         announcer, announcing = await owned.enter_async_context(
             announced(dht.directory, announcement, Survey(connector), config.announce_period_s)
         )
@@ -178,10 +182,14 @@ def _dht_config(config: ServerConfig) -> DhtConfig:
     )
 
 
-async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht) -> Holding:
-    """Resolve every "auto": device, dtype, quantization, blocks and cache."""
+async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht, hosted_bytes: int) -> Holding:
+    """Resolve every "auto": device, dtype, quantization, blocks and cache.
+
+    Args:
+        hosted_bytes: what the adapters of this server will take on the device; those on the CPU are there already.
+    """
     device = choose_device(config.device)
-    free = free_bytes(device)
+    free = free_bytes(device) - (0 if device.type == "cpu" else hosted_bytes)
     precision = await asyncio.to_thread(choose_precision, config, checkpoint.config, device, free)
     num_model_blocks = anatomy_of(checkpoint.config).num_blocks
     wanted = len(config.blocks) if config.blocks is not None else config.num_blocks

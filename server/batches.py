@@ -230,7 +230,10 @@ def run_backward(span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept:
 
 
 def _adapter_tensors(batch: Batch) -> list[Tensor]:
+    """Those that get gradients."""
     adapters = batch.changes[0] or ()
+    if batch.adapters is not None and batch.adapters.is_hosted:
+        return []
     return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors().values()]
 
 
@@ -243,13 +246,16 @@ def _on_device(span: Span, batch: Batch) -> list[Tensor]:
 def _run_span(span: Span, batch: Batch, inputs: list[Tensor]) -> Tensor:
     device = span.device
     adapters, seed, first_row = batch.changes
-    rest = iter(inputs[1 if batch.prompts_NBPD is None else 2 :])
+    rest = inputs[1 if batch.prompts_NBPD is None else 2 :]
+    if rest and adapters:
+        tensors = iter(rest)
+        adapters = [each and each.with_tensors([next(tensors) for _ in each.tensors()]) for each in adapters]
     return span(
         inputs[0],
         attention_mask_BT=None if batch.mask_BL is None else batch.mask_BL.to(device),
         position_ids_BL=None if batch.position_ids_BL is None else batch.position_ids_BL.to(device),
         prompts_NBPD=None if batch.prompts_NBPD is None else inputs[1],
-        adapters=adapters and [each and each.with_tensors([next(rest) for _ in each.tensors()]) for each in adapters],
+        adapters=adapters,
         dropout=None if seed is None else Dropout(seed, first_row, batch.length),
     )
 

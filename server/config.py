@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swarm.announcement import MAX_HOSTED_ADAPTERS
 from swarm.directory import MAX_LIFETIME_S
 from swarm.errors import BadRequest
 from swarm.model.checkpoint import CheckpointSource
+from swarm.model.hosted import AdapterSource
 from swarm.model.quantization import CHOICES
 from swarm.ranges import BlockRange
 from swarm.relaying import BESIDE_SERVING, RelayConfig
@@ -66,6 +68,8 @@ class ServerConfig:
     """How decoding, prefill and training share the time."""
     session_grace_s: float = 30.0
     """How long the cache of a session whose connection broke is kept, so that it can go on; 0: not at all."""
+    adapters: tuple[AdapterSource, ...] = ()
+    """Adapters that it hosts, for clients to choose by name."""
     adapter_bytes: int | None = None
     """Budget for what clients change in the blocks; None: from the free memory; 0: they may change nothing."""
     kept_activation_bytes: int = 1 << 30
@@ -94,6 +98,12 @@ class ServerConfig:
             raise BadRequest(f"quantization must be one of {', '.join(CHOICES)}, not {self.quantization!r}")
         if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
             raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
+        names = [each.name for each in self.adapters]
+        if len(set(names)) < len(names) or len(names) > MAX_HOSTED_ADAPTERS:
+            raise BadRequest(
+                f"the hosted adapters are called {', '.join(names)}: at most {MAX_HOSTED_ADAPTERS} are possible, each "
+                "with a name of its own, as in --adapters NAME=REPO_OR_PATH"
+            )
         if self.adapter_bytes is not None and self.adapter_bytes < 0:
             raise BadRequest("adapter_bytes must not be negative")
         if self.metrics_port is not None and not 0 < self.metrics_port < 65536:

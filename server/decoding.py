@@ -69,7 +69,7 @@ class Decoding:
         """Check what is asked for, take it in when there is room, and open the way to the next hop."""
         blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
-        with self._adapters.lease(opening.adapters, blocks) as adapters:
+        with self._adapters.lease(opening.adapters, blocks, opening.hosted_adapter) as adapters:
             prompts = await self._read_prompts(context.read, opening, blocks)
             key = SessionKey(
                 session_id=opening.session_id,
@@ -77,7 +77,7 @@ class Decoding:
                 batch_size=opening.batch_size,
                 max_tokens=opening.max_tokens,
                 prompts_digest=b"" if prompts is None else _digest(prompts),
-                adapters=tuple(opening.adapters) if adapters.adapters else (),
+                adapters=adapters.names,
             )
             timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
             async with self._sessions.open(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import swarm
 from swarm import PROTOCOL_VERSION
 from swarm.codec import CHUNK_BYTES, optional, pack, wire_dtype
 from swarm.errors import Draining, ProtocolError
+from swarm.model.hosted import HostedAdapter
 from swarm.model.narrow import SpanViews
 from swarm.peers import Connector
 from swarm.rpc import errors_to_wire
@@ -46,6 +47,8 @@ class ServedModel:
     name: str
     fingerprint: str
     num_blocks: int
+    hosted: Sequence[HostedAdapter] = ()
+    """Adapters for clients to choose by name."""
 
 
 class BlocksService(pb_grpc.BlocksServicer):
@@ -199,7 +202,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         checks.check_prompts_spec(specs[3], blocks, batch_size, hidden_size, self._limits)
         checks.check_forward_id(wire.forward_id)
         max_bytes = checks.max_message_bytes(max_tokens, hidden_size, len(blocks), self._limits)
-        with self._adapters.lease(wire.adapters, blocks) as lease:
+        with self._adapters.lease(wire.adapters, blocks, wire.hosted_adapter) as lease:
             tensors = await read_tensors(context.read, specs, wire.data, max_bytes=max_bytes)
             x_BLD, mask_BL, ids_BL, prompts, grad_BLD = tensors
             assert x_BLD is not None

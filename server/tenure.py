@@ -115,6 +115,7 @@ async def open_tenure(
     """Load blocks and have all that serves them, while the body runs.
 
     Raises: BadCheckpoint, UnsupportedModel, ResourceError: they cannot be loaded, or leave no room for a cache.
+        BadRequest: an adapter that is to be hosted does not fit them.
     """
     num_threads = config.num_threads or torch.get_num_threads()
     async with AsyncExitStack() as owned:
@@ -130,6 +131,8 @@ async def open_tenure(
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
         kept = KeptActivations(config.kept_activation_bytes)
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
+        for hosted in model.hosted:
+            adapters.host(hosted, holding.blocks)
         answers = AnswerRoom(max(LEAST_ROOM_BYTES, holding.memory.adapter_bytes))
         service = BlocksService(
             model, sessions.views, engine, sessions, connector, config.limits, kept, adapters, answers

@@ -77,6 +77,14 @@ HiddenSize = Annotated[int, Field(ge=1, le=2**24)]
 Rate = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
+MAX_HOSTED_ADAPTERS = 16
+"""Of one server: their names and digests take a quarter of the largest announcement."""
+
+ADAPTER_DIGEST_BYTES = 16
+
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+AdapterDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * ADAPTER_DIGEST_BYTES}}}$")]
+
 _PLAIN_FIELDS = (
     "protocol_version", "software_version", "server_name", "model_name", "num_model_blocks", "hidden_size", "start",
     "end", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens",
@@ -108,6 +116,24 @@ class ModelListing(BaseModel):
         entry = _parse(directory_pb2.ModelEntry(), data, "model listing")
         names = ("name", "fingerprint", "num_blocks", "hidden_size")
         return _checked(cls, {name: getattr(entry, name) for name in names}, "model listing")
+
+
+class AdapterListing(BaseModel):
+    """An adapter that a server hosts. Two with the same digest change the same in the whole model."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: AdapterName
+    digest: AdapterDigest
+    """Hexadecimal."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest[:8]}"
+
+    @property
+    def digest_bytes(self) -> bytes:
+        """As it travels."""
+        return bytes.fromhex(self.digest)
 
 
 class AddressFields(BaseModel):
@@ -175,6 +201,8 @@ class Announcement(BaseModel):
     cache_free_tokens: Count
     coordinates: Coordinates | None = None
     """Where the server is in the network; None: it has met nobody yet."""
+    adapters: Annotated[tuple[AdapterListing, ...], Field(max_length=MAX_HOSTED_ADAPTERS)] = ()
+    """Those that it hosts."""
     expires_at_s: Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
     """Unix time by the clock of this machine; a server announces itself again well before."""
 
@@ -226,6 +254,7 @@ class Announcement(BaseModel):
             multiaddrs=[address.removesuffix(own_suffix) for address in self.multiaddrs],
             coordinates=[] if place is None else [place.x_s, place.y_s, place.height_s, place.error],
             next_blocks=None if following is None else blocks_pb2.BlockRange(start=following.start, end=following.end),
+            adapters=[directory_pb2.HostedAdapter(name=each.name, digest=each.digest_bytes) for each in self.adapters],
         ).SerializeToString()
         if len(data) > MAX_ANNOUNCEMENT_BYTES:
             raise BadRequest(
@@ -261,6 +290,7 @@ class Announcement(BaseModel):
                 "coordinates": _place(entry.coordinates) if entry.coordinates else None,
                 "next_start": entry.next_blocks.start if moves else None,
                 "next_end": entry.next_blocks.end if moves else None,
+                "adapters": tuple({"name": each.name, "digest": each.digest.hex()} for each in entry.adapters),
             }
         except (ValueError, TypeError) as exc:  # a number without a name, a certificate without a point
             raise ProtocolError(f"a malformed announcement: {exc}") from exc

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionMaskInterface,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
@@ -31,7 +32,7 @@ from swarm.errors import BadCheckpoint, BadRequest, ResourceError, UnsupportedMo
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.half_layers import use_half_kernels
-from swarm.model.loading import load_part
+from swarm.model.loading import build_empty, load_part
 from swarm.model.quantization import NONE, Scheme, choose_scheme
 from swarm.model.remote_cache import RemoteCache
 from swarm.model.shadows import RemoteLayers
@@ -179,11 +180,9 @@ def load_client_half(
         BadRequest: no such quantization. ResourceError: this kind of device cannot do it.
     """
     scheme = choose_scheme(quantization, torch.device(device).type)
-    config: PretrainedConfig = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
+    config = _unquantized(checkpoint.config)
     for name in [name for name in hf_kwargs if hasattr(config, name)]:
         setattr(config, name, hf_kwargs.pop(name))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # only blocks are quantized, and they are not here
     anatomy = anatomy_of(config)
     model, missing = load_part(
         _client_class(_class_of(auto_class, config), base_class_of(config), anatomy, call),
@@ -200,9 +199,7 @@ def load_client_half(
     if scheme is not None:
         _quantize_head(model, scheme)
     use_half_kernels(model)
-    for module in model.modules():
-        if isinstance(module, RemoteLayers):  # only now: nothing on `meta` is given kernels
-            module.settle(torch.device(device), model.dtype)
+    _settle(model, torch.device(device), model.dtype)  # only now: nothing on `meta` is given kernels
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
     return model
@@ -218,6 +215,37 @@ def _quantize_head(model: Any, scheme: Scheme) -> None:
         )
     model.set_output_embeddings(scheme.linear.quantize(head.weight.detach(), head.bias))
     model.config.tie_word_embeddings = False
+
+
+def empty_client_half(checkpoint: Checkpoint) -> PreTrainedModel:
+    """A causal language model as `load_client_half` returns it, but to look at: nothing is read, and it cannot run.
+
+    Raises: UnsupportedModel: the architecture cannot be cut, or has no such class.
+    """
+    config = _unquantized(checkpoint.config)
+    model_class = _class_of(AutoModelForCausalLM, config)
+    client_class = _client_class(model_class, base_class_of(config), anatomy_of(config), _refuse_to_run)
+    model = build_empty(client_class, config)
+    _settle(model, torch.device("cpu"), torch.float32)
+    return model
+
+
+def _refuse_to_run(*_: Any, **__: Any) -> Tensor:
+    raise BadRequest("this client half has no weights: it is only looked at")
+
+
+def _unquantized(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy for the client half: only blocks are quantized, and they are not here."""
+    config = type(config).from_dict(config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _settle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, RemoteLayers):
+            module.settle(device, dtype)
 
 
 def _no_mask(*_: Any, device: torch.device | None = None, **__: Any) -> Tensor:
@@ -320,4 +348,4 @@ def _generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> Gene
     return GenerationConfig.from_pretrained(path.parent)
 
 
-__all__ = ["RemoteCache", "RemoteCall", "load_client_half"]
+__all__ = ["RemoteCache", "RemoteCall", "empty_client_half", "load_client_half"]

@@ -74,7 +74,7 @@ def load_part(
         ResourceError: the device has no memory for it, or nothing here can run it as it is quantized.
     """
     with ExitStack() as files, _one_at_a_time, quiet_loader():
-        with torch.device("meta"), no_init_weights(), no_tie_weights():
+        with _on_meta():
             skeleton = model_class(config)
             names = names_of(skeleton, checkpoint, prepare_for_own(skeleton, config, device))
         try:
@@ -97,6 +97,18 @@ def load_part(
             f"the config asks for {tuple(wanted)}"
         )
     return model, set(info["missing_keys"])
+
+
+def build_empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Build a class on `meta`: to look at, without any weights."""
+    with _one_at_a_time, _on_meta():
+        return model_class(config)
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), no_init_weights(), no_tie_weights():
+        yield
 
 
 def names_of(model: PreTrainedModel, checkpoint: Checkpoint, quantizer: HfQuantizer | None = None) -> list[str]:

@@ -196,7 +196,7 @@ class SessionClose(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch", "adapters")
+    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch", "adapters", "hosted_adapter")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class SessionOpen(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    HOSTED_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     session_id: bytes
@@ -223,7 +224,8 @@ class SessionOpen(_message.Message):
     data: bytes
     epoch: int
     adapters: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ..., adapters: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    hosted_adapter: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ..., adapters: _Optional[_Iterable[bytes]] = ..., hosted_adapter: _Optional[bytes] = ...) -> None: ...
 
 class SessionAttach(_message.Message):
     __slots__ = ("protocol_version", "session_id", "epoch")
@@ -308,7 +310,7 @@ class ComputeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ComputeOpen, _Mapping]] = ..., more: _Optional[bytes] = ...) -> None: ...
 
 class ComputeOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data", "forward_id", "adapters", "dropout_seed", "first_row")
+    __slots__ = ("protocol_version", "model_fingerprint", "blocks", "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs", "data", "forward_id", "adapters", "dropout_seed", "first_row", "hosted_adapter")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -322,6 +324,7 @@ class ComputeOpen(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    HOSTED_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     blocks: BlockRange
@@ -335,7 +338,8 @@ class ComputeOpen(_message.Message):
     adapters: _containers.RepeatedScalarFieldContainer[bytes]
     dropout_seed: int
     first_row: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., forward_id: _Optional[bytes] = ..., adapters: _Optional[_Iterable[bytes]] = ..., dropout_seed: _Optional[int] = ..., first_row: _Optional[int] = ...) -> None: ...
+    hosted_adapter: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., grad_outputs: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., forward_id: _Optional[bytes] = ..., adapters: _Optional[_Iterable[bytes]] = ..., dropout_seed: _Optional[int] = ..., first_row: _Optional[int] = ..., hosted_adapter: _Optional[bytes] = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
     __slots__ = ("result", "more")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from swarm.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement
+from swarm.announcement import MAX_ANNOUNCEMENT_BYTES, MAX_HOSTED_ADAPTERS, AdapterListing, Announcement
 from swarm.coordinates import Coordinates
 from swarm.errors import BadRequest, ProtocolError
 from swarm.ranges import BlockRange
@@ -32,6 +32,19 @@ def test_announcement_survives_the_wire(make_announcement: Make) -> None:
     assert read(announcement.to_bytes(), **known) == announcement
     assert announcement.blocks == BlockRange(0, 4)
     assert len(announcement.to_bytes()) < 260
+
+
+def test_hosted_adapters_survive_the_wire(make_announcement: Make) -> None:
+    adapters = tuple(
+        AdapterListing(name=f"{number:x}".rjust(64, "n"), digest=f"{number:032x}")
+        for number in range(MAX_HOSTED_ADAPTERS)
+    )
+    announcement = make_announcement(adapters=adapters)
+    known = announcement.model_dump(include={"peer_id", "model_fingerprint", "expires_at_s"})
+    assert read(announcement.to_bytes(), **known) == announcement
+    assert len(announcement.to_bytes()) < MAX_ANNOUNCEMENT_BYTES / 2
+    with pytest.raises(ValidationError):
+        make_announcement(adapters=(*adapters, adapters[0]))
 
 
 def test_where_a_server_is_about_to_move_survives_the_wire(make_announcement: Make) -> None:
@@ -109,6 +122,8 @@ def test_any_changed_field_is_read_or_refused(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"adapters": [directory_pb2.HostedAdapter(name="two words", digest=bytes(16))]},
+        {"adapters": [directory_pb2.HostedAdapter(name="poet", digest=bytes(15))]},
         {"state": 0}, {"state": 9}, {"dtype": 4}, {"dtype": 77}, {"coordinates": [0.1]}, {"coordinates": [9, 0, 0, 0]},
         {"coordinates": [float("nan")] * 4}, {"tls_certificate": b"\x09" * 97}, {"end": 0}, {"num_model_blocks": 0},
     ],

@@ -13,6 +13,7 @@ import torch
 
 from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable, ProtocolError
 from swarm.model.adapters import Bias, BlockAdapter, Lora
+from swarm.model.hosted import HostedAdapter
 from swarm.model.targets import Width
 from swarm.ranges import BlockRange
 from swarm.server import adapters
@@ -362,3 +363,32 @@ async def test_a_lease_that_is_used_again_does_not_give_way() -> None:
         lease.close()
     await put(store, ADAPTERS[4])
     assert store.statistics().num_used == 0
+
+
+# Adapters of the server's own
+
+HOSTED = HostedAdapter("poet", [None, None, ADAPTERS[0], None], [b"", b"", ADAPTERS[0].digest, b""])
+
+
+async def test_a_hosted_adapter_stays_and_takes_nothing_of_the_budget() -> None:
+    store = new_store(2)
+    store.host(HOSTED, BLOCKS)
+    for number in range(1, 5):
+        await put(store, ADAPTERS[number])
+    await put(store, ADAPTERS[0])  # a client's that is the same
+    assert held(store) == [0, 3, 4] and store.statistics().used_bytes == 2 * SIZE
+    name = HOSTED.listing.digest_bytes
+    with store.lease([], BLOCKS, name) as lease:
+        assert lease.is_hosted and lease.share().is_hosted and lease.names == (ADAPTERS[0].digest, b"")
+    with store.lease([], BlockRange(3, 4), name) as lease:
+        assert lease.adapters is None and lease.names == ()
+    with pytest.raises(BadRequest, match="one or the other"):
+        store.lease([ADAPTERS[0].digest, b""], BLOCKS, name)
+    with pytest.raises(BadRequest, match="not hosted here"):
+        store.lease([], BLOCKS, bytes(16))
+
+
+def test_a_hosted_adapter_that_does_not_fit_is_refused() -> None:
+    wrong = BlockAdapter([Bias("mlp", torch.zeros(63))])
+    with pytest.raises(BadRequest, match="the adapter 'poet' cannot be hosted: in block 2, the bias change of mlp"):
+        new_store().host(HostedAdapter("poet", [wrong] * 4, [wrong.digest] * 4), BLOCKS)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm import PROTOCOL_VERSION
-from swarm.announcement import Announcement
+from swarm.announcement import AdapterListing, Announcement
+from swarm.client.hosted import choose_adapter
 from swarm.client.routing import HOP_COST_S, TUNNEL_COST_S, Hop, Needs, Roster, View, route_costs
 from swarm.client.routing import plan_route as plan_route_of
 from swarm.coordinates import Coordinates
-from swarm.errors import NoRoute, PromptTooLong
+from swarm.errors import BadRequest, NoRoute, PromptTooLong
 from swarm.ranges import BlockRange
 
 ALL = Needs(BlockRange(0, 12), FINGERPRINT)
@@ -232,3 +233,38 @@ def test_every_route_is_valid_and_as_cheap_as_the_best_of_all(kinds, wanted, bat
     assert hops[-1].blocks.end == wanted[1]
     assert all(hop.server.blocks.covers(hop.blocks) for hop in hops)
     assert sum(cost.total_s for cost in route_costs(hops, needs, view)) == pytest.approx(best_s, rel=1e-3)
+
+
+# Adapters that servers host
+
+POET, OTHER_POET = (AdapterListing(name="poet", digest=digit * 32) for digit in "ab")
+HOSTING = [
+    announcement("A", 0, 12),
+    announcement("B", 0, 8, adapters=(POET,)),
+    announcement("C", 4, 12, adapters=(OTHER_POET,)),
+    announcement("D", 8, 12, adapters=(POET,)),
+]
+
+
+def test_a_route_takes_servers_of_one_adapter_only():
+    assert described(plan_route(HOSTING, ALL)) == [("A", 0, 12)]
+    assert described(plan_route(HOSTING, replace(ALL, adapter=POET))) == [("B", 0, 8), ("D", 8, 12)]
+    with pytest.raises(NoRoute) as caught:
+        plan_route(HOSTING, replace(ALL, adapter=OTHER_POET))
+    assert str(caught.value) == (
+        "the adapter poet@bbbbbbbb is not served for blocks 0-3 of 0:12 (2 known servers with another adapter 'poet'; "
+        "1 known server with no adapter 'poet'); servers that have it: 4:12 at server-C (QQQQQQQC)"
+    )
+
+
+def test_a_name_means_the_adapter_that_is_served_for_most_blocks():
+    blocks = ALL.blocks
+    assert choose_adapter(HOSTING, "poet", blocks) == POET
+    assert choose_adapter(HOSTING[:3], "poet", BlockRange(6, 12)) == OTHER_POET
+    assert choose_adapter([*HOSTING, announcement("E", 0, 12, adapters=(OTHER_POET,))], "poet", blocks) == OTHER_POET
+    assert choose_adapter(HOSTING, "poet@BB", blocks) == OTHER_POET
+    for wanted in ("bard", "poet@c", ""):
+        with pytest.raises(BadRequest, match=f"hosts an adapter '{wanted}': they host poet@aaaaaaaa, poet@bbbbbbbb$"):
+            choose_adapter(HOSTING, wanted, blocks)
+    with pytest.raises(BadRequest, match="they host none$"):
+        choose_adapter(HOSTING[:1], "poet", blocks)
