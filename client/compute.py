@@ -72,8 +72,8 @@ class Batch:
         batch_size, length = self.x_BLD.shape[0], self.context_length
         if length > max_tokens:
             raise PromptTooLong(
-                f"a sequence of {length} tokens, its prefix included, does not fit the {max_tokens} that servers take "
-                "at once in training: use shorter sequences"
+                f"a sequence of {length} tokens does not fit the {max_tokens} that servers take at once in training: "
+                "use shorter sequences (a prefix counts)"
             )
         rows = max(1, min(max_rows, max_tokens // length))
         return [self.rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]

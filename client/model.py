@@ -238,6 +238,8 @@ class DistributedMixin:
                 "PEFT's prompt learning takes only the last token of what continues a session: "
                 "open a new session, and pass all tokens"
             )
+        if not session.position:
+            session.begin_with(None)  # until the call brings a prefix
         num_past = 0 if past is None else past.shape[1]
         if past is not None:
             inputs, kwargs["attention_mask"] = _joined(session, past, inputs, kwargs.get("attention_mask"))

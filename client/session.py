@@ -117,15 +117,16 @@ class InferenceSession:
         return self._config.adapters
 
     def begin_with(self, prefix: ModelPrefix | None) -> None:
-        """Put keys and values in front of all tokens; positions and lengths do not count them.
+        """Put keys and values, or none, in front of all tokens; positions and lengths do not count them.
 
-        Raises: BadRequest: it was fed already.
+        Raises: BadRequest: it holds tokens that came after something else.
         """
         adapters = frozen(with_prefix(self._config.adapters, prefix))
         if names_of(adapters) == names_of(self._config.adapters):
             return
-        if self._session is not None:
-            raise BadRequest("a session that was fed already cannot begin with another prefix: open a new one")
+        if self._position:
+            raise BadRequest("a session that holds tokens cannot begin with another prefix: open a new one")
+        self.restart()
         self._config = replace(self._config, adapters=adapters)
 
     @property

@@ -11,7 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from swarm.errors import BadRequest
-from swarm.model.adapters import BlockAdapter, ModelAdapter
+from swarm.model.adapters import BlockAdapter, ModelAdapter, num_prefix_tokens
 from swarm.model.changes import PAST, Prefix
 
 # B batch, P tokens of a prefix, M key/value heads, H head dim
@@ -36,11 +36,13 @@ def read_prefix(cache: Any, num_blocks: int) -> ModelPrefix:
 
 
 def with_prefix(adapters: ModelAdapter | None, prefix: ModelPrefix | None) -> ModelAdapter | None:
-    """The adapters of all blocks, with this prefix in front instead of the one that they may have."""
-    if prefix is None:
-        return adapters
-    adapters = adapters or [None] * len(prefix)
+    """The adapters of all blocks, with this prefix, or none, in front instead of the one that they may have."""
+    adapters = adapters or [None] * len(prefix or ())
+    if prefix is None and not num_prefix_tokens(adapters):
+        return adapters or None
     others = [[change for change in adapter or () if not isinstance(change, Prefix)] for adapter in adapters]
+    if prefix is None:
+        return [BlockAdapter(changes) if changes else None for changes in others]
     return [BlockAdapter([*changes, each]) for changes, each in zip(others, prefix, strict=True)]
 
 
