@@ -43,8 +43,7 @@ class SessionCache(RemoteCache):
         """Nothing to note: the session counts."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.position + tokens_to_remove
-        self.session.rewind(min(self.position, max(0, kept)))
+        self.session.rewind(self.kept_of(tokens_to_remove))
 
     def reset(self) -> None:
         self.session.rewind(0)
@@ -95,6 +94,7 @@ class DeferredCache(SessionCache):
             assert self._first is not None
             x_BLD, mask_BL, position_ids_BL = self._first
             session = self._open_session(max(DEFAULT_SESSION_TOKENS, 2 * x_BLD.shape[1]))
+            session.begin_with(self.prefix)
             weakref.finalize(self, session.close_soon)
             session.preload(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL)
             self._session, self._first = session, None

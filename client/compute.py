@@ -21,7 +21,7 @@ from swarm import PROTOCOL_VERSION
 from swarm.announcement import AdapterListing
 from swarm.codec import optional, pack, torch_dtype
 from swarm.errors import NoRoute, PromptTooLong, ProtocolError
-from swarm.model.adapters import ModelAdapter, of_blocks
+from swarm.model.adapters import ModelAdapter, num_prefix_tokens, of_blocks
 from swarm.ranges import BlockRange
 from swarm.rows import some_rows
 from swarm.rpc import errors_from_wire
@@ -71,13 +71,18 @@ class Batch:
     first_row: int = 0
     """Which sequence of the whole batch the first one is."""
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that each sequence attends to, a prefix included."""
+        return self.x_BLD.shape[1] + num_prefix_tokens(self.adapters)
+
     def split(self, max_tokens: int, max_rows: int) -> list[Batch]:
         """Cut along the batch. Raises: PromptTooLong: one sequence alone has more tokens."""
-        batch_size, length, _ = self.x_BLD.shape
+        batch_size, length = self.x_BLD.shape[0], self.context_length
         if length > max_tokens:
             raise PromptTooLong(
                 f"a sequence of {length} tokens does not fit the {max_tokens} that servers take at once in training: "
-                "use shorter sequences"
+                "use shorter sequences (a prefix counts)"
             )
         rows = max(1, min(max_rows, max_tokens // length))
         return [self.rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]
@@ -171,7 +176,7 @@ class RemoteCompute:
         return await self._network.retrying(attempt)
 
     def _needs_of(self, batch: Batch, blocks: BlockRange) -> Needs:
-        batch_size, length, _ = batch.x_BLD.shape
+        batch_size, length = batch.x_BLD.shape[0], batch.context_length
         num_tokens = batch_size * length
         return replace(self._needs, blocks=blocks, adapter=batch.hosted, batch_size=batch_size, batch_tokens=num_tokens)
 

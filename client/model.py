@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from swarm.announcement import AdapterListing
 from swarm.errors import BadRequest
 from swarm.model.adapters import ModelAdapter, frozen, undropped
+from swarm.model.client_half import num_virtual_tokens
+from swarm.model.prefixes import ModelPrefix, with_prefix
 from swarm.model.remote_cache import RemoteCache
 from swarm.ranges import BlockRange
 
@@ -55,7 +57,8 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.sessions: list[InferenceSession] = []
-        self.generating: list[InferenceSession] = []
+        self.generating: list[SessionCache] = []
+        """The caches of the calls of `generate` that are under way."""
         self.num_outputs: int | None = None
         self.through: nn.Module | None = None
         """What runs in place of all remote blocks."""
@@ -83,8 +86,11 @@ class SwarmCall:
         cache: RemoteCache | None,
         attention_mask_BT: Tensor | None,
         position_ids_BL: Tensor | None,
+        prefix: ModelPrefix | None = None,
     ) -> Tensor:
         """See swarm.model.client_half.RemoteCall."""
+        if prefix is not None and self.prompts is not None:
+            raise BadRequest("tuning_mode and prefix tuning cannot be used together: choose one of them")
         length = x_BLD.shape[1]
         mask_BL = None if attention_mask_BT is None else attention_mask_BT[:, -length:]
         if position_ids_BL is not None:
@@ -94,14 +100,20 @@ class SwarmCall:
             cache.mask_BT = attention_mask_BT if attention_mask_BT is not None else cache.mask_BT
             if not (isinstance(cache, DeferredCache) and cache.is_empty):
                 return self._cached(x_BLD, cache, mask_BL, position_ids_BL)
-        y_BLD = self._stateless(x_BLD, mask_BL, position_ids_BL)
+        y_BLD = self._stateless(x_BLD, mask_BL, position_ids_BL, with_prefix(self.adapters(), prefix))
         if isinstance(cache, DeferredCache):
             cache.hold(x_BLD, mask_BL, position_ids_BL)
         return y_BLD
 
-    def _stateless(self, x_BLD: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None) -> Tensor:
+    def _stateless(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        position_ids_BL: Tensor | None,
+        adapters: ModelAdapter | None,
+    ) -> Tensor:
         blocks = self.blocks if self.state.through is None else self.state.through
-        prompts, changes = self.prompts, {"adapters": self.adapters(), "active_adapter": self.hosted}
+        prompts, changes = self.prompts, {"adapters": adapters, "active_adapter": self.hosted}
         if prompts is None:
             y_BLD: Tensor = blocks(x_BLD, attention_mask=mask_BL, position_ids=position_ids_BL, **changes)
             return y_BLD
@@ -117,7 +129,8 @@ class SwarmCall:
     def _cached(
         self, x_BLD: Tensor, cache: SessionCache, mask_BL: Tensor | None, position_ids_BL: Tensor | None
     ) -> Tensor:
-        if torch.is_grad_enabled() and (x_BLD.requires_grad or self._trains_adapters):
+        adapters = with_prefix(self.adapters(), cache.prefix) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and (x_BLD.requires_grad or _are_trained(adapters)):
             raise BadRequest(
                 "gradients do not flow through a session's cache: call the model with use_cache=False to train it, "
                 "or under torch.no_grad() to generate"
@@ -138,11 +151,6 @@ class SwarmCall:
             return y_BLD
         # The head looks at the last positions only; the others are not fetched.
         return torch.cat([y_BLD.new_zeros(y_BLD.shape[0], length - num_outputs, y_BLD.shape[2]), y_BLD], dim=1)
-
-    @property
-    def _trains_adapters(self) -> bool:
-        changed = [adapter for adapter in self.adapters() or () if adapter is not None]
-        return any(tensor.requires_grad for adapter in changed for tensor in adapter.tensors().values())
 
     def refuse_between(self) -> None:
         """Raise BadRequest where a session would leave out the module that runs in place of the blocks."""
@@ -247,6 +255,16 @@ class DistributedMixin:
         weakref.finalize(cache, session.close_soon)
         return cache
 
+    def new_cache_behind(self, prefix: ModelPrefix) -> SessionCache:
+        """Return a cache that begins with a prefix: the one of the generation under way, for which PEFT has put its own
+        in place, or a new one."""
+        generating = self._swarm.state.generating
+        fresh = bool(generating) and generating[-1].get_seq_length() == 0
+        cache = generating[-1] if fresh else self.new_remote_cache()
+        cache.session.begin_with(prefix)
+        cache.prefix = prefix
+        return cache
+
     def new_default_cache(self) -> DeferredCache:
         """Return the cache of a call that neither brings nor asks for one."""
         return DeferredCache(self.inference_session if self._swarm.state.through is None else _refuse_session)
@@ -279,17 +297,28 @@ class DistributedMixin:
                 "this session was not fed with token ids by generate, which therefore cannot tell what it holds: "
                 "use another session, or set its position to 0"
             )
+        if session.position and num_virtual_tokens(self):
+            raise BadRequest(
+                "PEFT's prompt learning takes only the last token of what continues a session: "
+                "open a new session, and pass all tokens"
+            )
+        if not session.position:
+            session.begin_with(None)  # until the call brings a prefix
         num_past = 0 if past is None else past.shape[1]
         if past is not None:
             inputs, kwargs["attention_mask"] = _joined(session, past, inputs, kwargs.get("attention_mask"))
         if names_of(session.adapters) != names_of(undropped(self._swarm.adapters())):
             raise BadRequest("this session was opened with other adapters than the model has now: open a new one")
         cache, position = SessionCache(session), session.position
+        generating = self._swarm.state.generating
+        generating.append(cache)
         try:
             result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
         except BaseException:
             session.rewind(min(position, session.position))
             raise
+        finally:
+            generating.remove(cache)
         sequences = result if isinstance(result, Tensor) else result.sequences
         if kwargs.get("inputs_embeds") is None:
             _remember(session, sequences, cache.mask_BT)
@@ -308,14 +337,14 @@ class DistributedMixin:
         try:
             yield
         finally:
-            for session in generating[start:]:
-                session.close()
+            for cache in generating[start:]:
+                cache.session.close()
             del generating[start:]
 
     def new_generation_cache(self, max_length: int) -> SessionCache:
         """A session just as long as one generation can get; it ends with the generation."""
         cache = self.new_remote_cache(max_length)
-        self._swarm.state.generating.append(cache.session)
+        self._swarm.state.generating.append(cache)
         return cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,6 +374,11 @@ def _refuse_session(max_length: int) -> InferenceSession:
         "this cache comes from a call inside run_through, and a session would run the blocks without what is between "
         "them: call the model with use_cache=False there"
     )
+
+
+def _are_trained(adapters: ModelAdapter | None) -> bool:
+    changed = [adapter for adapter in adapters or () if adapter is not None]
+    return any(tensor.requires_grad for adapter in changed for tensor in adapter.tensors().values())
 
 
 def _joined(

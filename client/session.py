@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from swarm.errors import BadRequest, PromptTooLong
-from swarm.model.adapters import ModelAdapter
+from swarm.model.adapters import ModelAdapter, frozen
+from swarm.model.prefixes import ModelPrefix, with_prefix
 from swarm.streams import Step
 
 from .chain import ChainConfig
@@ -20,6 +21,7 @@ from .network import Network
 from .prompts import Prompts
 from .remote_session import RemoteSession
 from .routing import Hop, Needs
+from .uploads import names_of
 
 # B batch, L length, T all tokens so far, D hidden, N blocks, P virtual tokens
 
@@ -113,6 +115,19 @@ class InferenceSession:
     def adapters(self) -> ModelAdapter | None:
         """What is changed in the blocks, for as long as it is open."""
         return self._config.adapters
+
+    def begin_with(self, prefix: ModelPrefix | None) -> None:
+        """Put keys and values, or none, in front of all tokens; positions and lengths do not count them.
+
+        Raises: BadRequest: it holds tokens that came after something else.
+        """
+        adapters = frozen(with_prefix(self._config.adapters, prefix))
+        if names_of(adapters) == names_of(self._config.adapters):
+            return
+        if self._position:
+            raise BadRequest("a session that holds tokens cannot begin with another prefix: open a new one")
+        self.restart()
+        self._config = replace(self._config, adapters=adapters)
 
     @property
     def route(self) -> Sequence[Hop]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from swarm.errors import AdapterMissing, BadRequest, CacheFull, PeerUnavailable, ProtocolError
-from swarm.model.adapters import BlockAdapter
+from swarm.model.adapters import BlockAdapter, num_prefix_tokens
 from swarm.model.edits import Adapters
 from swarm.model.hosted import HostedAdapter
 from swarm.model.targets import Targets, check_adapters
@@ -81,6 +81,8 @@ class Lease:
         """One entry for each block; None if nothing is changed anywhere."""
         if any(entry is not None for entry in entries):
             self.adapters = [None if entry is None else entry.adapter for entry in entries]
+        self.num_prefix_tokens = num_prefix_tokens(self.adapters)
+        """How many tokens stand in front of each sequence."""
         store.count_users(entries, 1)
 
     @property

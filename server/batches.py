@@ -62,6 +62,11 @@ class Batch:
         return self.x_BLD.shape[1]
 
     @property
+    def context_length(self) -> int:
+        """Tokens that each sequence attends to, a prefix included."""
+        return self.length + (0 if self.adapters is None else self.adapters.num_prefix_tokens)
+
+    @property
     def changes(self) -> tuple[Adapters | None, int | None, int]:
         """What happens in the blocks beside the client's tensors."""
         adapters = None if self.adapters is None else self.adapters.adapters
@@ -180,7 +185,7 @@ def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -
     num_bytes = sum(adapter.num_bytes for adapter in {*(batch.changes[0] or ())} if adapter is not None)
     with _boundaries(span, turns):
         while at < batch.num_rows:
-            end = min(batch.num_rows, at + turns.rows(batch.num_rows - at, batch.length))
+            end = min(batch.num_rows, at + turns.rows(batch.num_rows - at, batch.context_length))
             # What the next slice will take is not known; that of the last one is the best guess.
             expected = num_bytes + (graphs[-1].num_bytes if graphs else 0)
             if batch.forward_id and kept.room(expected):
@@ -213,7 +218,7 @@ def run_backward(span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept:
                 graph = graphs.popleft()
             else:
                 before = graphs[0].start if graphs else batch.num_rows
-                graph = _graph(span, batch, at, min(before, at + turns.rows(before - at, batch.length)))
+                graph = _graph(span, batch, at, min(before, at + turns.rows(before - at, batch.context_length)))
             dy_BLD = grad_BLD[at : graph.end].to(graph.y_BLD.device, graph.y_BLD.dtype)
             grads = torch.autograd.grad(graph.y_BLD, graph.inputs, dy_BLD, materialize_grads=True)
             gradients.append(grads[0].cpu())

@@ -109,8 +109,19 @@ def check_batch_spec(spec: pb.TensorSpec | None, hidden_size: int, limits: Servi
         raise BadRequest(f"the model's hidden size is {hidden_size}, the hidden states have {width}")
     if batch > limits.max_batch_size:
         raise BadRequest(f"a batch of {batch} sequences was sent, this server takes at most {limits.max_batch_size}")
-    if batch * length > max(max_tokens, batch):
-        raise PromptTooLong(f"{batch} x {length} tokens were sent, this server takes at most {max_tokens} at once")
+    check_num_tokens(batch, length, max(max_tokens, batch))
+
+
+def check_num_tokens(batch_size: int, length: int, max_tokens: int) -> None:
+    """Raise PromptTooLong if these are too many; a length counts the prefix."""
+    if batch_size * length > max_tokens:
+        raise PromptTooLong(f"{batch_size} x {length} tokens were sent, this server takes at most {max_tokens} at once")
+
+
+def check_prefix(num_tokens: int, opening: pb.SessionOpen | pb.ComputeOpen) -> None:
+    """Raise BadRequest if deep prompts, which belong to the first tokens, come with a prefix."""
+    if num_tokens and opening.HasField("prompts"):
+        raise BadRequest("deep prompts and a prefix cannot be used together: choose one of them")
 
 
 def check_prompts_spec(

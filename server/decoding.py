@@ -70,6 +70,7 @@ class Decoding:
         blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
         with self._adapters.lease(opening.adapters, blocks, opening.hosted_adapter) as adapters:
+            checks.check_prefix(adapters.num_prefix_tokens, opening)
             prompts = await self._read_prompts(context.read, opening, blocks)
             key = SessionKey(
                 session_id=opening.session_id,
@@ -182,7 +183,7 @@ class Decoding:
             async with open_push_link(
                 self._connector, PeerAddress.from_wire(opening.next), attach, on_end=session.fail
             ) as link:
-                yield lambda y_BLD, step: _push(link, y_BLD, step)
+                yield lambda y_BLD, step: _push(link, session, y_BLD, step)
         else:
             yield lambda y_BLD, step: _reply(context, session, y_BLD, step)
 
@@ -245,14 +246,15 @@ class Decoding:
         checks.check_position_ids(ids_BL, batch_size, length)
         checks.check_beam_idx(list(wire.beam_idx), session.batch_size)
         checks.check_hop_times(wire.hop_us)
+        position = session.num_prefix_tokens + wire.position
         step = StepInput(
             step_id=wire.step_id,
-            position=wire.position,
+            position=position,
             num_outputs=wire.num_outputs,
             beam_idx=list(wire.beam_idx),
             x_BLD=x_BLD,
             mask_BL=None if mask_BL is None or bool(mask_BL.all()) else mask_BL,
-            position_ids_BL=_unless_counting(ids_BL, wire.position),
+            position_ids_BL=_unless_counting(ids_BL, position),
             codec=wire.hidden_states.codec,
             arrived_s=time.monotonic(),
             hop_us=list(wire.hop_us),
@@ -294,8 +296,9 @@ async def _answer(
         raise PeerUnavailable(f"the client does not take its results within {PART_TIMEOUT_S:.0f} s") from exc
 
 
-async def _push(link: PushLink, y_BLD: Tensor, step: StepInput) -> None:
+async def _push(link: PushLink, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
+    position = step.position - session.num_prefix_tokens
     further = Step(
-        step.position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
+        position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
     )
     await link.send(*further.to_wire(step.step_id, step.codec))

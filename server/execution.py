@@ -85,6 +85,8 @@ class PackedExecutor:
 
     @torch.inference_mode()
     def run(self, group: Sequence[Slice]) -> list[Tensor]:
+        for each in group:
+            self._write_prefix(each.session)
         self._store.copy(
             (copy.source_slot, copy.target_slot, copy.num_tokens) for each in group for copy in each.copies
         )
@@ -95,6 +97,17 @@ class PackedExecutor:
         y_TD = self._twin(span)(x_TD.to(span.device, span.dtype), pieces).cpu()
         outputs = y_TD.split([each.num_tokens for each in group])
         return [y.unflatten(0, (each.session.batch_size, each.length)) for y, each in zip(outputs, group, strict=True)]
+
+    def _write_prefix(self, session: ServerSession) -> None:
+        """Write what stands in front of a session's tokens, once, into pages that its sequences share."""
+        cache = session.cache
+        if not cache.unwritten_runs:
+            return
+        slots = [slot for start, end in cache.unwritten_runs for slot in range(start, end)]
+        slots_T = torch.tensor(slots, device=self._store.layout.device)
+        for number, heads in zip(session.span.blocks, session.span.prefix_of(session.adapters), strict=True):
+            self._store.write(number, slots_T, *heads)
+        cache.unwritten_runs = ()
 
     def _twin(self, span: Span) -> PackedSpan:
         twin = self._twins.pop(span.blocks, None) or PackedSpan(span, self._store)
@@ -135,6 +148,8 @@ class SessionExecutor:
         (each,) = group
         session, span, cache = each.session, each.session.span, each.session.cache
         assert cache.own is not None
+        if cache.own.length < cache.num_prefix_tokens:
+            cache.own.begin_with(span.prefix_of(session.adapters))
         if each.start == 0:
             cache.begin_own(each.step)
         mask_BT = cache.mask_BT

@@ -62,11 +62,13 @@ class PageNames:
     are not shared.
     """
 
-    def __init__(self, batch_size: int, page_tokens: int, context: bytes) -> None:
+    def __init__(self, batch_size: int, page_tokens: int, context: bytes, num_prefix_tokens: int = 0) -> None:
         self._page_tokens = page_tokens
-        self._length = 0
+        self._length = num_prefix_tokens
         self._alive = True
-        self._names = [[hashlib.sha256(context).digest()] for _ in range(batch_size)]
+        # The pages that a prefix fills are not shared; it is part of the context.
+        before = 1 + num_prefix_tokens // page_tokens
+        self._names = [[hashlib.sha256(context).digest()] * before for _ in range(batch_size)]
         self._hashes = [hashlib.sha256(names[-1]) for names in self._names]
 
     def of_step(self, step: StepInput) -> list[list[tuple[int, bytes]]]:
@@ -118,21 +120,33 @@ class SessionCache:
         *,
         expected_tokens: int,
         own: SpanCache | None,
+        num_prefix_tokens: int = 0,
         ballast_pages: int = 0,
         adapters: Lease | None = None,
     ) -> None:
         self._pool = pool
         self.adapters = adapters
-        self._tables = [pool.open(expected_tokens) for _ in range(batch_size)]
-        self._ballast = pool.open()
-        pool.append(self._ballast, ballast_pages * pool.page_tokens)
+        self._ballast, first = pool.open(), pool.open(expected_tokens)
+        self._tables = [first]
         self.own = own
+        self.num_prefix_tokens = num_prefix_tokens
+        """Tokens in front of each sequence, which positions and lengths here count: keys and values of an adapter."""
+        self.unwritten_runs: Sequence[tuple[int, int]] = ()
+        """Slots of the prefix that are still to be written, before any is copied."""
         self.mask_BT: Tensor | None = None
         """bool, False for padding; None while there is none."""
-        self.length = 0
+        self.length = num_prefix_tokens
         self.broken = False
         """Whether a step failed half-way, so that nobody knows what is cached."""
         self.closed = False
+        try:
+            pool.append(self._ballast, ballast_pages * pool.page_tokens)
+            pool.append(first, num_prefix_tokens)
+        except OutOfPages:
+            self.close()
+            raise
+        self.unwritten_runs = first.runs()
+        self._tables += [pool.fork(first) for _ in range(batch_size - 1)]
 
     @property
     def batch_size(self) -> int:

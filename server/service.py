@@ -126,7 +126,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 opened = pb.SessionOpened(
                     max_tokens=session.max_tokens,
                     max_step_tokens=self._limits.max_step_tokens,
-                    position=session.cache.length,
+                    position=session.cache.length - session.num_prefix_tokens,
                 )
                 await context.write(pb.SessionResponse(opened=opened))
                 await self._decoding.serve(context, session)
@@ -203,6 +203,8 @@ class BlocksService(pb_grpc.BlocksServicer):
         checks.check_forward_id(wire.forward_id)
         max_bytes = checks.max_message_bytes(max_tokens, hidden_size, len(blocks), self._limits)
         with self._adapters.lease(wire.adapters, blocks, wire.hosted_adapter) as lease:
+            checks.check_prefix(lease.num_prefix_tokens, wire)
+            checks.check_num_tokens(batch_size, lease.num_prefix_tokens + length, max_tokens)
             tensors = await read_tensors(context.read, specs, wire.data, max_bytes=max_bytes)
             x_BLD, mask_BL, ids_BL, prompts, grad_BLD = tensors
             assert x_BLD is not None

@@ -94,6 +94,11 @@ class ServerSession:
     def max_tokens(self) -> int:
         return self.key.max_tokens
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that stand in front of the client's: positions here count them, its own do not."""
+        return self.cache.num_prefix_tokens
+
     def fail(self, error: BaseException) -> None:
         """End the session with an error; the first one counts."""
         if not self.failure.done():
@@ -105,10 +110,11 @@ class ServerSession:
         batch_size, length, _ = step.x_BLD.shape
         if batch_size != self.batch_size:
             raise BadRequest(f"the session was opened for {self.batch_size} sequences, the step has {batch_size}")
-        if step.position + length > self.max_tokens:
+        num_tokens = step.position - self.num_prefix_tokens + length
+        if num_tokens > self.max_tokens:
             raise PromptTooLong(
                 f"the session was opened for {self.max_tokens} tokens, this step would make it "
-                f"{step.position + length}: open it with a larger max_length"
+                f"{num_tokens}: open it with a larger max_length"
             )
 
 
@@ -287,14 +293,16 @@ class SessionTable:
     ) -> ServerSession:
         span, pool = self.views.view(key.blocks), self.pool
         prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
+        num_prefix_tokens = 0 if adapters is None else adapters.num_prefix_tokens
         prompt_pages = -(-prompt_bytes // self._bytes_per_page)
-        most = prompt_pages + key.batch_size * -(-key.max_tokens // pool.page_tokens)
+        own_pages = prompt_pages - (-num_prefix_tokens // pool.page_tokens)
+        most = prompt_pages + key.batch_size * -(-(num_prefix_tokens + key.max_tokens) // pool.page_tokens)
         if most > pool.num_pages:
             raise PromptTooLong(
                 f"the session needs {most * self._bytes_per_page >> 20} MiB of cache, this server has "
                 f"{pool.num_pages * self._bytes_per_page >> 20} MiB in all: use a shorter max_length or a smaller batch"
             )
-        promise = await self._admit(prompt_pages + key.batch_size, timeout_s)
+        promise = await self._admit(own_pages + key.batch_size, timeout_s)
         with self.guard:
             del self._promised[promise]
             if key.session_id in self._sessions or key.session_id in self._kept:  # opened while this one waited
@@ -304,13 +312,16 @@ class SessionTable:
             cache = SessionCache(
                 pool,
                 key.batch_size,
-                expected_tokens=key.max_tokens,
+                expected_tokens=num_prefix_tokens + key.max_tokens,
                 own=None if self._packed else span.new_cache(key.batch_size),
+                num_prefix_tokens=num_prefix_tokens,
                 ballast_pages=prompt_pages,
                 adapters=None if adapters is None else adapters.share(),
             )
             context = repr((key.blocks, key.prompts_digest, key.adapters)).encode()
-            names = PageNames(key.batch_size, pool.page_tokens, context) if self._packed else None
+            names = None
+            if self._packed:
+                names = PageNames(key.batch_size, pool.page_tokens, context, num_prefix_tokens)
             changed = None if adapters is None else adapters.adapters
             session = ServerSession(key, epoch, span, cache, prompts_NBPD, changed, names)
             self._promised[session] = key.batch_size

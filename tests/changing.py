@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Change, Ia3, Lora
+from swarm.model.changes import PAST
 from swarm.model.targets import Width
 
 
@@ -42,6 +43,7 @@ def random_adapter(widths: Mapping[str, Width], kinds: Sequence[str] = KINDS, *,
         [
             random_change(kinds[(number + seed) % len(kinds)], target, width, draw)
             for number, (target, width) in enumerate(sorted(widths.items()))
+            if target != PAST
         ]
     )
 

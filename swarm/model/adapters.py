@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from swarm.errors import BadRequest
-from swarm.model.changes import KINDS, Bias, Bottleneck, Change, Ia3, Lora, first_error
+from swarm.model.changes import KINDS, Bias, Bottleneck, Change, Ia3, Lora, Prefix, first_error
 from swarm.ranges import BlockRange
 
 __all__ = [
@@ -34,7 +34,9 @@ __all__ = [
     "Ia3",
     "Lora",
     "ModelAdapter",
+    "Prefix",
     "frozen",
+    "num_prefix_tokens",
     "of_blocks",
     "undropped",
 ]
@@ -89,6 +91,11 @@ class BlockAdapter:
         if not any(isinstance(each, Lora) and each.dropout for each in self):
             return self
         return BlockAdapter([replace(each, dropout=0.0) if isinstance(each, Lora) else each for each in self])
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """What stands in front of the sequences in this block."""
+        return next((each for each in self if isinstance(each, Prefix)), None)
 
     @property
     def num_bytes(self) -> int:
@@ -167,6 +174,18 @@ def frozen(adapters: ModelAdapter | None) -> ModelAdapter | None:
         if adapter is not None:
             adapter.to_bytes()
     return adapters
+
+
+def num_prefix_tokens(adapters: ModelAdapter | None) -> int:
+    """How many tokens stand in front of the sequences in these blocks.
+
+    Raises: BadRequest: not as many in all of them.
+    """
+    prefixes = [None if adapter is None else adapter.prefix for adapter in adapters or ()]
+    lengths = {0 if prefix is None else prefix.num_tokens for prefix in prefixes}
+    if len(lengths) > 1:
+        raise BadRequest(f"prefixes of {sorted(lengths)} tokens were given: all blocks need one of the same length")
+    return next(iter(lengths), 0)
 
 
 class _Entry(BaseModel):

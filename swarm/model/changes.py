@@ -1,6 +1,6 @@
 """The kinds of changes that a client may make at a module of a block, for its own calls: declared here, never sent."""
 
-# I inputs of a module, O its outputs, R rank, K bottleneck size
+# I inputs of a module, O its outputs, R rank, K bottleneck size, P tokens of a prefix
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ Drop = Callable[[Tensor, float], Tensor]
 """Takes the input of a module and the share of its features to drop; returns it with those set to 0, others scaled."""
 
 _TARGET = re.compile(r"[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,7}")
+
+PAST = "past_key_values"
+"""The target of a prefix, in place of a module: what a block's cache holds before the first token."""
+
+MAX_PREFIX_TOKENS = 1024
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
@@ -233,7 +238,34 @@ class Bottleneck(Change):
         return (y + added).to(y.dtype)
 
 
-KINDS: dict[str, type[Change]] = {each.kind: each for each in (Bias, Bottleneck, Ia3, Lora)}
+@dataclass(frozen=True, eq=False)
+class Prefix(Change):
+    """Keys and values that every token sees in front of its sequence (Li and Liang 2021, Prefix-Tuning).
+
+    No module is changed: a sequence begins behind P tokens whose keys and values are these, as they are, in all heads.
+    """
+
+    kind: ClassVar[str] = "prefix"
+
+    keys_PI: Tensor
+    """I and O: what one token leaves in the cache, all heads of keys or values one after the other."""
+    values_PO: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target != PAST:
+            raise BadRequest(f"a prefix stands in front of a whole block: its target is {PAST!r}, not {self.target!r}")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys_PI.shape[0]
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, list[int]]:
+        self._check_size("length", self.num_tokens, MAX_PREFIX_TOKENS)
+        return {"keys_PI": [self.num_tokens, in_features], "values_PO": [self.num_tokens, out_features]}
+
+
+KINDS: dict[str, type[Change]] = {each.kind: each for each in (Bias, Bottleneck, Ia3, Lora, Prefix)}
 
 
 def first_error(exc: ValidationError) -> str:

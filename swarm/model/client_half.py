@@ -33,6 +33,7 @@ from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import build_empty, load_part
+from swarm.model.prefixes import ModelPrefix, read_prefix
 from swarm.model.quantization import NONE, Scheme, choose_scheme
 from swarm.model.remote_cache import RemoteCache
 from swarm.model.shadows import RemoteLayers
@@ -53,14 +54,16 @@ class RemoteCall(Protocol):
         cache: RemoteCache | None,
         attention_mask_BT: Tensor | None,
         position_ids_BL: Tensor | None,
+        prefix: ModelPrefix | None,
     ) -> Tensor:
         """Run all blocks.
 
         Args:
             x_BLD: hidden states entering block 0.
             cache: None for a stateless call, through which gradients flow; else `cache.position` tokens came before.
-            attention_mask_BT: None unless there is padding.
-            position_ids_BL: None unless they differ from the L positions after the cached tokens.
+            attention_mask_BT: None unless there is padding. It does not count a prefix.
+            position_ids_BL: None unless they differ from the L positions after the prefix and the cached tokens.
+            prefix: keys and values that stand in front of all tokens in each block; None: nothing does.
         Returns: hidden states leaving the last block; shape, dtype and device of the input.
         """
         ...
@@ -73,6 +76,7 @@ class _Arguments:
     cache: RemoteCache | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    prefix: ModelPrefix | None = None
     wants_hidden_states: bool = False
     x_BLD: Tensor | None = None
     """The hidden states that entered the blocks, where they are wanted."""
@@ -97,14 +101,16 @@ class RemoteBlocks(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments: _Arguments = self.arguments.now
-        cache, length = arguments.cache, hidden_states.shape[1]
+        cache, prefix, length = arguments.cache, arguments.prefix, hidden_states.shape[1]
+        num_before = (0 if cache is None else cache.position) + (prefix[0].num_tokens if prefix else 0)
         if arguments.wants_hidden_states:
             arguments.x_BLD = hidden_states
         x_BLD = self.call(
             hidden_states,
             cache=cache,
-            attention_mask_BT=_mask_if_padded(arguments.attention_mask),
-            position_ids_BL=_positions_if_special(arguments.position_ids, 0 if cache is None else cache.position),
+            attention_mask_BT=_mask_if_padded(arguments.attention_mask, prefix),
+            position_ids_BL=_positions_if_special(arguments.position_ids, num_before),
+            prefix=prefix,
         )
         if cache is not None:
             cache.advance(length)
@@ -121,6 +127,12 @@ class _ClientHalf:
         """Make the cache of a call that leaves use_cache to the config, which wants one; client code overrides it."""
         return None
 
+    def new_cache_behind(self, prefix: ModelPrefix) -> RemoteCache:
+        """Make the cache of a call with use_cache=True that brings a prefix; client code overrides it."""
+        cache = self.new_remote_cache()
+        cache.prefix = prefix
+        return cache
+
     def new_generation_cache(self, max_length: int) -> RemoteCache:
         """Make the cache of a generation that can reach `max_length` tokens; client code overrides it."""
         return self.new_remote_cache()
@@ -135,7 +147,7 @@ class _ClientHalf:
     ) -> Any:
         generation_config.cache_implementation = None  # a kind of local cache, which there is none of here
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            more = _num_draft_tokens(generation_config, generation_mode) + _num_virtual_tokens(self)
+            more = _num_draft_tokens(generation_config, generation_mode) + num_virtual_tokens(self)
             model_kwargs["past_key_values"] = self.new_generation_cache(max_cache_length + 1 + more)
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -149,7 +161,7 @@ def _num_draft_tokens(generation_config: GenerationConfig, generation_mode: Any)
     return max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0, 20)
 
 
-def _num_virtual_tokens(model: Any) -> int:
+def num_virtual_tokens(model: Any) -> int:
     """How many tokens PEFT's prompt tuning puts in front, which it does where `generate` prepares its inputs."""
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
     return getattr(getattr(wrapper, "active_peft_config", None), "num_virtual_tokens", 0) if wrapper is not model else 0
@@ -274,37 +286,38 @@ def _client_class(
         remote = RemoteBlocks(call, layers[0], anatomy.layers_return_tuple)
         base.set_submodule(anatomy.layers, RemoteLayers(layers, remote))
         parent, _, _ = anatomy.layers.rpartition(".")
-        _capture_arguments(self, base.get_submodule(parent), remote)
+        _capture_arguments(self, base.get_submodule(parent), remote, anatomy.num_blocks)
 
     bases = (_ClientHalf, model_class)
     return type(model_class.__name__, bases, {"__init__": __init__, "__module__": model_class.__module__})
 
 
-def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> None:
+def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks, num_blocks: int) -> None:
     """Hand the remote blocks what only the module that loops over them is told, per call and per thread."""
     parameters = list(inspect.signature(base.forward).parameters)
     base_config = getattr(base, "config", model.config)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**kwargs, **dict(zip(parameters, args, strict=False))}
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
+        past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        prefix = None if past is None or isinstance(past, RemoteCache) else read_prefix(past, num_blocks)
+        cache = past if prefix is None else None
         if cache is None and use_cache:
-            cache = kwargs["past_key_values"] = model.new_remote_cache()
+            cache = model.new_remote_cache() if prefix is None else model.new_cache_behind(prefix)
         elif cache is None and use_cache is None and getattr(base_config, "use_cache", False):
-            cache = kwargs["past_key_values"] = model.new_default_cache()
+            cache = model.new_default_cache()
+        if cache is not None:
+            cache.prefix = prefix = prefix or cache.prefix
         kwargs["use_cache"] = cache is not None
-        if cache is not None and not isinstance(cache, RemoteCache):
-            raise BadRequest(
-                f"past_key_values is a {type(cache).__name__}, but the keys and values of remote blocks lie on "
-                "servers: pass a cache that this model returned, or none (prefix tuning brings keys and values of its "
-                "own, which servers do not take: use prompt tuning, or tuning_mode='deep_ptune')"
-            )
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        elif prefix is not None:
+            kwargs["past_key_values"] = RemoteCache(prefix)  # for the positions that the library counts
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise BadRequest(f"the attention mask must be [batch, length], not {list(mask.shape)}")
         wants = kwargs.get("output_hidden_states", getattr(base_config, "output_hidden_states", False))
-        remote.arguments.now = _Arguments(cache, mask, kwargs.get("position_ids"), bool(wants))
+        remote.arguments.now = _Arguments(cache, mask, kwargs.get("position_ids"), prefix, bool(wants))
         return (), kwargs
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -320,10 +333,14 @@ def _capture_arguments(model: Any, base: nn.Module, remote: RemoteBlocks) -> Non
     base.register_forward_hook(after, always_call=True)
 
 
-def _mask_if_padded(mask_BT: Tensor | None) -> Tensor | None:
+def _mask_if_padded(mask_BT: Tensor | None, prefix: ModelPrefix | None) -> Tensor | None:
+    """What is padding among the tokens behind a prefix."""
     if mask_BT is None or bool(mask_BT.all()):
         return None
-    return mask_BT.to(torch.int64)
+    num_before = prefix[0].num_tokens if prefix else 0
+    if not bool(mask_BT[:, :num_before].all()):
+        raise BadRequest("the attention mask hides what past_key_values holds: all tokens see the whole prefix")
+    return mask_BT[:, num_before:].to(torch.int64)
 
 
 def _positions_if_special(position_ids: Tensor | None, position: int) -> Tensor | None:
@@ -348,4 +365,4 @@ def _generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> Gene
     return GenerationConfig.from_pretrained(path.parent)
 
 
-__all__ = ["RemoteCache", "RemoteCall", "empty_client_half", "load_client_half"]
+__all__ = ["RemoteCache", "RemoteCall", "empty_client_half", "load_client_half", "num_virtual_tokens"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swarm.errors import BadRequest
 from swarm.model.adapters import BlockAdapter
-from swarm.model.changes import Change, Drop
+from swarm.model.changes import Change, Drop, Prefix
 from swarm.model.dropout import Dropout
 
 AddPrompt = Callable[[Tensor, int], Tensor]
@@ -103,10 +103,12 @@ def make_edits(
     for index in range(num_blocks):
         for start, end, adapter in _ranges(adapters, index):
             for change in adapter:
+                if isinstance(change, Prefix):  # it is in the cache already
+                    continue
                 drop = None if dropout is None else dropout.at(first_block + index, change.target)
                 edit = modules.setdefault((index, change.target), ModuleEdit(num_tokens))
                 edit.parts.append(_Part(start, end, change, drop))
-    return Edits(add_prompt, modules)
+    return Edits(add_prompt, modules) if modules or add_prompt is not None else None
 
 
 def _ranges(adapters: Sequence[tuple[int, Adapters | None]], index: int) -> list[tuple[int, int, BlockAdapter]]:

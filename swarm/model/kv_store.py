@@ -50,10 +50,7 @@ def kv_layout(span: Span) -> KVLayout:
     Raises:
         UnsupportedModel: a block keeps something else than keys and values.
     """
-    cache = span.new_cache(1)
-    with torch.inference_mode():
-        span(torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device), cache=cache)
-    shapes = []
+    cache, shapes = span.one_token, []
     for number, layer in zip(span.blocks, cache.layers, strict=True):
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             raise UnsupportedModel(f"block {number} keeps something else than keys and values: {type(layer).__name__}")

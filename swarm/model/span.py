@@ -5,11 +5,13 @@ the first block (embedding norms, learned positions, scaling) and after the last
 takes no part (see passage.py).
 """
 
-# B batch, L new tokens, T cached and new tokens, D hidden, P prompt tokens, N blocks of the span
+# B batch, L new tokens, T cached and new tokens, D hidden, P prompt or prefix tokens, N blocks of the span, M key/value
+# heads, H head dim
 
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from swarm.errors import BadCheckpoint, BadRequest
+from swarm.model.adapters import num_prefix_tokens
 from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.cutting import renumber, span_class
@@ -69,6 +72,32 @@ class Span(nn.Module):
         """An empty cache for `batch_size` sequences; it takes memory as tokens come."""
         return SpanCache(self.config, batch_size)
 
+    @cached_property
+    def one_token(self) -> SpanCache:
+        """What a token leaves in the blocks, found out by running one."""
+        cache = self.new_cache(1)
+        with torch.inference_mode():
+            self(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device), cache=cache)
+        return cache
+
+    def prefix_of(self, adapters: Adapters | None) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values that adapters put in front of the tokens, [1, M, P, H] for each block; [] for none.
+
+        Differentiable in the adapters.
+        Raises: BadRequest: they have not the same length in all blocks.
+        """
+        if not num_prefix_tokens(adapters):
+            return []
+        prefixes = [adapter.prefix for adapter in adapters or () if adapter is not None and adapter.prefix is not None]
+
+        def heads(rows_PX: Tensor, like_1MTH: Tensor) -> Tensor:
+            return rows_PX.to(like_1MTH.dtype).unflatten(1, (like_1MTH.shape[1], -1)).transpose(0, 1).unsqueeze(0)
+
+        return [
+            (heads(prefix.keys_PI, layer.keys), heads(prefix.values_PO, layer.values))
+            for prefix, layer in zip(prefixes, self.one_token.layers, strict=True)
+        ]
+
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in a cache, all blocks of the span together.
 
@@ -103,15 +132,20 @@ class Span(nn.Module):
             cache: what came before; None means that these tokens are the whole sequence. It grows by L; a call that
                 fails leaves it as it was.
             attention_mask_BT: int64, 1 for a token and 0 for padding, cached tokens included; None means no padding.
-            position_ids_BL: int64; None means the positions after the cached tokens.
+            position_ids_BL: int64; None means the positions after the cached tokens, or after a prefix.
             prompts_NBPD: deep prompts, added to what enters each block at the positions below P; B may be 1.
-            adapters: what is changed in each block, on the span's device.
+            adapters: what is changed in each block, on the span's device. Without a cache the tokens come after the
+                prefix that they may have; a cache begins with it already (see `prefix_of`).
             dropout: drops features before those changes that say so; None: nothing is dropped.
         Returns: hidden states leaving the last block, in the span's dtype; differentiable in x, prompts and adapters
             when gradients are enabled and there is no cache.
         Raises:
             BadRequest: a shape does not fit the span, the cache or the call.
         """
+        if cache is None and (prefix := self.prefix_of(adapters)):
+            cache = self.new_cache(x_BLD.shape[0])
+            cache.begin_with(prefix)
+            attention_mask_BT = _with_prefix(attention_mask_BT, cache.length)
         position = cache.length if cache is not None else 0
         self._check_shapes(x_BLD, cache, attention_mask_BT, position_ids_BL, prompts_NBPD)
         if adapters is not None and len(adapters) != len(self.blocks):
@@ -171,6 +205,11 @@ class Span(nn.Module):
         ):
             wanted = [len(self.blocks), batch, "any", self.hidden_size]
             raise BadRequest(f"the deep prompts must be {wanted}, not {list(prompts_NBPD.shape)}")
+
+
+def _with_prefix(mask_BL: Tensor | None, num_tokens: int) -> Tensor | None:
+    """An attention mask with ones for so many tokens in front."""
+    return None if mask_BL is None else torch.cat([mask_BL.new_ones(mask_BL.shape[0], num_tokens), mask_BL], dim=1)
 
 
 def _prompt_adder(prompts_NBPD: Tensor | None, position: int) -> AddPrompt | None:

@@ -5,11 +5,11 @@ cutting. Linear-attention layers keep a state that cannot be cut: a copy from be
 over that step, and position 0 is always possible.
 """
 
-# B batch, T cached tokens
+# B batch, T cached tokens, P tokens of a prefix, M key/value heads, H head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,13 @@ class SpanCache(Cache):
     def num_bytes(self) -> int:
         """Memory held at present, on whatever device."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def begin_with(self, prefix: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Let an empty cache begin with these keys and values, [1, M, P, H] for each block, in all sequences."""
+        assert self._length == 0, f"a prefix behind {self._length} tokens"
+        for layer, heads in zip(self.layers, prefix, strict=True):
+            layer.update(*(each.expand(self._batch, -1, -1, -1) for each in heads))
+        self._length = prefix[0][0].shape[2]
 
     def begin_step(self) -> None:
         """Make sure that this step can be undone."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swarm.errors import BadRequest
+from swarm.errors import BadRequest, UnsupportedModel
+from swarm.model.changes import PAST, Change, Prefix
 from swarm.model.edits import Adapters
+from swarm.model.kv_store import KVShape, kv_layout
 from swarm.model.passage import first_input
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
@@ -28,14 +30,15 @@ SAME, NOT_SAME = 0.05, 0.001
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """What one token is at a module, before and after."""
+    """What one token is at a module, before and after; in a cache, its keys and its values."""
 
     in_features: int
     out_features: int
 
 
 Targets = Mapping[int, Mapping[str, Width]]
-"""Number of a block in the model -> name of a module within it -> how wide it is."""
+"""Number of a block in the model -> name of a module within it -> how wide it is. PAST stands for a block's cache, if
+that can begin with a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ def find_targets(span: Span) -> Targets:
     other_BLD = x_BLD.flip(0)
     other_BLD[0, -1] = torch.randn(span.hidden_size, generator=draw) * TRIAL_SCALE
     first, second = _trial(span, x_BLD), _trial(span, other_BLD)
-    targets: dict[int, dict[str, Width]] = {number: {} for number in span.blocks}
+    past = _past_widths(span)
+    targets = {number: dict(past.get(number, {})) for number in span.blocks}
     for (number, name), calls in first.items():
         others = second.get((number, name), [])
         if len(calls) != 1 or len(others) != 1:
@@ -96,6 +100,19 @@ def _trial(span: Span, x_BLD: Tensor) -> dict[tuple[int, str], list[_Seen]]:
     return seen
 
 
+def _past_widths(span: Span) -> Mapping[int, Mapping[str, Width]]:
+    """What a token leaves in each block's cache; nothing where some block keeps more than keys and values."""
+
+    def width(shape: KVShape) -> Width:
+        return Width(shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim)
+
+    try:
+        layout = kv_layout(span)
+    except UnsupportedModel:
+        return {}
+    return {number: {PAST: width(shape)} for number, shape in zip(layout.blocks, layout.shapes, strict=True)}
+
+
 def _by_tokens(x: Any) -> Tensor | None:
     """A copy on the CPU, [B, L, …]; None if that are not all tokens, each by itself."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -117,11 +134,18 @@ def check_adapters(adapters: Adapters, blocks: BlockRange, targets: Targets) -> 
     """Raise BadRequest unless every change is of a module that can be changed, and fits it."""
     for number, adapter in zip(blocks, adapters, strict=True):
         for change in adapter or ():
-            width = targets[number].get(change.target)
-            if width is None:
-                known = ", ".join(sorted(targets[number]))
-                raise BadRequest(f"block {number} has no module {change.target} that can be changed, but {known}")
+            width = _width_for(change, number, targets[number])
             try:
                 change.check(width.in_features, width.out_features)
             except BadRequest as exc:
                 raise BadRequest(f"in block {number}, {exc}") from exc
+
+
+def _width_for(change: Change, number: int, widths: Mapping[str, Width]) -> Width:
+    width = widths.get(change.target)
+    if isinstance(change, Prefix) and width is None:
+        raise BadRequest(f"block {number} keeps more than keys and values, so nothing can be put in front of them")
+    if width is None or (change.target == PAST and not isinstance(change, Prefix)):
+        known = ", ".join(sorted(widths.keys() - {PAST}))
+        raise BadRequest(f"block {number} has no module {change.target} that can be changed, but {known}")
+    return width

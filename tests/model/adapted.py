@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from swarm.model.dropout import Dropout
 from swarm.model.peft_layers import read_adapters
+from swarm.model.prefixes import with_prefix
 from swarm.model.shadows import RemoteLayers
+from swarm.model.span import Span
+from swarm.model.span_cache import SpanCache
 
 
 @dataclass
@@ -21,13 +24,17 @@ class AdaptedChain(SpanChain):
 
     client: Any = None
 
-    def __call__(self, x_BLD: Tensor, *, cache: Any, attention_mask_BT: Any, position_ids_BL: Any) -> Tensor:
+    def __call__(
+        self, x_BLD: Tensor, *, cache: Any, attention_mask_BT: Any, position_ids_BL: Any, prefix: Any
+    ) -> Tensor:
         layers = next(module for module in self.client.modules() if isinstance(module, RemoteLayers))
-        adapters = read_adapters(self.client, layers) or [None] * len(layers)
+        adapters = with_prefix(read_adapters(self.client, layers), prefix) or [None] * len(layers)
         caches: list[Any] = [None] * len(self.spans)
         if cache is not None:
             assert isinstance(cache, LocalCache)
-            caches = cache.caches = cache.caches or [span.new_cache(x_BLD.shape[0]) for span in self.spans]
+            caches = cache.caches = cache.caches or [
+                _new_cache(span, x_BLD.shape[0], adapters[span.blocks.start : span.blocks.end]) for span in self.spans
+            ]
         dropout = Dropout(int(torch.randint(1 << 62, ())), 0, x_BLD.shape[1])
         for span, span_cache in zip(self.spans, caches, strict=True):
             x_BLD = span(
@@ -39,6 +46,13 @@ class AdaptedChain(SpanChain):
                 dropout=dropout,
             )
         return x_BLD
+
+
+def _new_cache(span: Span, batch_size: int, adapters: Any) -> SpanCache:
+    cache = span.new_cache(batch_size)
+    if prefix := span.prefix_of(adapters):
+        cache.begin_with(prefix)
+    return cache
 
 
 def open_adapted(directory: Path, **kwargs: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
+from swarm.model.prefixes import ModelPrefix
 from swarm.model.remote_cache import RemoteCache
 from swarm.model.span import Span, load_span
 from swarm.model.span_cache import SpanCache
@@ -52,6 +53,7 @@ class SpanChain:
         cache: RemoteCache | None,
         attention_mask_BT: Tensor | None,
         position_ids_BL: Tensor | None,
+        prefix: ModelPrefix | None,
     ) -> Tensor:
         self.calls.append({"cache": cache, "mask": attention_mask_BT, "position_ids": position_ids_BL})
         caches: list[SpanCache | None] = [None] * len(self.spans)

@@ -13,7 +13,8 @@ from tiny_configs import tiny_config
 from torch import Tensor
 
 from swarm.errors import BadRequest
-from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Ia3, Lora, undropped
+from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Ia3, Lora, Prefix, undropped
+from swarm.model.changes import PAST
 from swarm.model.dropout import Dropout
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.ragged import PackedSpan, Piece
@@ -213,6 +214,7 @@ def all_kinds() -> BlockAdapter:
             Ia3("mlp", torch.ones(64).bfloat16()),
             Bias("self_attn", torch.ones(64).half()),
             Bottleneck("self_attn", *map(torch.ones, ((3, 64), (3,), (64, 3), (64,))), activation="silu"),
+            Prefix(PAST, torch.ones(3, 32), torch.ones(3, 32).half()),
         ]
     )
 
@@ -221,7 +223,13 @@ def test_a_file_gives_back_what_was_written() -> None:
     adapter = all_kinds()
     read = BlockAdapter.from_bytes(adapter.to_bytes())
     assert read.digest == adapter.digest == BlockAdapter(list(reversed(read.changes))).digest
-    assert [each.name for each in read] == ["mlp/ia3", "mlp/lora", "self_attn/bias", "self_attn/bottleneck"]
+    assert [each.name for each in read] == [
+        "mlp/ia3",
+        "mlp/lora",
+        f"{PAST}/prefix",
+        "self_attn/bias",
+        "self_attn/bottleneck",
+    ]
     assert list(read.tensors()) == sorted(read.tensors()) == list(adapter.tensors())
     for ours, theirs in zip(read.tensors().values(), adapter.tensors().values(), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -255,7 +263,7 @@ def renamed(old: str, new: str) -> Any:
         (all_kinds().to_bytes()[:-1], "whole safetensors file"),
         (all_kinds().to_bytes() + b"!", "whole safetensors file"),
         (with_header(all_kinds().to_bytes(), lambda header: {key: header[key] for key in ("__metadata__",)}), "whole"),
-        (with_header(all_kinds().to_bytes(), renamed("mlp/lora", "mlp/prefix")), "changed by 'prefix'"),
+        (with_header(all_kinds().to_bytes(), renamed("mlp/lora", "mlp/suffix")), "changed by 'suffix'"),
         (with_header(all_kinds().to_bytes(), renamed("dropout", "dropuot")), "dropuot"),
         (with_header(all_kinds().to_bytes(), renamed("0.25", "1e999")), "scaling"),
         (with_header(all_kinds().to_bytes(), renamed("silu", "exec")), "activation"),
@@ -284,6 +292,7 @@ def test_adapters_that_cannot_be_are_not_made() -> None:
         lambda: lora(dropout=1.0),
         lambda: lora(scaling=torch.nan),
         lambda: BlockAdapter([]),
+        lambda: Prefix("mlp", torch.ones(3, 64), torch.ones(3, 64)),
         lambda: BlockAdapter([lora(), lora()]),
         lambda: BlockAdapter([lora(a_RI=torch.ones(2, 64, dtype=torch.int64))]).to_bytes(),
         lambda: BlockAdapter.from_bytes(all_kinds().to_bytes(), max_bytes=100),

@@ -23,7 +23,7 @@ from peft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
-from peft_targets import FAMILIES
+from peft_targets import FAMILIES, methods_of, prefix_tuning
 from tiny_configs import VOCAB, tiny_config
 from torch import Tensor
 
@@ -49,6 +49,8 @@ METHODS: dict[str, PeftConfig] = {
     "beft": BeftConfig(target_modules=["v_proj", "up_proj"]),
     "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules=["q_proj", "v_proj"]),
     "vera": VeraConfig(r=8, target_modules=["q_proj", "k_proj"]),
+    "prefix tuning": prefix_tuning("llama"),
+    "prefix tuning, longer than the text": prefix_tuning("llama", num_virtual_tokens=20, prefix_projection=True),
 }
 
 
@@ -97,23 +99,24 @@ def test_logits_and_gradients_equal_local_peft(both: tuple[Any, Any], method: st
         torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
 
 
-WITH_CONV = FAMILIES | {"gpt2": (["c_attn", "c_fc"], ["c_attn", "c_proj"], ["c_proj"])}
+WITH_CONV = [
+    LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    IA3Config(target_modules=["c_attn", "c_proj"], feedforward_modules=["c_proj"], fan_in_fan_out=True),
+    prefix_tuning("gpt2"),
+]
 
 
-@pytest.mark.parametrize("model_type", WITH_CONV)
+@pytest.mark.parametrize("model_type", [*FAMILIES, "gpt2"])
 def test_other_families_equal_local_peft(tmp_path: Path, model_type: str) -> None:
-    lora, ia3, feedforward = WITH_CONV[model_type]
     save_tiny(tmp_path, tiny_config(model_type))
-    conv = model_type == "gpt2"
-    for config in (
-        LoraConfig(r=4, target_modules=lora, fan_in_fan_out=conv),
-        IA3Config(target_modules=ia3, feedforward_modules=feedforward, fan_in_fan_out=conv),
-    ):
+    for config in WITH_CONV if model_type == "gpt2" else methods_of(model_type):
         ours, theirs = adapt(open_adapted(tmp_path), config)
         assert_same(ours, theirs)
-        gradients = []
+        mask, gradients = torch.ones_like(tokens()), []
+        mask[0, :2] = 0
         for model in (ours, theirs):
-            model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+            labels = tokens().masked_fill(mask == 0, -100)
+            model(tokens(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
             gradients.append([each.grad for each in model.parameters() if each.grad is not None])
         for found, wanted in zip(*gradients, strict=True):
             torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=1e-4)

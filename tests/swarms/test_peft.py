@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from peft_targets import FAMILIES
+from peft_targets import FAMILIES, methods_of
 from tiny import load_local, random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -101,17 +97,14 @@ def losses_of(model: Any, num_steps: int = 20) -> list[float]:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_methods_compute_learn_and_generate_as_local_ones(tiny_model: Any, model_type: str) -> None:
     path = tiny_model(model_type, num_hidden_layers=4)
-    lora, ia3, feedforward = FAMILIES[model_type]
     with LocalSwarm(str(path), ranges=[(0, 1), (1, 3), (3, 4)], dtype="float32", in_process=True) as swarm:
-        for config in (
-            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora),
-            IA3Config(task_type="CAUSAL_LM", target_modules=ia3, feedforward_modules=feedforward),
-        ):
+        methods = methods_of(model_type)
+        for config in methods if model_type == "llama" else methods[:3]:  # for the servers the others are one of these
             remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), join=swarm.link)
             plain = logits(remote)
             ours, theirs = adapt(remote, load_local(path), config)
             assert_same(ours, theirs)
-            assert float((logits(ours) - plain).abs().max()) > 10 * TOLERANCE
+            assert float((logits(ours)[:, -plain.shape[1] :] - plain).abs().max()) > 10 * TOLERANCE
             found, wanted = gradients(ours), gradients(theirs)
             assert found and found.keys() == wanted.keys()
             for name, gradient in found.items():
@@ -180,22 +173,6 @@ def test_a_call_with_a_cache_does_not_drop_gradients(pair: Any) -> None:
     assert all(each.grad is not None for each in ours.parameters() if each.requires_grad)
     with pytest.raises(BadRequest, match="use_cache=False"):
         ours(**padded_batch(), use_cache=True)
-
-
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
-def test_virtual_tokens_equal_local_ones(pair: Any, kind: Any) -> None:
-    options = {"encoder_hidden_size": 32} if kind is PromptEncoderConfig else {}
-    ours, theirs = adapt(*pair, kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **options))
-    assert_same(ours, theirs)
-    for found, wanted in zip(gradients(ours).values(), gradients(theirs).values(), strict=True):
-        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
-    assert torch.equal(generated(ours), generated(theirs))
-
-
-def test_prefix_tuning_is_refused(pair: Any) -> None:
-    ours = get_peft_model(pair[0], PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(BadRequest, match="prefix tuning"):
-        logits(ours)
 
 
 def test_a_classifier_trains_its_head_here_and_its_adapter_there(llama: Any, swarms: Any) -> None:
