@@ -1,33 +1,93 @@
-"""The examples as a user runs them, in a short form."""
+"""The examples, in a short form, on servers that they share; one as a user starts it."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from swarm import EMBEDDED_MODEL
+from swarm.server import LocalSwarm
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT_S = 120
 
 
-def run(example: str, *arguments: str) -> str:
-    """Run an example to its end; return what it printed."""
-    command = [sys.executable, str(ROOT / "examples" / example), *arguments]
-    environment = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def link() -> Iterator[str]:
+    with LocalSwarm(EMBEDDED_MODEL, ranges=[(0, 3), (3, 6)], dtype="float32", in_process=True) as local:
+        yield local.link
+
+
+@pytest.fixture
+def run(
+    link: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Run an example to its end on the shared servers; return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run_here(example: str, *arguments: str) -> str:
+        import tuning
+
+        monkeypatch.setattr(tuning.console, "_width", 160)
+        main = runpy.run_path(str(EXAMPLES / example))["main"]
+        main(["--join", link, *arguments])
+        return capsys.readouterr().out
+
+    return run_here
+
+
+def numbers(output: str, row: str) -> list[float]:
+    """The numbers in one row of a table."""
+    found = re.search(rf"{row}\s*│(.*)", output)
+    assert found, output
+    return [float(each) for each in re.findall(r"-?[\d.]+", found[1])]
 
 
 @pytest.mark.timeout(TIMEOUT_S + 20)
-def test_lora_teaches_a_way_of_speaking(tmp_path: Path) -> None:
-    output = run("lora_chat_style.py", "--steps", "20", "--output", str(tmp_path / "adapter"))
-    found = re.search(r"loss on new questions\D+([\d.]+)\D+([\d.]+)\D+([\d.]+)", output)
-    assert found, output
-    before, after, local = map(float, found.groups())
+def test_lora_teaches_a_way_of_speaking_to_somebody_who_has_no_swarm(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "lora_chat_style.py"), "--steps", "20"]
+    environment = {**os.environ, "COLUMNS": "160"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "adapter")],
+        capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after, local = numbers(done.stdout, "loss on new questions")
     assert after < before - 2 and local == pytest.approx(after, abs=0.01)
-    assert "Aye, sailor!" in output and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert "Aye, sailor!" in done.stdout and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_prompts_and_a_head_classify_as_well_as_trained_locally(run: Callable[..., str]) -> None:
+    before, after, local = numbers(run("prompt_classifier.py", "--steps", "40"), "right of 200 new sentences")
+    assert after >= max(80, before + 15)
+    assert abs(after - local) <= 1
+
+
+def test_ia3_learns_a_task_from_a_few_examples(run: Callable[..., str]) -> None:
+    before, after = numbers(run("ia3_few_shot.py", "--steps", "30"), "right of 100 new sentences")
+    assert after >= max(70, before + 10)
+
+
+def test_embeddings_and_adapters_teach_a_language(run: Callable[..., str]) -> None:
+    before, after, local = numbers(run("new_language.py", "--steps", "30"), "nats per character of new sentences")
+    assert after < 0.7 * before and local == pytest.approx(after, abs=0.002)
+
+
+def test_prompts_make_a_chatbot_personal_and_can_be_loaded_again(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, after = numbers(run("personal_chatbot.py", "--steps", "40", "--output", "mine"), "loss on new questions")
+    assert after < before - 2
+    said = iter(["What is the name of Mara's dog?", "Where does Mara live?", ""])
+    monkeypatch.setattr("builtins.input", lambda *prompt: next(said))
+    output = run("personal_chatbot.py", "--load", "mine", "--chat")
+    assert numbers(output, "loss on new questions") == [after]
+    assert "Luna" in output and "Bergen" in output
