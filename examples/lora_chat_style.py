@@ -15,7 +15,7 @@ from contextlib import closing
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from tuning import Chat, console, new_parser, parse, plot, show, swarm_of, train
+from tuning import Chat, console, new_parser, parse, plot, read_jsonl, show, swarm_of, train
 
 from swarm import AutoDistributedModelForCausalLM
 
@@ -26,7 +26,7 @@ NUM_ANSWERS = 3
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(new_parser(__doc__ or "", steps=40, output="chat-style-adapter"), arguments)
-    chat = Chat(options.model, "chat_style.jsonl", "chat_style_held_out.jsonl")
+    chat = Chat(options.model, read_jsonl("chat_style.jsonl"), read_jsonl("chat_style_held_out.jsonl"))
     with (
         swarm_of(options) as link,
         closing(AutoDistributedModelForCausalLM.from_pretrained(options.model, join=link, dtype="float32")) as base,

@@ -1,11 +1,11 @@
-"""A chatbot that knows you: teach a model your facts with trainable prompts in every block, then talk to it.
+"""A chatbot that knows you: teach a model your facts with LoRA, then talk to it in one session.
 
     python examples/personal_chatbot.py --chat                          three servers on this computer, a minute
     python examples/personal_chatbot.py --join swarm://v1.… --model …   a swarm that is there
-    python examples/personal_chatbot.py --load personal-prompts.safetensors --chat      without training again
+    python examples/personal_chatbot.py --load personal-adapter --chat  without training again
 
-The facts are in examples/data/personal.jsonl: write yours there. Trained are 16 virtual tokens for each block; servers
-add them to our calls and keep nothing. A chat is one session: servers remember what was said, until it ends.
+The facts are in examples/data/personal.jsonl: write yours there. The adapter stays here, and servers apply it to our
+calls only. A chat is one session: servers remember what was said, until it ends.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from tuning import MAX_ANSWER_TOKENS, Chat, console, new_parser, parse, plot, show, swarm_of, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from tuning import MAX_ANSWER_TOKENS, Chat, console, new_parser, parse, plot, read_jsonl, show, swarm_of, train
 
 from swarm import AutoDistributedModelForCausalLM
 
-NUM_VIRTUAL_TOKENS = 16
 BATCH_SIZE = 8
-LEARNING_RATE = 2e-2
+LEARNING_RATE = 5e-3
 NUM_ANSWERS = 4
 MAX_CHAT_TOKENS = 400
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=80, output="personal-prompts.safetensors")
-    parser.add_argument("--load", type=Path, help="prompts that were trained before; nothing is trained then")
+    parser = new_parser(__doc__ or "", steps=80, output="personal-adapter")
+    parser.add_argument("--load", type=Path, help="an adapter that was trained before; nothing is trained then")
     parser.add_argument("--chat", action="store_true", help="talk to it at the end; an empty line ends the chat")
     options = parse(parser, arguments)
-    chat = Chat(options.model, "personal.jsonl", "personal_held_out.jsonl")
+    chat = Chat(options.model, read_jsonl("personal.jsonl"), read_jsonl("personal_held_out.jsonl"))
     auto = AutoDistributedModelForCausalLM
-    tuning: dict[str, Any] = {"tuning_mode": "deep_ptune", "pre_seq_len": NUM_VIRTUAL_TOKENS, "dtype": "float32"}
-    with swarm_of(options) as link, closing(auto.from_pretrained(options.model, join=link, **tuning)) as model:
+    with swarm_of(options) as link, closing(auto.from_pretrained(options.model, join=link, dtype="float32")) as base:
         if options.load is not None:
-            model.swarm_prompts.load_state_dict(load_file(options.load))
+            model = PeftModel.from_pretrained(base, options.load)
             show({"now": chat.examine(model, NUM_ANSWERS)})
         else:
-            before = chat.examine(model, NUM_ANSWERS)
+            before = chat.examine(base, NUM_ANSWERS)
+            lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+            model = get_peft_model(base, lora)
             losses = train(model, lambda: chat.chosen(BATCH_SIZE), options.steps, LEARNING_RATE)
             show({"before": before, "after": chat.examine(model, NUM_ANSWERS)})
-            save_file(model.swarm_prompts.state_dict(), options.output)
-            console.print(f"The prompts are in {options.output}; loss of the last step: {losses[-1]:.3f}")
-            plot({"deep prompts": losses}, options.plot, "A personal chatbot")
+            model.save_pretrained(options.output)
+            console.print(f"The adapter is in {options.output}; loss of the last step: {losses[-1]:.3f}")
+            plot({"LoRA": losses}, options.plot, "A personal chatbot")
         if options.chat:
             talk(model, chat)
 

@@ -1,4 +1,4 @@
-"""A small task on real text for the examples: is a sentence about numbers or about files? Python brings the text."""
+"""Small tasks on real text for the examples: what Python documents about numbers and about files."""
 
 from __future__ import annotations
 
@@ -41,11 +41,25 @@ def numbers_or_files(num_training: int, num_held_out: int, seed: int) -> tuple[l
     return parts
 
 
-def _sentences(module_name: str) -> set[str]:
-    """The first sentences of what a module documents."""
+def documented_names(num_held_out: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """What functions and classes do, as questions and answers in random order: to learn from, and held out."""
+    found = {text: name for module in (*NUMBERS, *FILES) for text, name in sorted(_sentences(module).items())}
+    exchanges = [{"question": f"What does {name} do?", "answer": text} for text, name in sorted(found.items())]
+    random.Random(0).shuffle(exchanges)
+    return exchanges[num_held_out:], exchanges[:num_held_out]
+
+
+def _sentences(module_name: str) -> dict[str, str]:
+    """The first sentences of what a module documents, and what of."""
     module = importlib.import_module(module_name)
-    documented = [value for name, value in vars(module).items() if not name.startswith("_")]
-    documented += [value for each in documented if inspect.isclass(each) for value in vars(each).values()]
-    texts = (inspect.getdoc(each) for each in documented if callable(each) and not isinstance(each, type(Exception)))
-    sentences = (re.split(r"(?<=[.])\s|\n\n", text)[0] for text in texts if text)
-    return {" ".join(each.split()) for each in sentences if 30 <= len(each) <= MAX_CHARS and each[0].isupper()}
+    documented = {f"{module_name}.{name}": value for name, value in vars(module).items() if not name.startswith("_")}
+    for name, each in list(documented.items()):
+        if inspect.isclass(each):
+            documented |= {f"{name}.{member}": value for member, value in vars(each).items()}
+    sentences = {}
+    for name, value in documented.items():
+        text = (inspect.getdoc(value) if callable(value) else None) or ""
+        sentence = " ".join(re.split(r"(?<=[.])\s|\n\n", text)[0].split())
+        if 30 <= len(sentence) <= MAX_CHARS and sentence[0].isupper():
+            sentences[sentence] = name
+    return sentences

@@ -3,9 +3,10 @@
     python examples/train_together.py                                   all of it on this computer, two minutes
     python examples/train_together.py --join swarm://v1.… --run NAME    one peer; others with the same NAME join it
 
-The peers find one another through the swarm, and average their gradients with hivemind; the data stays where it is.
-They may come and go: without --join, three peers begin, one is killed and another one takes its data, and their loss is
-compared with that of a single peer with all the data. Over several machines, add --listen /ip4/0.0.0.0/tcp/0.
+The adapter learns to say what the functions of Python's library do. The peers find one another through the swarm, and
+average their gradients with hivemind; the data stays where it is. They may come and go: without --join, three peers
+begin, one is killed and another one takes its data, and their loss is compared with that of a single peer with all the
+data. Over several machines, add --listen /ip4/0.0.0.0/tcp/0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import ExitStack, closing
 import torch
 from peers import Peer, end_on_sigterm, follow, new_optimizer, say
 from peft import LoraConfig, get_peft_model
+from tasks import documented_names
 from tuning import Chat, console, new_parser, parse, plot, show, some, swarm_of, trained
 
 from swarm import AutoDistributedModelForCausalLM
@@ -29,6 +31,7 @@ SAMPLES_PER_UPDATE, BATCH_SIZE = 24, 4
 """An update takes so many exchanges of all peers together, and a step so many of one."""
 
 LEARNING_RATE = 5e-3
+NUM_HELD_OUT = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def take_part(options: argparse.Namespace) -> None:
     """Train as one peer until the run has made its updates."""
-    chat = Chat(options.model, "chat_style.jsonl", "chat_style_held_out.jsonl")
+    chat = Chat(options.model, *documented_names(NUM_HELD_OUT))
     mine = chat.training if options.share < 0 else chat.training[options.share :: NUM_SHARES]
     torch.manual_seed(0)  # all peers begin with the same adapter
     base = AutoDistributedModelForCausalLM.from_pretrained(options.model, join=options.join, dtype="float32")

@@ -77,9 +77,11 @@ def read_jsonl(name: str) -> list[dict[str, str]]:
 class Chat:
     """Questions and answers as token ids; what a model makes of those that it was not trained on."""
 
-    def __init__(self, model: str, training: str, held_out: str) -> None:
+    def __init__(
+        self, model: str, training: Sequence[Mapping[str, str]], held_out: Sequence[Mapping[str, str]]
+    ) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.training, self.held_out = read_jsonl(training), read_jsonl(held_out)
+        self.training, self.held_out = training, held_out
 
     def prompt(self, question: str) -> str:
         return f"{self.tokenizer.bos_token or ''}Question: {question}\nAnswer:"

@@ -81,7 +81,7 @@ def test_embeddings_and_adapters_teach_a_language(run: Callable[..., str]) -> No
     assert after < 0.7 * before and local == pytest.approx(after, abs=0.002)
 
 
-def test_prompts_make_a_chatbot_personal_and_can_be_loaded_again(
+def test_an_adapter_makes_a_chatbot_personal_and_can_be_loaded_again(
     run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before, after = numbers(run("personal_chatbot.py", "--steps", "40", "--output", "mine"), "loss on new questions")
@@ -89,5 +89,5 @@ def test_prompts_make_a_chatbot_personal_and_can_be_loaded_again(
     said = iter(["What is the name of Mara's dog?", "Where does Mara live?", ""])
     monkeypatch.setattr("builtins.input", lambda *prompt: next(said))
     output = run("personal_chatbot.py", "--load", "mine", "--chat")
-    assert numbers(output, "loss on new questions") == [after]
-    assert "Luna" in output and "Bergen" in output
+    assert numbers(output, "loss on new questions") == [pytest.approx(after, abs=0.002)]
+    assert "Bot: Her dog is called Luna." in " ".join(output.split())
