@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
-    parser.add_argument("--steps", type=int, default=24, help="updates of each run")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each run")
     arguments = parser.parse_args()
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
     samples = [sample(seed, arguments.steps) for seed in seeds]

@@ -70,9 +70,13 @@ def follow(
 
 
 def end_on_sigterm() -> None:
-    """Leave every `with` on the way, so that no peer is left behind; say nothing of how hivemind ends its threads."""
+    """Leave every `with` on the way, so that no peer is left behind.
+
+    hivemind shows each failure to reach a peer that is gone with a traceback, a thousand in a minute, and goes on; that
+    and how its threads end is left out.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    logging.getLogger("hivemind").setLevel(logging.ERROR)
+    logging.getLogger("hivemind").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 

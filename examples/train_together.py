@@ -35,7 +35,7 @@ NUM_HELD_OUT = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=24, output="together-adapter")
+    parser = new_parser(__doc__ or "", steps=40, output="together-adapter")
     parser.add_argument("--run", help="name of the run, for those who train together; needs --join")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the data, of {NUM_SHARES}; -1: all")
     parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0", help="where other peers can dial this one")

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def swarm_of(options: argparse.Namespace) -> Iterator[str]:
         yield options.join
         return
     torch.set_num_threads(1)  # the embedded model is too small for more
-    with console.status("Starting three servers"):
-        ranges = [(0, 2), (2, 4), (4, 6)]
-        servers = LocalSwarm(options.model, ranges=ranges, dtype="float32", arguments=["--threads", "1"])
-        servers.__enter__()
-    with servers:
+    with ExitStack() as owned:
+        with console.status("Starting three servers"):
+            ranges = [(0, 2), (2, 4), (4, 6)]
+            servers = LocalSwarm(options.model, ranges=ranges, dtype="float32", arguments=["--threads", "1"])
+            owned.enter_context(servers)
         yield servers.link
 
 
