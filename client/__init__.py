@@ -8,6 +8,7 @@ from .auto import (
 )
 from .config import ClientConfig
 from .session import InferenceSession
+from .together import open_training_dht
 
 __all__ = [
     "AutoDistributedConfig",
@@ -16,4 +17,5 @@ __all__ = [
     "AutoDistributedModelForSequenceClassification",
     "ClientConfig",
     "InferenceSession",
+    "open_training_dht",
 ]

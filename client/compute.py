@@ -323,14 +323,14 @@ class RemoteCompute:
     ) -> tuple[pb.ComputeOpen, list[bytes]]:
         """The message of a call, and the parts of its tensors that did not fit into it."""
         dtype = torch_dtype(hop.server.dtype)
-        prompts = batch.prompts_NBPD
+        prompts, config = batch.prompts_NBPD, self._network.config
         packed = pack(
             batch.x_BLD.to(dtype),
             batch.mask_BL,
             batch.position_ids_BL,
             None if prompts is None else prompts[hop.blocks.start : hop.blocks.end].to(dtype),
             None if grad_BLD is None else grad_BLD.to(dtype),
-            codec=self._network.config.codec,
+            codec=[*[config.codec] * 4, config.gradient_codec],
         )
         opening = pb.ComputeOpen(
             protocol_version=PROTOCOL_VERSION,

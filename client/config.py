@@ -50,6 +50,8 @@ class ClientConfig:
     """Tokens (batch x length) in one Forward or Backward; larger batches are split along the batch."""
     compression: Literal["none", "int8"] = "none"
     """Hidden states on the wire: as they are, or with 8 bits per element and a scale per row (not exact)."""
+    gradient_compression: Literal["none", "int8"] = "none"
+    """The same for the gradients of hidden states in Backward, there and back; "int8" above covers them too."""
     use_direct: bool = True
     """Whether servers are dialled directly where they can be; False: always through the tunnel."""
 
@@ -57,9 +59,14 @@ class ClientConfig:
     def codec(self) -> pb.Codec:
         return pb.CODEC_INT8_PER_ROW if self.compression == "int8" else pb.CODEC_RAW
 
+    @property
+    def gradient_codec(self) -> pb.Codec:
+        return pb.CODEC_INT8_PER_ROW if self.gradient_compression == "int8" else self.codec
+
     def __post_init__(self) -> None:
-        if self.compression not in ("none", "int8"):
-            raise BadRequest(f"compression {self.compression!r} is not known: use 'none' or 'int8'")
+        for name in ("compression", "gradient_compression"):
+            if getattr(self, name) not in ("none", "int8"):
+                raise BadRequest(f"{name} {getattr(self, name)!r} is not known: use 'none' or 'int8'")
         if not self.initial_peers:
             raise BadLink("a client needs a join link or initial_peers: pass join='swarm://…'")
         for name in (

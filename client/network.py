@@ -90,7 +90,7 @@ class Network:
         self.connector = connector
         self.uploads = Uploads(connector, self.while_alive, config.compute_timeout_s)
         """Adapters on their way to servers."""
-        self._directory = directory
+        self.directory = directory
         self._known = KnownServers(
             directory,
             bytes_per_min=config.directory_bytes_per_min,
@@ -241,7 +241,7 @@ class Network:
         """
         if await self.servers(needs.fingerprint):
             return
-        listings = await self._directory.models()
+        listings = await self.directory.models()
         if listings:
             served = ", ".join(f"{listing.name} (fingerprint {listing.fingerprint[:12]})" for listing in listings[:5])
             raise BadLink(

@@ -43,7 +43,7 @@ class Batch:
     prompts_NBPD: Tensor | None
     grad_BLD: Tensor | None
     codec: pb.Codec
-    """How the hidden states came, and how the answer goes back."""
+    """How the hidden states came, or the gradients if there are some; the answer goes back like that."""
     forward_id: bytes = b""
     """Ties a Backward to its Forward; empty: the Forward keeps nothing."""
     adapters: Lease | None = None

@@ -161,9 +161,10 @@ class BlocksService(pb_grpc.BlocksServicer):
                     num_rows=batch.num_rows,
                     length=batch.length,
                 )
-                # An optimizer adds up the gradients of adapters: they go as they are.
+                # An optimizer adds up the gradients of prompts and adapters: they go as they are.
+                codecs = [batch.codec, pb.CODEC_RAW]
                 packed = await asyncio.to_thread(
-                    pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=batch.codec, raw=gradients.dadapters
+                    pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=codecs, raw=gradients.dadapters
                 )
                 del gradients
                 result = pb.ComputeResult(
@@ -217,7 +218,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 ids_BL,
                 prompts,
                 grad_BLD,
-                wire.hidden_states.codec,
+                (wire.grad_outputs if wire.HasField("grad_outputs") else wire.hidden_states).codec,
                 wire.forward_id,
                 lease,
                 wire.dropout_seed if wire.HasField("dropout_seed") else None,

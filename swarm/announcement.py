@@ -136,6 +136,34 @@ class AdapterListing(BaseModel):
         return bytes.fromhex(self.digest)
 
 
+class Participant(BaseModel):
+    """A peer at a meeting (`Directory.meet`), and where the others can dial it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    peer_id: PeerId
+    multiaddrs: Annotated[list[MultiaddrText], Field(min_length=1, max_length=16)]
+    """Whole ones, with the id of whatever listens there, which need not be this peer's."""
+
+    @classmethod
+    def of(cls, peer_id: str, multiaddrs: Iterable[str]) -> Self:
+        """Raises: BadRequest: others would not take this."""
+        try:
+            return _checked(cls, {"peer_id": peer_id, "multiaddrs": list(multiaddrs)}, "participant")
+        except ProtocolError as exc:
+            raise BadRequest(f"these addresses cannot be published: {exc}") from exc
+
+    def to_bytes(self) -> bytes:
+        """A `MeetingEntry`."""
+        return directory_pb2.MeetingEntry(multiaddrs=self.multiaddrs).SerializeToString()
+
+    @classmethod
+    def from_bytes(cls, peer_id: str, data: bytes) -> Self:
+        """Read and check what a peer wrote. Raises: ProtocolError: anything about it is not allowed."""
+        entry = _parse(directory_pb2.MeetingEntry(), data, "participant")
+        return _checked(cls, {"peer_id": peer_id, "multiaddrs": list(entry.multiaddrs)}, "participant")
+
+
 class AddressFields(BaseModel):
     """Where and how a peer can be called, as a stranger says."""
 

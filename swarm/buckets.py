@@ -8,6 +8,7 @@ one a reader sees at least as much as it has read buckets; a flood of entries fi
     swarm/2/model/<fingerprint>/7         the others: of the hash of its peer id
     swarm/2/model/<fingerprint>/7a
     swarm/2/models, swarm/2/models/c …    who serves which model. Digits of the hash of the fingerprint
+    swarm/2/meeting/<sha-256 of a name>   peers that do something together, and where; there are none below
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ MODELS = Bucket("swarm/2/models")
 def servers_root(model_fingerprint: str) -> Bucket:
     """The bucket in which the search for servers of a model begins."""
     return Bucket(f"swarm/2/model/{model_fingerprint}")
+
+
+def meeting_root(name: str) -> Bucket:
+    """The bucket in which peers that know this name find one another."""
+    return Bucket(f"swarm/2/meeting/{hashlib.sha256(name.encode()).hexdigest()}")
 
 
 def sixteenth(block: int, num_model_blocks: int) -> int:

@@ -60,20 +60,23 @@ class Packed:
     more: list[bytes]
 
 
-def pack(*tensors: Tensor | None, codec: pb.Codec = pb.CODEC_RAW, raw: Sequence[Tensor] = ()) -> Packed:
+def pack(
+    *tensors: Tensor | None, codec: pb.Codec | Sequence[pb.Codec] = pb.CODEC_RAW, raw: Sequence[Tensor] = ()
+) -> Packed:
     """Serialize tensors of any device; None stays an absent spec.
 
     Args:
-        codec: for floating-point tensors; integer tensors are always raw.
+        codec: for floating-point tensors, one for all or one for each; integer tensors are always raw.
         raw: further tensors, behind the others, that the codec is not for.
     """
+    codecs = [*codec] if isinstance(codec, Sequence) else [codec] * len(tensors)
     specs: list[pb.TensorSpec | None] = []
     payloads: list[memoryview] = []
     for index, tensor in enumerate((*tensors, *raw)):
         if tensor is None:
             specs.append(None)
             continue
-        used = codec if tensor.dtype.is_floating_point and index < len(tensors) else pb.CODEC_RAW
+        used = codecs[index] if tensor.dtype.is_floating_point and index < len(tensors) else pb.CODEC_RAW
         payload = _encode(tensor.detach(), used)
         specs.append(
             pb.TensorSpec(

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from swarm.announcement import Announcement, ModelListing
-from swarm.buckets import MAX_DEPTH, MODELS, Bucket, path_of_model, path_of_server, servers_root
+from swarm.announcement import Announcement, ModelListing, Participant
+from swarm.buckets import MAX_DEPTH, MODELS, Bucket, meeting_root, path_of_model, path_of_server, servers_root
 from swarm.errors import BadRequest, PeerUnavailable, ProtocolError
 from swarm.listing import Entry, Listing, Page
 
 logger = logging.getLogger(__name__)
 
-V = TypeVar("V", Announcement, ModelListing)
+V = TypeVar("V", Announcement, ModelListing, Participant)
 
 MAX_LIFETIME_S = 600.0
 """How far ahead `expires_at_s` may lie; a server announces itself again well before."""
@@ -38,7 +38,7 @@ CLOCK_JUMP_S, CLOCK_CHECK_PERIOD_S = 2.0, 600.0
 """A clock that has moved so much against a steady one was set; it is looked at so often anyway."""
 
 MAX_LISTINGS = 16
-"""Models whose servers are remembered."""
+"""Models whose servers are remembered, and meetings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,14 @@ class Directory(Protocol):
 
     async def models(self) -> list[ModelListing]:
         """The models that live servers of this swarm serve, ordered by name."""
+
+    async def meet(self, name: str, multiaddrs: Sequence[str], lifetime_s: float) -> list[Participant]:
+        """Let peers that know this name find us, and return all of them that are there, ordered by peer id.
+
+        Args:
+            multiaddrs: where they can dial us; none: we leave.
+            lifetime_s: how long we shall be found.
+        """
 
     def statistics(self) -> DirectoryStatistics:
         """Counts since this object was opened."""
@@ -162,6 +170,8 @@ class BucketDirectory:
         """Tree -> where we are in it."""
         self._listings: dict[str, Listing[Announcement]] = {}
         """Fingerprint -> what we know, the one read last at the end."""
+        self._meetings: dict[str, Listing[Participant]] = {}
+        """Name -> who was there."""
         self._models: Listing[ModelListing] = Listing(
             MODELS, self._counting_dropped(lambda entry, _: ModelListing.from_bytes(entry.data))
         )
@@ -224,6 +234,22 @@ class BucketDirectory:
         found = await self._read(self._models, MAX_READ_BYTES)
         by_fingerprint = {each.fingerprint: each for each in sorted(found, key=lambda each: each.name, reverse=True)}
         return sorted(by_fingerprint.values(), key=lambda each: (each.name, each.fingerprint))
+
+    async def meet(self, name: str, multiaddrs: Sequence[str], lifetime_s: float) -> list[Participant]:
+        """Find and be found; see Directory. Where a meeting is full, we find others, who then know us from us.
+
+        Raises: BadRequest: these are no addresses. PeerUnavailable: as for `servers`.
+        """
+        root = meeting_root(name)
+        data = Participant.of(self._peer_id, multiaddrs).to_bytes() if multiaddrs else b""
+        await self._shelves.write(root, data, min(lifetime_s, MAX_LIFETIME_S) if multiaddrs else 0.0)
+        listing = self._meetings.pop(name, None) or Listing(
+            root, self._counting_dropped(lambda entry, _: Participant.from_bytes(entry.peer_id, entry.data))
+        )
+        self._meetings[name] = listing
+        if len(self._meetings) > MAX_LISTINGS:
+            del self._meetings[next(iter(self._meetings))]
+        return await self._read(listing, MAX_READ_BYTES)
 
     def statistics(self) -> DirectoryStatistics:
         """Counts since this directory was opened."""
@@ -313,6 +339,6 @@ class BucketDirectory:
         self._statistics = replace(self._statistics, **counts)
 
 
-def _model_sizes(found: Sequence[Announcement] | Sequence[ModelListing]) -> list[int]:
+def _model_sizes(found: Sequence[Announcement | ModelListing | Participant]) -> list[int]:
     """How many blocks the model of each announcement has."""
     return [each.num_model_blocks for each in found if isinstance(each, Announcement)]

@@ -96,3 +96,9 @@ class ModelEntry(_message.Message):
     num_blocks: int
     hidden_size: int
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_blocks: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+
+class MeetingEntry(_message.Message):
+    __slots__ = ("multiaddrs",)
+    MULTIADDRS_FIELD_NUMBER: _ClassVar[int]
+    multiaddrs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, multiaddrs: _Optional[_Iterable[str]] = ...) -> None: ...

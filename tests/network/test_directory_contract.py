@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from swarm.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement, ModelListing
+from swarm.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement, ModelListing, Participant
 from swarm.buckets import MODELS, servers_root
 from swarm.dht import Dht, DhtConfig, open_dht
 from swarm.directory import MAX_LIFETIME_S, BucketDirectory, SwarmClock
@@ -127,6 +127,24 @@ async def test_withdrawn_announcement_is_gone_at_once(peers: Peers, make_announc
     await peers.directories[0].withdraw(announcement)  # twice does no harm
     await peers.directories[0].announce(announcement)  # and it may come back
     assert await peers.states() == {0: "online", 1: "online"}
+
+
+async def test_peers_that_know_a_name_find_one_another(peers: Peers) -> None:
+    addresses = [f"/ip4/192.0.2.{number}/tcp/31337/p2p/{peers.peer_ids[number]}" for number in range(3)]
+    for number, directory in enumerate(peers.directories):
+        found = await directory.meet("a run", addresses[number : number + 1], 60.0)
+        assert [(each.peer_id, each.multiaddrs) for each in found] == sorted(
+            (peers.peer_ids[known], [addresses[known]]) for known in range(number + 1)
+        )
+    assert await peers.directories[0].meet("another run", (), 0.0) == []
+    found = await peers.directories[0].meet("a run", (), 0.0)  # it leaves
+    assert peers.peer_ids[0] not in {each.peer_id for each in found} and len(found) == 2
+    peers.clock.ahead_s = 61
+    assert await peers.directories[1].meet("a run", addresses[1:2], 60.0) == [
+        Participant(peer_id=peers.peer_ids[1], multiaddrs=[addresses[1]])
+    ]
+    with pytest.raises(BadRequest, match="cannot be published"):
+        await peers.directories[0].meet("a run", ["nowhere"], 60.0)
 
 
 async def test_two_models_are_kept_apart(peers: Peers, make_announcement: Make) -> None:

@@ -51,6 +51,19 @@ def test_loss_and_gradients(llama):
     assert_same_training(llama.remote, llama.local, input_ids=ids, labels=ids)
 
 
+def test_gradients_may_travel_with_8_bits_and_hidden_states_as_they_are(llama, swarms):
+    remote = swarms.join(llama.swarm, llama.path, dtype="float32", config={"gradient_compression": "int8"})
+    ids = random_ids(2, 9)
+    results = []
+    for model in (remote, llama.remote):
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        results.append((output.logits.detach(), model.get_input_embeddings().weight.grad))
+    (ours, our_grad), (theirs, their_grad) = results
+    assert torch.equal(ours, theirs)
+    assert 0 < error(our_grad, their_grad) < 0.02 * float(their_grad.abs().max())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches(llama, side):
     ids, mask = random_ids(3, 8), torch.ones(3, 8, dtype=torch.int64)
