@@ -70,6 +70,7 @@ class WholeBlocks:
             keys_1NSH, values_1NSH = store.heads(number)
             target.keys, target.values = keys_1NSH.data_ptr(), values_1NSH.data_ptr()
         _, num_kv_heads, _, head_dim = keys_1NSH.shape
+        attention: Any = layers[0].get_submodule("self_attn")
         self._sizes: dict[str, Any] = {
             "num_blocks": len(layers),
             "N": num_kv_heads,
@@ -77,7 +78,7 @@ class WholeBlocks:
             "H": head_dim,
             "head": keys_1NSH.stride(1),
             "slot": keys_1NSH.stride(2),
-            "scaling": layers[0].self_attn.scaling,
+            "scaling": attention.scaling,
         }
         self._store = store
         self._most_keys = most_keys
