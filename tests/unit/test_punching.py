@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from swarm.dialling import Anywhere, OutsideOnly
 from swarm.mirror import open_mirror
 from swarm.peers import Connector
-from swarm.punching import Introduction, Introductions, Meeting
+from swarm.punching import Introduction, Introductions, Meeting, Puncher
 from swarm.reach import DIALS_PER_MINUTE
 
 LOOPBACK, HOME, OUTSIDE = "127.0.0.1", "192.168.1.7", "8.8.8.8"
@@ -49,12 +49,16 @@ class Told:
 
     def __init__(self) -> None:
         self.line = b""
+        self.is_closed = False
 
     def write(self, data: bytes) -> None:
         self.line = data
 
     async def drain(self) -> None:
         pass
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 async def test_a_mirror_sees_who_shows_the_token_from_the_place_it_belongs_to():
@@ -83,3 +87,28 @@ async def test_a_mirror_sees_who_shows_the_token_from_the_place_it_belongs_to():
 async def test_nobody_is_called_anew_who_is_not_called_at_all():
     renew: Callable[[str], Awaitable[bool]] = Connector(None).renew
     assert not await renew("12D3KooW")
+
+
+@pytest.mark.parametrize(("succeeds", "num_tried"), [(False, 3), (True, 1)])
+async def test_attempts_are_bounded_and_what_nobody_takes_is_closed(monkeypatch, succeeds, num_tried):
+    """Whoever asks meanwhile."""
+    opened: list[Told] = []
+
+    async def met(_self: Puncher, _peer_id: str, _relay_id: str) -> object:
+        opened.append(Told())
+        return None, opened[-1]
+
+    async def renew(_peer_id: str) -> bool:
+        return succeeds
+
+    monkeypatch.setattr(Puncher, "_meet", met)
+    puncher = Puncher(None, Anywhere(), waits_s=(0.0, 0.0, 0.0))
+    puncher.renew = renew
+    puncher.begin("peer", "relay")
+    puncher.begin("peer", "relay")
+    await puncher.wait_tried()
+    assert len(opened) == num_tried and all(each.is_closed for each in opened)
+    puncher.begin("peer", "relay")  # only later
+    await asyncio.sleep(0)
+    assert len(opened) == num_tried and puncher.take("peer") is None
+    await puncher.aclose()
