@@ -201,8 +201,9 @@ class RemoteCompute:
 
             needs = self._needs_of(batch, rest)
             hops = await self._network.route(needs, attempt)
-            racing = partial(self._raced, run, batch, hops[0], needs, attempt, is_backward=False)
-            return await self._prepared(batch, hops[0], racing)
+            return await self._prepared(
+                batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=False)
+            )
 
         return await self._network.retrying(attempt)
 
@@ -233,7 +234,7 @@ class RemoteCompute:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
             others_asked.append(others[0])
-            return await self._prepared(batch, others[0], partial(run, others[0]))
+            return await self._prepared(batch, others[0], lambda: run(others[0]))
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
@@ -267,8 +268,9 @@ class RemoteCompute:
                 async def run(hop: Hop) -> Gradients:
                     return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
-                racing = partial(self._raced, run, batch, hops[0], needs, attempt, is_backward=True)
-                return await self._prepared(batch, hops[0], racing)
+                return await self._prepared(
+                    batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=True)
+                )
 
             result = await self._network.retrying(attempt)
             if result is None:

@@ -17,9 +17,8 @@ from test_bad_input import assert_refused, compute, open_stub
 from test_client_adapters import file, good, put
 from tiny import load_local, random_ids
 
-from swarm import AutoDistributedModelForCausalLM
+from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import BadRequest, ProtocolError, SwarmError
-from swarm.model.adapters import BlockAdapter, Lora
 from swarm.server import LocalSwarm
 from swarm.v1 import blocks_pb2 as pb
 
@@ -123,7 +122,7 @@ FILES = {
     "one name twice": (with_header(twice), "whole safetensors file"),
     "thousands of tensors": (with_header(many), "header is longer|tensors was sent"),
     "an unknown kind": (good().replace(b"mlp/lora", b"mlp/code"), "changed by 'code', which is not known here"),
-    "a module outside": (good().replace(b'"mlp/lora', b'"../lora'), "is no name of a module"),
+    "a module outside": (good().replace(b"mlp/lora", b"m-p/lora"), "is no name of a module"),
     "NaN": (good(value=torch.nan), "not finite"),
     "inf": (good(value=torch.inf), "not finite"),
 }
@@ -155,11 +154,13 @@ async def assert_put_refused(stub: Any, target: Target, error: type[SwarmError],
 
 
 async def test_large_files_that_are_refused_at_their_end_leave_nothing(target: Target) -> None:
-    before, rss_bytes = await target.held(), target.rss_bytes
-    data, num_sent = bytes(7 << 20), 0
+    before, rss_bytes, num_sent = await target.held(), 0, 0
+    data = bytes(7 << 20)
     parts = [data[at : at + (1 << 20)] for at in range(0, len(data), 1 << 20)]
     async with open_stub(target.server) as stub:
-        for number in range(20):  # 140 MiB
+        for number in range(40):
+            if number == 20:  # by now the allocators of all threads have taken what they keep
+                rss_bytes, num_sent = target.rss_bytes, 0
             digest = hashlib.sha256(data).digest() if number % 2 else bytes(32)
             wire = pb.AdapterFile(digest=digest, num_bytes=len(data), data=parts[0])
             await assert_put_refused(
@@ -175,7 +176,9 @@ async def test_uploads_that_are_broken_off_leave_nothing(target: Target) -> None
     async with open_stub(target.server) as stub:
         for number in range(8):
             call = stub.PutAdapters()
-            opening = pb.PutAdaptersOpen(protocol_version=1, model_fingerprint=target.server.model_fingerprint)
+            opening = pb.PutAdaptersOpen(
+                protocol_version=PROTOCOL_VERSION, model_fingerprint=target.server.model_fingerprint
+            )
             await call.write(pb.PutAdaptersRequest(open=opening))
             wire = pb.AdapterFile(digest=bytes([number] * 32), num_bytes=7 << 20, data=bytes(100_000))
             await call.write(pb.PutAdaptersRequest(adapter=wire))
@@ -196,8 +199,8 @@ async def test_many_small_files_take_no_more_than_the_room(target: Target) -> No
         assert held["swarm_adapter_bytes"] == ROOM_BYTES == held["swarm_adapters"] * 256 * 1024
         assert held["swarm_adapters_in_use"] == held["swarm_adapters_arriving"] == 0
         assert target.rss_bytes < rss_bytes + GROWTH_BYTES
-        large = BlockAdapter([Lora("mlp", torch.zeros(30_000, 64), torch.zeros(64, 30_000))]).to_bytes()
-        await assert_put_refused(stub, target, BadRequest, "this server takes at most 8388608", file(large, data=b""))
+        announced = pb.AdapterFile(digest=bytes(32), num_bytes=ROOM_BYTES // 2 + 1)
+        await assert_put_refused(stub, target, BadRequest, "this server takes at most 8388608", announced)
 
 
 async def test_adapters_that_fit_no_module_are_refused_by_each_call_that_names_them(target: Target) -> None:
