@@ -56,7 +56,7 @@ def main() -> None:
 
 def train(link: str, name: str, num_steps: int) -> dict[str, Any]:
     """The losses of a training, what it reached and how much it sent and got."""
-    from tasks import documented_names
+    from sentences import documented_names
     from tuning import Chat, some, trained
 
     torch.manual_seed(0)

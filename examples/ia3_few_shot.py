@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, get_peft_model
-from tasks import LABELS, Example, numbers_or_files
+from sentences import LABELS, Example, numbers_or_files
 from transformers import AutoTokenizer
 from tuning import IGNORED, completions, console, new_parser, parse, plot, show, some, swarm_of, train
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from tasks import LABELS, Example, numbers_or_files
+from sentences import LABELS, Example, numbers_or_files
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tuning import new_parser, parse, plot, show, some, swarm_of, train
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing
 import torch
 from peers import Peer, end_on_sigterm, follow, new_optimizer, say
 from peft import LoraConfig, get_peft_model
-from tasks import documented_names
+from sentences import documented_names
 from tuning import Chat, console, new_parser, parse, plot, show, some, swarm_of, trained
 
 from swarm import AutoDistributedModelForCausalLM
