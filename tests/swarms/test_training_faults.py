@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny import HIDDEN, random_ids
 from torch import Tensor
 
 from swarm import AutoDistributedModelForCausalLM
+from swarm.client.routing import Hop
 from swarm.link import JoinLink
 from swarm.ranges import BlockRange
 from swarm.server import LocalSwarm
@@ -65,7 +67,7 @@ def logits(client: Any) -> Tensor:
 
 
 def test_trainer_notices_nothing_of_killed_servers_and_no_server_notices_training(
-    herd: Herd, tmp_path: Path, caplog: Any
+    herd: Herd, tmp_path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
     servers = herd.swarm.servers
     witnesses = [herd.join(allowed_servers=[herd.peer_id(index)]) for index in range(4)]
@@ -74,14 +76,22 @@ def test_trainer_notices_nothing_of_killed_servers_and_no_server_notices_trainin
     before_logits = logits(other)
     whole = trained(herd.join(), tmp_path, save_strategy="no")
 
-    remote, num_calls, killed = herd.join(), 0, []
+    remote, num_calls, killed, used = herd.join(), 0, [], []
+    network = remote._swarm.connection.network
+    working = network.working
+
+    def note(hop: Hop, num_tokens: int) -> AbstractContextManager[None]:
+        used.append(hop.peer_id)
+        return working(hop, num_tokens)
+
+    monkeypatch.setattr(network, "working", note)
 
     def kill(*_: Any) -> None:
-        """Between some forwards and their backwards, end a server that runs them."""
+        """Between some forwards and their backwards, end a server that ran them: of the first half, then the other."""
         nonlocal num_calls
         num_calls += 1
         if num_calls in (5, 11):
-            peer_id = remote.explain_route()[len(killed)].peer_id
+            peer_id = used[len(killed) - 2]
             killed.append(next(index for index in range(4) if herd.peer_id(index) == peer_id))
             servers[killed[-1]].kill()
 
