@@ -18,7 +18,10 @@ _PUBLIC = {
     "AutoDistributedModel": "swarm.client",
     "AutoDistributedModelForCausalLM": "swarm.client",
     "AutoDistributedModelForSequenceClassification": "swarm.client",
+    "BottleneckConfig": "swarm.model.bottlenecks",
     "EMBEDDED_MODEL": "swarm.embedded",
+    "add_bottlenecks": "swarm.model.bottlenecks",
+    "load_bottlenecks": "swarm.model.bottlenecks",
 }
 
 __all__ = [
@@ -28,7 +31,10 @@ __all__ = [
     "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
+    "BottleneckConfig",
     "__version__",
+    "add_bottlenecks",
+    "load_bottlenecks",
 ]
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
         AutoDistributedModelForSequenceClassification,
     )
     from swarm.embedded import EMBEDDED_MODEL
+    from swarm.model.bottlenecks import BottleneckConfig, add_bottlenecks, load_bottlenecks
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swarm.errors import BadRequest
 from swarm.model.adapters import BlockAdapter, ModelAdapter
+from swarm.model.bottlenecks import Bottlenecks
 from swarm.model.changes import Bias, Change, Ia3, Lora
 from swarm.model.shadows import RemoteLayers, RemoteTensor
 
@@ -42,18 +43,25 @@ def read_adapters(model: nn.Module | None, layers: RemoteLayers) -> ModelAdapter
         differentiable in them.
     Raises: BadRequest: something in a shadow would have no effect.
     """
-    if "peft" not in sys.modules:  # nothing can be adapted, and importing it would take seconds
+    bottlenecks = getattr(model, "bottlenecks", None)
+    reads_peft = "peft" in sys.modules  # if not, PEFT changes nothing, and importing it would take seconds
+    if not reads_peft and bottlenecks is None:
         return None
-    _refuse_trained_biases(model, layers)
-    adapters = [_read_block(f"block {number}", shadow) for number, shadow in layers.named_children()]
+    if reads_peft:
+        _refuse_trained_biases(model, layers)
+    adapters: list[BlockAdapter | None] = []
+    for number, (name, shadow) in enumerate(layers.named_children()):
+        changes = _read_block(f"block {name}", shadow) if reads_peft else []
+        changes += bottlenecks.changes(number) if isinstance(bottlenecks, Bottlenecks) else []
+        adapters.append(BlockAdapter(changes) if changes else None)
     return adapters if any(adapters) else None
 
 
-def _read_block(place: str, shadow: nn.Module) -> BlockAdapter | None:
+def _read_block(place: str, shadow: nn.Module) -> list[Change]:
     changes: list[Change] = []
     for name, layer in _tuner_layers(place, "", shadow):
         changes += _read_layer(place, name, layer)
-    return BlockAdapter(changes) if changes else None
+    return changes
 
 
 def _tuner_layers(place: str, name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:

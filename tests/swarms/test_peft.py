@@ -22,7 +22,13 @@ from tiny import load_local, random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from swarm import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from swarm import (
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+    BottleneckConfig,
+    add_bottlenecks,
+    load_bottlenecks,
+)
 from swarm.errors import BadRequest
 from swarm.server import LocalSwarm
 
@@ -113,6 +119,33 @@ def test_methods_compute_learn_and_generate_as_local_ones(tiny_model: Any, model
             assert curve == pytest.approx(losses_of(theirs), abs=CURVE_TOLERANCE) and curve[-1] < curve[0] - 0.1
             assert torch.equal(generated(ours), generated(theirs))
             remote.close()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_bottlenecks_compute_learn_and_generate_as_local_ones(swarms: Any, model_type: str, tmp_path: Path) -> None:
+    swarm, path = swarms.get(
+        model_type, ((0, 2), (2, 4), (4, 6)) if model_type == "llama" else ((0, 1), (1, 3), (3, 4))
+    )
+    config = BottleneckConfig(size=8, activation="gelu")
+    ours, theirs = swarms.join(swarm, path), load_local(path)
+    plain = logits(ours)
+    for model in (ours, theirs):
+        add_bottlenecks(model, config)
+    assert torch.equal(logits(ours), plain)  # it begins as nothing
+    fill(ours, theirs)
+    assert_same(ours, theirs)
+    assert float((logits(ours) - plain).abs().max()) > 10 * TOLERANCE
+    found, wanted = gradients(ours), gradients(theirs)
+    assert found and found.keys() == wanted.keys() and all("bottlenecks" in name for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
+    curve = losses_of(ours)
+    assert curve == pytest.approx(losses_of(theirs), abs=CURVE_TOLERANCE) and curve[-1] < curve[0] - 0.1
+    assert torch.equal(generated(ours), generated(theirs))
+    ours.bottlenecks.save_pretrained(tmp_path)
+    again = load_local(path)
+    load_bottlenecks(again, tmp_path)
+    assert_same(ours, again)
 
 
 @pytest.fixture
