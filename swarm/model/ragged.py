@@ -28,7 +28,7 @@ from transformers.masking_utils import causal_mask_function
 from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model import families
 from swarm.model.attention import RowAttention
-from swarm.model.edits import AddPrompt, make_edits
+from swarm.model.edits import AddPrompt, Edits, make_edits
 from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
 from swarm.model.paged import PagedAttention, can_page, plan_paged
@@ -59,7 +59,7 @@ def is_packable(span: Span) -> bool:
         return False
     x_TD = torch.zeros(2, span.hidden_size, dtype=span.dtype, device=span.device)
     try:
-        PackedSpan(span, KVStore(kv_layout(span), 2))(x_TD, [Piece(1, 0, [(0, 1)]), Piece(1, 0, [(1, 2)])])
+        PackedSpan(span, KVStore(kv_layout(span), 2)).by_modules(x_TD, [Piece(1, 0, [(0, 1)]), Piece(1, 0, [(1, 2)])])
     except UnsupportedModel as exc:
         logger.warning("sessions run one at a time: %s", exc)
         return False
@@ -108,6 +108,11 @@ class PackedSpan:
             x_TD = x_TD.to(self._dtype)
             if self._whole is not None and edits is None and self._whole.takes(pieces):
                 return self._whole(x_TD, _position_ids(pieces, x_TD.device).unsqueeze(0), pieces)
+            return self.by_modules(x_TD, pieces, edits)
+
+    def by_modules(self, x_TD: Tensor, pieces: Sequence[Piece], edits: Edits | None = None) -> Tensor:
+        """The same by the library's modules, whatever the pieces are; `edits`: what is changed in the blocks."""
+        with torch.inference_mode():
             row = _Row(pieces, self._store, self._span)
             inputs = {"use_cache": True, "past_key_values": row}
             if self._span.takes_position_ids:

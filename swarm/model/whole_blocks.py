@@ -144,7 +144,7 @@ def whole_blocks(span: Span, model: nn.Module, layers: nn.ModuleList, store: KVS
         return None
     if rotary is None or not all(_fits(layer) for layer in layers):
         return None
-    if len({_bits(layer) for layer in layers}) > 1:
+    if len({_sizes_of(layer) for layer in layers}) > 1 or len(set(layout.shapes)) > 1:
         return None
     if not _is_same(span, layers[0], rotary, store):
         logger.warning("this %s has blocks of another kind: decoding takes longer", span.anatomy.model_type)
@@ -182,9 +182,9 @@ def _fits(layer: nn.Module) -> bool:
     )
 
 
-def _bits(layer: nn.Module) -> tuple[int, ...]:
+def _sizes_of(layer: nn.Module) -> tuple[tuple[int, int, int], ...]:
     linear: list[Any] = [layer.get_submodule(path) for path in _LINEAR.values()]
-    return tuple(each.bits for each in linear)
+    return tuple((each.bits, each.out_features, each.in_features) for each in linear)
 
 
 def _is_same(span: Span, layer: nn.Module, rotary: nn.Module, store: KVStore) -> bool:

@@ -73,15 +73,13 @@ def step(number: int, **more: Any) -> Piece:
 
 def decode_both_ways(span: Span, pieces: list[Piece], blocks: BlockRange | None = None) -> list[tuple[Tensor, KVStore]]:
     """What the next tokens give, and the store after it: by the kernel, and by the library's modules."""
-    found = []
-    for may_be_whole in (True, False):
+    x_TD, found = rows(sum(piece.length for piece in pieces), span), []
+    for by_kernel in (True, False):
         store = KVStore(kv_layout(span), NUM_SLOTS)
         fill(PackedSpan(span, store), span)
         packed = PackedSpan(span if blocks is None else narrow(span, blocks), store)
         assert packed._whole is not None and packed._whole.takes(pieces)
-        if not may_be_whole:
-            packed._whole = None
-        found.append((packed(rows(sum(piece.length for piece in pieces), span), pieces), store))
+        found.append(((packed if by_kernel else packed.by_modules)(x_TD, pieces), store))
     return found
 
 
