@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import AdapterListing, Announcement
+from swarm.connector import open_connector
 from swarm.dht import DhtConfig, open_dht
 from swarm.directory import Directory
 from swarm.errors import (
@@ -32,7 +33,6 @@ from swarm.errors import (
 from swarm.peers import Connector
 from swarm.rpc import errors_from_wire
 from swarm.survey import Survey
-from swarm.tunnel import open_connector
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 

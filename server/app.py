@@ -17,6 +17,7 @@ import swarm
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
 from swarm.codec import dtype_name
+from swarm.connector import open_connector
 from swarm.dht import Dht, DhtConfig, open_dht
 from swarm.dialling import UntilSeenOutside, rule_for
 from swarm.errors import ResourceError
@@ -27,7 +28,7 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.hosted import read_hosted
 from swarm.ranges import BlockRange
 from swarm.survey import Survey
-from swarm.tunnel import open_connector, serve_tunnel
+from swarm.tunnel import serve_tunnel
 
 from .announcer import announced
 from .config import PERIODS_ALIVE, ServerConfig

@@ -17,6 +17,7 @@ import psutil
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement, ModelListing
+from swarm.connector import open_connector
 from swarm.dht import Dht
 from swarm.diagnosis import ModelCheck, OwnCheck, PeerCheck, Report, ServerCheck
 from swarm.dial_back import ask, ask_some
@@ -24,7 +25,7 @@ from swarm.errors import BadRequest, PeerError, SwarmError
 from swarm.peers import PeerAddress
 from swarm.reach import judge, outside_first
 from swarm.rpc import errors_from_wire
-from swarm.tunnel import Way, open_connector
+from swarm.tunnel import Way
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 

@@ -23,9 +23,8 @@ from swarm.dial_back import stop_handling
 from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerError, PeerUnavailable, ResourceError
 from swarm.p2pd import finish, open_socket_directory
-from swarm.peers import Connector
 from swarm.pipes import Stream, cancel_all, join_streams
-from swarm.punching import WAITS_S, Puncher, answer_punches
+from swarm.punching import Puncher, answer_punches
 from swarm.relays import TUNNEL_PROTOCOL, open_relayed_stream, relays_of
 
 if TYPE_CHECKING:
@@ -166,36 +165,6 @@ async def open_tunnel(
             if punched is not None:
                 punched[1].close()
             await finish(cancel_all(connections))
-
-
-@asynccontextmanager
-async def open_connector(
-    dht: Dht,
-    *,
-    rule: DiallingRule | None = None,
-    connect_timeout_s: float = 3.0,
-    waits_s: Sequence[float] = WAITS_S,
-    on_way: Callable[[Way], None] | None = None,
-) -> AsyncIterator[tuple[Connector, Puncher]]:
-    """Channels to peers, through the tunnel where need be, and what finds direct ways to these meanwhile.
-
-    Args:
-        rule, connect_timeout_s: see Connector.
-        waits_s: see Puncher.
-        on_way: see `open_tunnel`.
-    """
-    puncher = Puncher(dht, rule or Anywhere(), waits_s=waits_s)
-    connector = Connector(
-        lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
-        rule=rule,
-        connect_timeout_s=connect_timeout_s,
-    )
-    puncher.renew = connector.renew
-    try:
-        yield connector, puncher
-    finally:
-        await finish(puncher.aclose())
-        await finish(connector.aclose())
 
 
 async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:

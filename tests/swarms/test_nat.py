@@ -216,8 +216,8 @@ def test_calls_leave_the_relay_once_both_ends_have_dialled_each_other_and_outliv
         before = wait_for("punched")
         go_on("punched")
         grown = wait_for("computed") - before
-        deadline_s = time.monotonic() + START_TIMEOUT_S  # or they would push to each other through the relay
-        while not all("is in the same network" in log.read_text() for log in internet.server_logs):
+        deadline_s = time.monotonic() + START_TIMEOUT_S  # or it would push to the other one through the relay
+        while "is in the same network" not in internet.server_logs[0].read_text():
             assert time.monotonic() < deadline_s, internet.server_logs[0].read_text()
             time.sleep(0.1)
         go_on("computed")

@@ -1,0 +1,43 @@
+"""Opening the channels to peers, with all the ways that lead to them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from swarm.dht import Dht
+from swarm.dialling import Anywhere, DiallingRule
+from swarm.p2pd import finish
+from swarm.peers import Connector
+from swarm.punching import WAITS_S, Puncher
+from swarm.tunnel import Way, open_tunnel
+
+
+@asynccontextmanager
+async def open_connector(
+    dht: Dht,
+    *,
+    rule: DiallingRule | None = None,
+    connect_timeout_s: float = 3.0,
+    waits_s: Sequence[float] = WAITS_S,
+    on_way: Callable[[Way], None] | None = None,
+) -> AsyncIterator[tuple[Connector, Puncher]]:
+    """Channels to peers, through the tunnel where need be, and what finds direct ways to these meanwhile.
+
+    Args:
+        rule, connect_timeout_s: see Connector.
+        waits_s: see Puncher.
+        on_way: see `open_tunnel`.
+    """
+    puncher = Puncher(dht, rule or Anywhere(), waits_s=waits_s)
+    connector = Connector(
+        lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
+        rule=rule,
+        connect_timeout_s=connect_timeout_s,
+    )
+    puncher.renew = connector.renew
+    try:
+        yield connector, puncher
+    finally:
+        await finish(puncher.aclose())
+        await finish(connector.aclose())
