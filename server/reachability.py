@@ -28,6 +28,9 @@ from .config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
+NEIGHBOURS_PERIOD_S = 10.0
+"""How often it is looked whether servers of our own network have become known."""
+
 UNKNOWN_PERIOD_S = 30.0
 """How often a server looks for somebody to ask, as long as nobody has tried its port."""
 FIRST_RELAY_TIMEOUT_S = 10.0
@@ -69,6 +72,8 @@ class Reachability:
         self._rule = rule
         self._forget = forget
         self._neighbours: set[str] = set()
+        self._tried: dict[str, list[str]] = {}
+        """Where peers that may be neighbours were dialled since the last check."""
         self._registrations = Registrations(dht, dht.known_peers, self._relays_changed)
         self._registering: asyncio.Task[None] | None = None
         self._own: list[str] = []
@@ -100,6 +105,7 @@ class Reachability:
     async def check(self) -> None:
         """Ask some peers; register with relays if need be. What nobody could say this time stays as it was."""
         self._own = await self._dht.multiaddrs()
+        self._tried.clear()
         if not ip_address(self._config.host).is_loopback:
             port = 0 if self._config.tunnel_only else self._port
             self._libp2p, self._reach = await asyncio.gather(
@@ -120,8 +126,11 @@ class Reachability:
         await asyncio.sleep(soon_s)
         while True:
             await self.check()
-            await self._meet_neighbours()
-            await asyncio.sleep(period_s if self._libp2p.is_known else soon_s)
+            rest_s = period_s if self._libp2p.is_known else soon_s
+            while rest_s > 0:
+                await self._meet_neighbours()
+                await asyncio.sleep(min(rest_s, NEIGHBOURS_PERIOD_S))
+                rest_s -= NEIGHBOURS_PERIOD_S
 
     async def _meet_neighbours(self) -> None:
         """Connect to servers in our own network: what strangers say leads nowhere there, existing connections do.
@@ -129,15 +138,19 @@ class Reachability:
         Two hidden servers of one home would otherwise call each other through a relay.
         """
         near = neighbours(self._dht.known_peers(), list(map(host_of, self._own)))
-        dials = (self._dht.connect(each, near[each], timeout_s=DIAL_TIMEOUT_S) for each in near)
-        results = dict(zip(near, await asyncio.gather(*dials, return_exceptions=True), strict=True))
+        new = {peer_id: addresses for peer_id, addresses in near.items() if self._tried.get(peer_id) != addresses}
+        self._tried.update(new)
+        dials = (self._dht.connect(each, new[each], timeout_s=DIAL_TIMEOUT_S) for each in new)
+        results = dict(zip(new, await asyncio.gather(*dials, return_exceptions=True), strict=True))
         for peer_id, failure in results.items():
-            if failure is not None and not isinstance(failure, PeerError):
+            if isinstance(failure, PeerError):
+                self._neighbours.discard(peer_id)
+            elif failure is not None:
                 raise failure
-            if failure is None and peer_id not in self._neighbours:
+            elif peer_id not in self._neighbours:
+                self._neighbours.add(peer_id)
                 logger.info("peer %s is in the same network", peer_id)
                 await self._forget(peer_id)
-        self._neighbours = {peer_id for peer_id, failure in results.items() if failure is None}
 
     async def aclose(self) -> None:
         """Leave the relays."""
