@@ -238,7 +238,7 @@ async def test_hidden_servers_of_one_home_find_each_other():
     circuit = "/ip4/7.7.7.1/tcp/1/p2p/Qr/p2p-circuit/p2p/Qn"
     forgotten: list[str] = []
     found = reachability(
-        [NOT_TRIED] * 4, forgotten, near=[circuit, "/ip4/192.168.1.7/tcp/1"], gone=["/ip4/192.168.1.8/tcp/1"],
+        [NOT_TRIED] * 8, forgotten, near=[circuit, "/ip4/192.168.1.7/tcp/1"], gone=["/ip4/192.168.1.8/tcp/1"],
         far=["/ip4/192.168.2.7/tcp/1", "/ip4/8.8.8.8/tcp/1", "/ip4/127.0.0.1/tcp/1"],
     )  # fmt: skip
     for _ in range(2):
