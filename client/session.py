@@ -16,6 +16,7 @@ from swarm.model.prefixes import ModelPrefix, with_prefix
 from swarm.streams import Step
 
 from .chain import ChainConfig
+from .hosted import check_one_way
 from .loop import LoopThread
 from .network import Network
 from .prompts import Prompts
@@ -126,6 +127,7 @@ class InferenceSession:
             return
         if self._position:
             raise BadRequest("a session that holds tokens cannot begin with another prefix: open a new one")
+        check_one_way(adapters, self._config.hosted)
         self.restart()
         self._config = replace(self._config, adapters=adapters)
 

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from swarm.errors import PeerUnavailable
+from swarm.errors import CacheFull, PeerUnavailable
 from swarm.streams import PART_TIMEOUT_S, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 LEAST_ROOM_BYTES = 256 << 20
 """Room for answers, where that of adapters, whose gradients are most of them, is not larger."""
 
-LEAST_BYTES_PER_S = 16 << 10
+LEAST_BYTES_PER_S = 64 << 10
 """Who takes an answer more slowly holds room that others need."""
+
+MAX_WAIT_S = 120.0
+"""After so long without room the caller is sent elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,19 @@ class AnswerRoom:
 
     @asynccontextmanager
     async def hold(self, caller: str, num_bytes: int) -> AsyncIterator[None]:
-        """Wait for room, and keep it while the body runs."""
+        """Wait for room, and keep it while the body runs.
+
+        Raises: CacheFull: there was none for too long.
+        """
         waiting = _Waiting(caller, num_bytes, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._admit()
         try:
-            await waiting.admitted
+            try:
+                async with asyncio.timeout(MAX_WAIT_S):
+                    await waiting.admitted
+            except TimeoutError as exc:
+                raise CacheFull(f"answers that others have not taken yet left no room for {MAX_WAIT_S:.0f} s") from exc
             yield
         finally:
             if waiting in self._waiting:

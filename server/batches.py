@@ -123,7 +123,8 @@ class _Graph:
         """Whether the batch has the shapes of the one that this was made of, and the same changes."""
         part = batch.rows(self.start, self.end)
         shapes = [part.x_BLD.shape] + ([] if part.prompts_NBPD is None else [part.prompts_NBPD.shape])
-        return self.changes == part.changes and shapes == [tensor.shape for tensor in self.inputs[: len(shapes)]]
+        shapes += [tensor.shape for tensor in _adapter_tensors(part)]
+        return self.changes == part.changes and shapes == [tensor.shape for tensor in self.inputs]
 
 
 class KeptActivations:

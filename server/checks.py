@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
 
-from swarm import PROTOCOL_VERSION
+from swarm import PROTOCOL_VERSION, reach
 from swarm.codec import FLOAT_DTYPES
 from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
@@ -59,8 +60,8 @@ def place_of(peer: str) -> str:
     Args:
         peer: as gRPC writes it. Whoever comes through the tunnel has an address of this machine.
     """
-    address = peer.partition(":")[2].rpartition(":")[0]
-    return peer if address in ("", "127.0.0.1", "%5B::1%5D", "[::1]") else address
+    address = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
+    return peer if address in ("", "127.0.0.1", "::1") else reach.place_of(address)
 
 
 def check_version(version: int) -> None:

@@ -80,7 +80,8 @@ class PageNames:
         self._alive = self._alive and step.position == self._length
         if not self._alive:
             return []
-        rows_BLX = step.x_BLD.contiguous().view(torch.uint8)
+        # Two types of numbers have the same bytes for other hidden states: what is named is what the bytes stand for.
+        rows_BLX = step.x_BLD.to(torch.float32).contiguous().view(torch.uint8)
         named = [self._feed(row, rows_BLX[row]) for row in range(len(self._names))]
         self._length += step.length
         return named

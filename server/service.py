@@ -144,7 +144,9 @@ class BlocksService(pb_grpc.BlocksServicer):
         async with errors_to_wire(context, "Forward"), self._counted(), self._open_batch(context) as batch:
             span = self._views.view(batch.blocks)
             y_BLD = await self._engine.train(
-                lambda turns: run_forward(span, batch, turns, self._kept), num_rows=batch.num_rows, length=batch.length
+                lambda turns: run_forward(span, batch, turns, self._kept),
+                num_rows=batch.num_rows,
+                length=batch.context_length,
             )
             packed = pack(y_BLD, codec=batch.codec)
             result = pb.ComputeResult(hidden_states=packed.specs[0], data=packed.data)
@@ -159,7 +161,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 gradients = await self._engine.train(
                     lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
                     num_rows=batch.num_rows,
-                    length=batch.length,
+                    length=batch.context_length,
                 )
                 # An optimizer adds up the gradients of prompts and adapters: they go as they are.
                 codecs = [batch.codec, pb.CODEC_RAW]

@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Protocol
 
 RESOLVE_TIMEOUT_S = 3.0
@@ -47,9 +47,15 @@ def is_ip(host: str) -> bool:
     return True
 
 
+def address_of(host: str) -> IPv4Address | IPv6Address:
+    """What is dialled: an IPv4 address in IPv6 notation stands for itself. Raises: ValueError: this is no address."""
+    address = ip_address(host)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 def is_outside(host: str) -> bool:
     """Whether a host is an IP address of the internet: not loopback, link-local, private, or for many."""
-    return is_ip(host) and (address := ip_address(host)).is_global and not address.is_multicast
+    return is_ip(host) and (address := address_of(host)).is_global and not address.is_multicast
 
 
 class DiallingRule(Protocol):

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 MAX_GUESTS = 128
 """Connections at once."""
+MAX_GUESTS_FROM_ONE = 8
+"""Of one place, as limits count addresses."""
+TOKEN_TIMEOUT_S = 3.0
+"""How long it may take who comes to say why."""
 STAY_S = 20.0
 """How long a peer may stay connected: its router forgets its port soon after."""
 
@@ -33,7 +37,8 @@ class Mirror:
         self.port = 0
         self._awaited: dict[bytes, tuple[str, asyncio.Future[Introduction]]] = {}
         """Token -> from where it has to come, as limits count addresses; where it came from."""
-        self._guests: set[asyncio.Task[None]] = set()
+        self._guests: dict[asyncio.Task[None], str] = {}
+        """With the place where each comes from."""
 
     async def see(self, stream: Stream, peer_id: str, place: str) -> Introduction:
         """Call a peer to the mirror, and return where it comes from.
@@ -55,20 +60,24 @@ class Mirror:
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take a connection, which a task of its own then looks at."""
-        if len(self._guests) >= MAX_GUESTS:
+        peername = writer.get_extra_info("peername")  # None if the connection is broken already
+        here = place_of(peername[0]) if peername else ""
+        from_here = list(self._guests.values()).count(here)
+        if not peername or len(self._guests) >= MAX_GUESTS or from_here >= MAX_GUESTS_FROM_ONE:
             writer.transport.abort()
             return
-        task = asyncio.create_task(self._look(reader, writer))
-        self._guests.add(task)
-        task.add_done_callback(self._guests.discard)
+        task = asyncio.create_task(self._look(reader, writer, peername[0], peername[1]))
+        self._guests[task] = here
+        task.add_done_callback(self._guests.pop)
 
-    async def _look(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port, *_ = writer.get_extra_info("peername")
+    async def _look(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, port: int) -> None:
         try:
-            async with asyncio.timeout(STAY_S):
-                place, coming = self._awaited.get(await reader.readexactly(TOKEN_BYTES), ("", None))
-                if coming is not None and not coming.done() and place_of(host) == place:
-                    coming.set_result(Introduction(host=host, port=port))
+            async with asyncio.timeout(TOKEN_TIMEOUT_S):
+                token = await reader.readexactly(TOKEN_BYTES)
+            place, coming = self._awaited.get(token, ("", None))
+            if coming is not None and not coming.done() and place_of(host) == place:
+                coming.set_result(Introduction(host=host, port=port))
+                async with asyncio.timeout(STAY_S):
                     await reader.read(1)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as exc:
             logger.debug("mirror: %s:%d: %r", host, port, exc)

@@ -42,7 +42,7 @@ TOKEN_BYTES = 16
 """Length of what a peer shows at the mirror."""
 DIAL_TIMEOUT_S = 4.0
 """How long both dial: a first packet that came too early is sent again after one second, and after three."""
-DIAL_AGAIN_S = 0.1
+DIAL_AGAIN_S = 0.25
 """How long a port that was refused waits before it dials again."""
 KEEP_ALIVE_S = 60
 """After so long without a byte, the system sends an empty packet."""
@@ -50,6 +50,8 @@ WAITS_S = (0.0, 5.0, 60.0)
 """Before each attempt to reach one peer."""
 PAUSE_S, PAUSE_AFTER_SUCCESS_S = 600.0, 10.0
 """How long nothing is tried with a peer after so many attempts, and after one that succeeded."""
+MAX_TRIED = 64
+"""Peers that are tried, or waited for, at a time: strangers may name any number."""
 MAX_MEETINGS = 8
 """How many a server takes part in at once."""
 
@@ -184,7 +186,7 @@ class Puncher:
 
     def begin(self, peer_id: str, relay_id: str) -> None:
         """Try to reach a peer that this relay carries us to; later, if it was tried lately."""
-        if peer_id not in self._tasks:
+        if peer_id not in self._tasks and len(self._tasks) < MAX_TRIED:
             self._tasks[peer_id] = asyncio.create_task(self._reach(peer_id, relay_id))
 
     def take(self, peer_id: str) -> Stream | None:
@@ -216,6 +218,7 @@ class Puncher:
                 self._drop(peer_id)
         finally:
             self._drop(peer_id)
+            self._not_before_s = {each: until_s for each, until_s in self._not_before_s.items() if until_s > now_s()}
             self._not_before_s[peer_id] = now_s() + pause_s
             del self._tasks[peer_id]
 

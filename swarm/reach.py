@@ -10,12 +10,12 @@ from __future__ import annotations
 import collections
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address
 from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from swarm.dialling import is_ip, is_outside
+from swarm.dialling import address_of, is_ip, is_outside
 
 DIALS_PER_MINUTE = 32
 """How often one address is dialled: a home may have several servers."""
@@ -150,7 +150,10 @@ class Budget:
 
 def place_of(host: str) -> str:
     """Whom limits count an IP address for: itself, or its /64 in IPv6, of which one customer has all addresses."""
-    return _network(host) if ":" in host and is_ip(host) else host
+    if not is_ip(host):
+        return host
+    address = address_of(host)
+    return _network(host) if isinstance(address, IPv6Address) else str(address)
 
 
 def host_of(multiaddr: str) -> str:
@@ -170,10 +173,13 @@ def libp2p_port(multiaddrs: Sequence[str]) -> int:
 
 
 def _network(host: str) -> str:
-    address = ip_address(host)
-    return address.exploded[:19] if isinstance(address, IPv6Address) else host.rpartition(".")[0]
+    address = address_of(host)
+    return address.exploded[:19] if isinstance(address, IPv6Address) else str(address).rpartition(".")[0]
 
 
 def scope_of(host: str) -> int:
     """From how far an address can be reached: 0 this machine, 1 this network, 2 the internet."""
-    return 2 if is_outside(host) else 0 if ip_address(host).is_loopback else 1
+    if is_outside(host):
+        return 2
+    address = address_of(host)
+    return 0 if address.is_loopback or address.is_unspecified else 1

@@ -8,6 +8,8 @@ from types import TracebackType
 
 import pytest
 
+from swarm.errors import CacheFull
+from swarm.server import answers
 from swarm.server.answers import AnswerRoom
 
 
@@ -115,3 +117,15 @@ async def test_nothing_is_lost_or_counted_twice_in_any_order(seed: int) -> None:
                 assert statistics.num_waiting + sum(each.inside for each in holders.made) == sum(
                     not each.task.done() for each in holders.made
                 )
+
+
+async def test_who_gets_no_room_for_long_is_sent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_WAIT_S", 0.01)
+    room = AnswerRoom(100)
+    async with room.hold("slow", 80):
+        with pytest.raises(CacheFull, match="have not taken yet"):
+            async with room.hold("other", 30):
+                pass
+        assert room.statistics().num_waiting == 0 and room.statistics().used_bytes == 80
+    async with room.hold("other", 30):
+        assert room.statistics().used_bytes == 30

@@ -28,7 +28,7 @@ def test_addresses_of_the_internet_are_outside(address):
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.9", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1",
-     "fd00::1", "::ffff:127.0.0.1", "ff02::1", "peer.example.org", ""],
+     "fd00::1", "::ffff:127.0.0.1", "::ffff:100.64.0.1", "ff02::1", "peer.example.org", ""],
 )  # fmt: skip
 def test_all_others_are_not_and_names_must_be_resolved_first(address):
     assert not is_outside(address)

@@ -27,6 +27,7 @@ from swarm.reach import (
     neighbours,
     outside_first,
     place_of,
+    scope_of,
 )
 from swarm.relays import Reply
 from swarm.server.config import ServerConfig
@@ -121,7 +122,8 @@ def test_an_address_is_dialled_a_few_times_a_minute():
 
 def test_the_addresses_of_one_customer_count_as_one():
     assert place_of("2606:4700::1") == place_of("2606:4700:0:0:ffff::2") != place_of("2606:4700:0:1::1")
-    assert place_of(ROUTER) == ROUTER and place_of("") == ""
+    assert place_of(ROUTER) == ROUTER == place_of(f"::ffff:{ROUTER}") and place_of("") == ""
+    assert [scope_of(host) for host in ("0.0.0.0", "::ffff:127.0.0.1", HOME, ROUTER)] == [0, 0, 1, 2]
     budget = Budget()
     assert [budget.take(f"2606:4700::{number}", 0.0) for number in range(DIALS_PER_MINUTE + 1)][-1] is False
 

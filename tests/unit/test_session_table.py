@@ -276,6 +276,12 @@ def test_pages_have_one_name_however_they_were_filled():
         assert names_of(x_BLD, *lengths) == whole
 
 
+def test_the_same_bytes_of_another_type_of_numbers_are_other_hidden_states():
+    x_BLD = torch.randn(1, 8, 3, dtype=torch.bfloat16)
+    assert names_of(x_BLD, 8) != names_of(x_BLD.view(torch.float16), 8)
+    assert names_of(x_BLD, 8) == names_of(x_BLD.to(torch.float32), 8)
+
+
 def test_names_differ_with_the_context_and_with_what_came_before():
     x_BLD = torch.randn(1, 8, 3)
     changed = x_BLD.clone()
