@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_GREETINGS = 8
+"""Peers that are greeted in one round, any of those not known yet: some may be made up."""
 MEET_PERIOD_S = 10.0
 """How often a peer says that it is there, and looks who else is."""
 
@@ -31,8 +34,8 @@ def open_training_dht(
 ) -> Iterator[DHT]:
     """Give a `hivemind.DHT` over all peers that train under this name in the model's swarm, for `hivemind.Optimizer`.
 
-    Who knows the join link and the name takes part, and peers trust one another with what they train: one that sends
-    wrong gradients spoils the run. It forks, so open it before threads of your own start.
+    Who knows the join link and the name takes part; nodes of the swarm that keep the records can as well. Peers trust
+    one another with what they train: one that sends wrong gradients spoils the run. It forks, so open it before threads of your own start.
 
     Args:
         model: a distributed model, PEFT around it or not.
@@ -72,7 +75,8 @@ class _Meeting:
         """Be found, and greet those who were not greeted yet."""
         found = await self._directory.meet(self._name, self._addresses, LIFETIME_S)
         others = {tuple(each.multiaddrs) for each in found} - {tuple(self._addresses)}
-        new = sorted(others - self._greeted)
+        unknown = sorted(others - self._greeted)
+        new = random.sample(unknown, min(MAX_GREETINGS, len(unknown)))
         answers = await asyncio.gather(*(asyncio.to_thread(greet, self._dht, each) for each in new))
         self._greeted = (self._greeted & others) | {
             each for each, answered in zip(new, answers, strict=True) if answered

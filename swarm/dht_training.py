@@ -86,7 +86,7 @@ async def _greet(_dht: DHT, node: Any, *, multiaddrs: Sequence[str]) -> bool:
         async with asyncio.timeout(GREET_TIMEOUT_S):
             await node.p2p._client.connect(peer_id, addresses)
             node_id = await node.protocol.call_ping(peer_id)
-    except (TimeoutError, ControlFailure, P2PDaemonError, OSError) as exc:
+    except (TimeoutError, ControlFailure, P2PDaemonError, OSError, EOFError) as exc:
         logger.debug("peer %s of a training run cannot be reached: %r", name, exc)
         return False
     if node_id is None:
