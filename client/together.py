@@ -35,7 +35,8 @@ def open_training_dht(
     """Give a `hivemind.DHT` over all peers that train under this name in the model's swarm, for `hivemind.Optimizer`.
 
     Who knows the join link and the name takes part; nodes of the swarm that keep the records can as well. Peers trust
-    one another with what they train: one that sends wrong gradients spoils the run. It forks, so open it before threads of your own start.
+    one another with what they train: one that sends wrong gradients spoils the run. It forks, so open it before threads
+    of your own start.
 
     Args:
         model: a distributed model, PEFT around it or not.
