@@ -167,8 +167,8 @@ int decode(const struct pass *p) {
   const struct block *b = p->blocks;
   const long T = p->T, H = p->H, heads = p->N * H, F = b->gate.N, size = sizeof(uint16_t);
   long prepared = 0;
-  const struct linear *const layers[] = {&b->q, &b->o, &b->down};
-  for (int i = 0; i < 3; i++) {
+  const struct linear *const layers[] = {&b->q, &b->o, &b->gate, &b->down};
+  for (int i = 0; i < 4; i++) {
     const struct product product = {.wide = p->wide, .bits = layers[i]->bits, .M = T, .K = layers[i]->K};
     prepared = room_of(&product) > prepared ? room_of(&product) : prepared;
   }

@@ -1,4 +1,4 @@
-/* Blocks of a model as `decode` in blocks.c takes them. swarm/model/chain.py has the same, for ctypes. */
+/* Blocks of a model as `decode` in blocks.c takes them. swarm/model/kernels.py has the same, for ctypes. */
 #pragma once
 #include <stdint.h>
 

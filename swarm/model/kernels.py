@@ -40,6 +40,10 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.is_supported():
         return None
+    if not hasattr(library, "decode"):
+        logger.warning("the compiled kernels are of an older version, install Swarm again")
+        return None
+    library.decode.argtypes = [ctypes.c_void_p]
     library.product.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3
     library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_float]
     library.rms_norm.restype = None

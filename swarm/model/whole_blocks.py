@@ -154,11 +154,10 @@ def whole_blocks(span: Span, model: nn.Module, layers: nn.ModuleList, store: KVS
 
 def _most_keys(config: Any) -> float:
     """Up to how many keys each token sees all before it, in every block."""
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if kinds == {"full_attention"}:
-        return math.inf
+    kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         return 0
+    # Not every type goes by the kinds of its layers: a window counts for all of them.
     window = getattr(config, "sliding_window", None)
     return math.inf if window is None else int(window)
 

@@ -164,6 +164,11 @@ def test_blocks_that_only_look_alike_are_found_out(monkeypatch: pytest.MonkeyPat
     assert open_packed(half_span("gemma"))._whole is None  # other norms, another activation
 
 
+def test_a_window_counts_whatever_the_config_calls_the_layers() -> None:
+    whole = open_packed(half_span("mistral", sliding_window=10, layer_types=["full_attention"] * 4))._whole
+    assert whole is not None and not whole.takes([step(1)])
+
+
 def test_windows_and_other_types_of_numbers_are_left_to_the_modules() -> None:
     whole = open_packed(half_span("mistral", sliding_window=10))._whole
     assert whole is not None
