@@ -42,7 +42,7 @@ struct call {
 
 static struct product product_of(const struct call *c, const struct linear *l, const uint16_t *x, uint16_t *y) {
   struct product p = {.w = l->w, .scales = l->scales, .bias = l->bias, .y = y, .halves = 1, .x = x,
-                      .wide = c->pass->wide, .bits = l->bits, .M = c->pass->T, .N = l->N, .K = l->K};
+                      .level = c->pass->level, .bits = l->bits, .M = c->pass->T, .N = l->N, .K = l->K};
   take_room(&p, c->room.prepared);
   return p;
 }
@@ -169,7 +169,7 @@ int decode(const struct pass *p) {
   long prepared = 0;
   const struct linear *const layers[] = {&b->q, &b->o, &b->gate, &b->down};
   for (int i = 0; i < 4; i++) {
-    const struct product product = {.wide = p->wide, .bits = layers[i]->bits, .M = T, .K = layers[i]->K};
+    const struct product product = {.level = p->level, .bits = layers[i]->bits, .M = T, .K = layers[i]->K};
     prepared = room_of(&product) > prepared ? room_of(&product) : prepared;
   }
   char *const whole = malloc(64 + prepared + (2 * T * p->D + 2 * T * heads + 2 * T * heads * p->G + 2 * T * F) * size + 9 * 64);

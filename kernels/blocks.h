@@ -28,5 +28,5 @@ struct pass {
   int64_t num_blocks, T, D, N, G, H; /* tokens, features, key/value heads, query heads of each, size of a head */
   int64_t head, slot;       /* strides of keys and values */
   float scaling;
-  int32_t wide; /* whether with AVX-512 */
+  int32_t level; /* of instructions, see product.h */
 };

@@ -5,6 +5,9 @@
 #if HAS_KERNELS
 #define GROUP 64
 
+/* What products are computed with. swarm/model/kernels.py knows the same numbers. */
+enum level { AVX2, AVX512, AMX };
+
 struct product {
   const uint8_t *w;
   const void *scales; /* floats [N] for 8 bits, halves [N, padded_groups, 2] for 4 */
@@ -12,11 +15,12 @@ struct product {
   void *y;                    /* [M, N] */
   int halves;                 /* whether x, bias and y are bfloat16 rather than floats */
   const void *x; /* [M, K] */
-  int wide;      /* whether with AVX-512 */
+  int level;     /* which instructions: AVX2, AVX-512 or AMX, see below */
   int bits;      /* 16, 8 or 4 */
   long M, N, K, padded_groups;
   /* What `prepare` makes of x: */
   float *floats;  /* [M, K] x, 16 bits only, without instructions for bfloat16 */
+  uint32_t *pairs; /* x as tiles.c lays it out, 16 bits only, with AMX */
   int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
   float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
   float *sum;     /* [M, padded_groups] sum of a group of x */
@@ -33,4 +37,9 @@ void prepare(const struct product *p);
 
 /* A thread's share of the product itself. */
 void multiply(const struct product *p);
+
+/* Whether this processor has what tiles.c needs; the same as above for AMX and 16 bits. */
+int has_tiles(void);
+void prepare_tiles(const struct product *p);
+void share_tiles(const struct product *p);
 #endif

@@ -1,5 +1,5 @@
 /* y[M, N] = x[M, K] times the transposed weights w[N, K] plus a bias, where w is kept in 16, 8 or 4 bits. For x86-64
- * with AVX2; wide.c has the same for AVX-512.
+ * with AVX2; wide.c has the same for AVX-512, tiles.c for AMX.
  *
  * All sums of a row of x are made in the same order whatever M is, so that a sequence computes the same alone and in a
  * batch.
@@ -118,14 +118,15 @@ INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *ou
 
 long room_of(const struct product *p) {
   const long groups = (p->K / GROUP + 7) / 8 * 8;
-  if (p->bits == 16) return p->wide ? 0 : p->M * p->K * sizeof *p->floats;
+  if (p->bits == 16 && p->level == AMX) return p->M * p->K * sizeof(uint16_t);
+  if (p->bits == 16) return p->level ? 0 : p->M * p->K * sizeof *p->floats;
   return p->M * (p->K * sizeof *p->fixed + 2 * groups * sizeof *p->unit);
 }
 
 void take_room(struct product *p, void *room) {
   p->padded_groups = (p->K / GROUP + 7) / 8 * 8;
   if (p->bits == 16) {
-    p->floats = room;
+    p->floats = room, p->pairs = room;
     return;
   }
   p->unit = room, p->sum = p->unit + p->M * p->padded_groups;
@@ -143,7 +144,8 @@ INLINE void prepare_fixed(const struct product *p, long begin, long end, const i
 }
 
 __attribute__((target(ISA))) void prepare(const struct product *p) {
-  if (p->bits == 16 && p->wide) return;
+  if (p->bits == 16 && p->level == AMX) prepare_tiles(p);
+  if (p->bits == 16 && p->level) return;
   const long num_units = p->bits == 16 ? p->M * p->K / 16 : p->M * p->padded_groups;
   const long begin = num_units * thread_number() / thread_count();
   const long end = num_units * (thread_number() + 1) / thread_count();
@@ -160,18 +162,23 @@ __attribute__((target(ISA))) void prepare(const struct product *p) {
 }
 
 void multiply(const struct product *p) {
-  if (p->bits == 16) (p->wide ? share_wide_half : share_half)(p);
-  else if (p->bits == 8) (p->wide ? share_wide_int8 : share_int8)(p);
-  else (p->wide ? share_wide_int4 : share_int4)(p);
+  if (p->bits == 16) (p->level == AMX ? share_tiles : p->level ? share_wide_half : share_half)(p);
+  else if (p->bits == 8) (p->level ? share_wide_int8 : share_int8)(p);
+  else (p->level ? share_wide_int4 : share_int4)(p);
 }
 
 static void multiply_share(void *p) { multiply(p); }
 
-/* Returns 0 when there was no memory. `wide`: with AVX-512. K is a multiple of 16 for weights of 16 bits, which want
+/* The best level of this processor. */
+int best_level(void) {
+  return !is_wide() ? AVX2 : has_tiles() ? AMX : AVX512;
+}
+
+/* Returns 0 when there was no memory. K is a multiple of 16 for weights of 16 bits, which want
  * halves, and of GROUP for fewer bits; scales are what the number of bits says above. */
-int product(int wide, int bits, int halves, const void *x, const void *w, const void *scales, const void *bias, void *y,
+int product(int level, int bits, int halves, const void *x, const void *w, const void *scales, const void *bias, void *y,
             long M, long N, long K) {
-  struct product p = {.w = w, .scales = scales, .bias = bias, .y = y, .halves = halves, .x = x, .wide = wide,
+  struct product p = {.w = w, .scales = scales, .bias = bias, .y = y, .halves = halves, .x = x, .level = level,
                       .bits = bits, .M = M, .N = N, .K = K};
   const long num_bytes = room_of(&p);
   void *room = num_bytes ? malloc(num_bytes) : NULL;

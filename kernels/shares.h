@@ -6,6 +6,9 @@
 #define BLOCK_ROWS 32 /* rows of w that stay in the L2 cache while all rows of x pass */
 #define AHEAD 4096    /* bytes from here that are asked for from memory */
 
+/* Whether this processor has what wide.c needs. */
+int is_wide(void);
+
 /* A thread's share of a product with AVX-512: for 16, 8 and 4 bits. */
 void share_wide_half(const struct product *p);
 void share_wide_int8(const struct product *p);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from swarm.model import kernels
-from swarm.model.kernels import has_fast_floats
+from swarm.model.kernels import Level, has_fast_floats
 from swarm.model.weight_only import (
     DENSE_FROM_ROWS,
     dense_input_gradient,
@@ -30,8 +30,8 @@ from swarm.model.weight_only import (
 COLUMNS = 16
 """The kernel for products takes a multiple of so many inputs."""
 
-TORCH_FROM_ROWS = 32
-"""From so many rows on torch is as fast, where the processor has instructions for bfloat16."""
+KERNEL_ROWS = {Level.AVX2: DENSE_FROM_ROWS, Level.AVX512: 32, Level.AMX: 128}
+"""With as many rows, others are faster: torch, or products in floats where the processor has nothing for bfloat16."""
 
 NORM_COLUMNS = 8
 """The kernel for norms takes a multiple of so many features."""
@@ -55,7 +55,7 @@ class HalfLinear(nn.Linear):
         if not kernels.is_wide():
             return False
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return needs_gradient or x.numel() >= TORCH_FROM_ROWS * self.in_features
+        return needs_gradient or x.numel() >= KERNEL_ROWS[kernels.best_level()] * self.in_features
 
     bits = 16
 
@@ -66,7 +66,7 @@ class HalfLinear(nn.Linear):
 
     def biased_product(self, x_MK: Tensor) -> Tensor:
         """Multiply rows with the weights and add the bias; bfloat16, no gradient."""
-        if x_MK.shape[0] < DENSE_FROM_ROWS:
+        if x_MK.shape[0] < KERNEL_ROWS[kernels.best_level()]:
             return kernels.product(16, x_MK, self.weight, None, self.bias, self.out_features)
         y_MN = dense_product(x_MK, self)
         if self.bias is not None:

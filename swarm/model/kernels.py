@@ -9,6 +9,7 @@ They are built when Swarm is installed, if there is a C compiler. Without them e
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import importlib.util
 import itertools
@@ -40,7 +41,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.is_supported():
         return None
-    if not hasattr(library, "decode"):
+    if not hasattr(library, "best_level"):
         logger.warning("the compiled kernels are of an older version, install Swarm again")
         return None
     library.decode.argtypes = [ctypes.c_void_p]
@@ -56,11 +57,26 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
+class Level(enum.IntEnum):
+    """The instructions that products are computed with; `enum level` of kernels/product.h."""
+
+    AVX2 = 0
+    AVX512 = 1
+    """With those for bfloat16 and 16-bit integers."""
+    AMX = 2
+    """Tiles for weights of 16 bits; everything else as with AVX-512."""
+
+
 @functools.cache
-def is_wide() -> bool:
-    """Whether products are computed with AVX-512 and its instructions for bfloat16 and 16-bit integers."""
+def best_level() -> Level:
+    """The best that this processor and its system have."""
     library = _library()
-    return library is not None and bool(library.is_wide())
+    return Level.AVX2 if library is None else Level(library.best_level())
+
+
+def is_wide() -> bool:
+    """Whether there is AVX-512, and with it products in bfloat16."""
+    return best_level() > Level.AVX2
 
 
 @functools.cache
@@ -94,7 +110,7 @@ def product(
     assert bias_N is None or bias_N.shape == (num_outputs,)
     bias_pointer = None if bias_N is None else bias_N.data_ptr()
     done = library.product(
-        is_wide(), bits, dtype == torch.bfloat16, x_MK.data_ptr(), weights.data_ptr(), scales_pointer, bias_pointer,
+        best_level(), bits, dtype == torch.bfloat16, x_MK.data_ptr(), weights.data_ptr(), scales_pointer, bias_pointer,
         y_MN.data_ptr(), num_rows, num_outputs, num_inputs,
     )  # fmt: skip
     if not done:
@@ -148,7 +164,7 @@ class Pass(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("blocks", "x", "cos", "sin", "slots", "runs", "ends")),
         *((name, ctypes.c_int64) for name in ("num_blocks", "T", "D", "N", "G", "H", "head", "slot")),
         ("scaling", ctypes.c_float),
-        ("wide", ctypes.c_int32),
+        ("level", ctypes.c_int32),
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from swarm.model import families, kernels
-from swarm.model.half_layers import TORCH_FROM_ROWS, HalfLinear, HalfNorm
+from swarm.model.half_layers import HalfLinear, HalfNorm
 from swarm.model.kv_store import KVLayout, KVStore
 from swarm.model.narrow import twin_of
 from swarm.model.pieces import Piece
@@ -29,8 +29,8 @@ from swarm.ranges import BlockRange
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = TORCH_FROM_ROWS - 1
-"""With more of them the products are torch's where that is faster, and the way there no longer counts."""
+MOST_TOKENS = 31
+"""With more of them most products are torch's (`half_layers.KERNEL_ROWS`), and the way there no longer counts."""
 
 MOST_SCORES = 1 << 16
 """With more pairs of a token and a key, of sequences that have several tokens, torch's attention is made for that."""
@@ -114,7 +114,7 @@ class WholeBlocks:
                 ends=kernels.address_of(runs.ends),
                 T=num_tokens,
                 D=hidden_size,
-                wide=kernels.is_wide(),
+                level=kernels.best_level(),
                 **self._sizes,
             )
         )

@@ -8,5 +8,5 @@ from swarm.model import kernels
 
 needs_compiled = pytest.mark.skipif(not kernels.is_compiled(), reason="built without a C compiler, or not for AVX2")
 
-PRODUCTS_ARE_WIDE = [False, True] if kernels.is_wide() else [False]
-"""For `kernels.is_wide`: the instruction sets of this machine that products can be computed with."""
+LEVELS = [level for level in kernels.Level if level <= kernels.best_level()]
+"""For `kernels.best_level`: what products can be computed with on this machine."""

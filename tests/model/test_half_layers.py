@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from marks import PRODUCTS_ARE_WIDE, needs_compiled
+from marks import LEVELS, needs_compiled
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -15,10 +15,10 @@ from swarm.model import half_layers, kernels
 from swarm.model.half_layers import HalfLinear, use_half_kernels
 
 
-@pytest.fixture(autouse=True, params=PRODUCTS_ARE_WIDE, ids=lambda wide: "AVX-512" if wide else "AVX2")
+@pytest.fixture(autouse=True, params=LEVELS, ids=lambda level: level.name)
 def processor(request, monkeypatch):
-    monkeypatch.setattr(kernels, "is_wide", lambda: request.param)
-    monkeypatch.setattr(half_layers, "has_fast_floats", lambda: request.param)
+    monkeypatch.setattr(kernels, "best_level", lambda: request.param)
+    monkeypatch.setattr(half_layers, "has_fast_floats", kernels.is_wide)
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:
@@ -41,7 +41,7 @@ def test_bfloat16_is_multiplied_as_precisely_as_its_results_are_rounded(num_inpu
     bias = nn.Parameter(randn(num_outputs, seed=2).to(torch.bfloat16)) if has_bias else None
     layer = half_linear(weight_NK, bias)
     assert layer.weight.data_ptr() == weight_NK.data_ptr()
-    for num_rows in (1, 2, 3, 4, 7, 70):
+    for num_rows in (1, 2, 3, 4, 7, 17, 70):
         x_MK = randn(num_rows, num_inputs).to(torch.bfloat16)
         exact = linear(x_MK.double(), weight_NK.double(), bias.double() if has_bias else None)
         y_MN = layer(x_MK)

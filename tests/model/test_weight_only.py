@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from marks import PRODUCTS_ARE_WIDE, needs_compiled
+from marks import LEVELS, needs_compiled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
@@ -36,10 +36,10 @@ TOLERANCES = {
 }
 
 
-@pytest.fixture(params=PRODUCTS_ARE_WIDE, ids=lambda wide: "AVX-512" if wide else "AVX2")
+@pytest.fixture(params=LEVELS, ids=lambda level: level.name)
 def instruction_set(request, monkeypatch):
     """Let products be computed with each of the instruction sets of this machine."""
-    monkeypatch.setattr(kernels, "is_wide", lambda: request.param)
+    monkeypatch.setattr(kernels, "best_level", lambda: request.param)
 
 
 def make_layer(linear_class: type[WeightOnlyLinear], num_outputs: int, num_inputs: int, seed: int = 0) -> nn.Module:

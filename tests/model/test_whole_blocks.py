@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import PRODUCTS_ARE_WIDE, needs_compiled
+from marks import LEVELS, needs_compiled
 from packing import NUM_SLOTS, make_span
 from tiny_configs import tiny_config
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "sliding_
 QUANTIZED = {"none": None, "int8": Int8Linear, "int4": Int4Linear}
 
 
-@pytest.fixture(params=PRODUCTS_ARE_WIDE, ids=lambda wide: "AVX-512" if wide else "AVX2")
+@pytest.fixture(params=LEVELS, ids=lambda level: level.name)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_wide", lambda: request.param)
-    monkeypatch.setattr(half_layers, "has_fast_floats", lambda: request.param)
+    monkeypatch.setattr(kernels, "best_level", lambda: request.param)
+    monkeypatch.setattr(half_layers, "has_fast_floats", kernels.is_wide)
 
 
 def half_span(model_type: str, quantization: str = "none", **settings: Any) -> Span:
