@@ -161,7 +161,8 @@ class Network:
 
     def _permitted(self, needs: Needs) -> Needs:
         """The same, of the servers that the user wants."""
-        return replace(needs, allowed=self.config.allowed_servers, blocked=self.config.blocked_servers)
+        config = self.config
+        return replace(needs, allowed=config.allowed_servers, blocked=config.blocked_servers, trust=config.trust)
 
     def view(self, attempt: Attempt | None = None) -> View:
         """What is known of the peers now."""
