@@ -113,6 +113,8 @@ class View:
     """Peer id -> round-trip time, where it was measured."""
     slowness: Mapping[str, float] = field(default_factory=dict)
     """Peer id -> how many times longer than announced it takes, where that was seen."""
+    doubts_s: Mapping[str, float] = field(default_factory=dict)
+    """Peer id -> what is added to each block, of those that are in doubt."""
     tokens_under_way: Mapping[str, int] = field(default_factory=dict)
     """Peer id -> tokens of our batches that it is working on."""
     holding: Collection[str] = frozenset()
@@ -179,6 +181,8 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
             remarks.append(f"not used: {name}, {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
+    if doubtful := [hop for hop in hops if hop.peer_id in view.doubts_s]:
+        remarks.append(f"not tried yet, so expected to be slower than announced: {', '.join(map(str, doubtful))}")
     remarks += _explain_trust(hops, roster, needs, view)
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
 
@@ -253,6 +257,11 @@ class Roster:
         direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
         self.handing_over_s: Floats = np.where(direct_S, HOP_COST_S, HOP_COST_S + TUNNEL_COST_S).astype(np.float32)
         self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
+
+    def get(self, peer_id: str) -> Announcement | None:
+        """What a peer says about itself."""
+        row = self.indices.get(peer_id)
+        return None if row is None else self.servers[row]
 
     def _integers(self, name: str) -> Integers:
         return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
@@ -380,7 +389,7 @@ class Graph:
         per_token_s = roster.forward_s if needs.batch_tokens else roster.decode_s
         slowness_S = _spread(roster, view.slowness, 1.0)
         num_tokens = np.float32(max(1, needs.batch_tokens))
-        self.block_s: Floats = (per_token_s * slowness_S * num_tokens)[rows_S]
+        self.block_s: Floats = (per_token_s * slowness_S * num_tokens + _spread(roster, view.doubts_s, 0.0))[rows_S]
         """[S], seconds for one block."""
         enter_s: npt.NDArray[np.floating] = roster.handing_over_s
         if needs.batch_tokens:
