@@ -61,7 +61,7 @@ class ChainConfig:
 class Tickets:
     """What lets a chain take up the caches that an earlier one left on the same hops."""
 
-    session_ids: Mapping[tuple[str, BlockRange], bytes] = field(default_factory=dict)
+    session_ids: Mapping[tuple[str, BlockRange], bytes] = field(default_factory=dict, repr=False)
     """(peer id, blocks) -> session id."""
     epoch: int = 0
     """Grows with each chain of a session."""
