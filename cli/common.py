@@ -50,6 +50,12 @@ def need_join(text: str) -> JoinLink:
     return link
 
 
+def cache_home() -> Path:
+    """Where this user's programs keep what can be made again: $XDG_CACHE_HOME/swarm, or ~/.cache/swarm."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "swarm"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees all of it or nothing."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
