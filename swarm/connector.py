@@ -10,6 +10,7 @@ from swarm.dialling import Anywhere, DiallingRule
 from swarm.p2pd import finish
 from swarm.peers import Connector
 from swarm.punching import WAITS_S, Puncher
+from swarm.rpc_members import call_signer
 from swarm.tunnel import Way, open_tunnel
 
 
@@ -34,6 +35,7 @@ async def open_connector(
         lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
         rule=rule,
         connect_timeout_s=connect_timeout_s,
+        sign=None if dht.gate is None else call_signer(dht.gate, dht.identity),
     )
     puncher.renew = connector.renew
     try:
