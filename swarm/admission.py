@@ -23,6 +23,7 @@ NOT_A_MEMBER = "this swarm is private: it takes a valid invitation"
 """All that a peer is told that is refused."""
 
 _MAX_FILE_BYTES = 16 * 1024
+_MAX_MET = 4096
 
 
 class Gate:
@@ -42,6 +43,8 @@ class Gate:
         self._now_s = now_s
         self._path = revocations_path
         self._running: dict[asyncio.Timeout, Member] = {}
+        self._met: dict[bytes, Member] = {}
+        """Public keys of peers -> whom they have shown themselves to be, the latest at the end."""
         self.on_revoked: list[Callable[[], None]] = []
         """Called when a newer list counts."""
 
@@ -73,7 +76,17 @@ class Gate:
 
     def read(self, credential: bytes, peer_public_key: bytes, *, role: Role = Role.USE) -> Member:
         """The same for what others have stored. Raises: NotAMember, with the reason."""
-        return self._membership.admit(credential, peer_public_key, self._now_s(), role=role)
+        member = self._membership.admit(credential, peer_public_key, self._now_s(), role=role)
+        self._met.pop(peer_public_key, None)
+        self._met[peer_public_key] = member
+        if len(self._met) > _MAX_MET:
+            del self._met[next(iter(self._met))]
+        return member
+
+    def was_revoked(self, peer_id: str) -> bool:
+        """Whether a peer that was a member when it was met last is none any more."""
+        member = self._met.get(public_key_of(peer_id) or b"")
+        return member is not None and member in self.revocations
 
     @asynccontextmanager
     async def while_member(self, member: Member) -> AsyncIterator[None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from swarm.dht import Dht
 from swarm.dialling import Anywhere, DiallingRule
 from swarm.p2pd import finish
+from swarm.pipes import cancel_all
 from swarm.peers import Connector
 from swarm.punching import WAITS_S, Puncher
 from swarm.rpc_members import call_signer
@@ -38,8 +40,21 @@ async def open_connector(
         sign=None if dht.gate is None else call_signer(dht.gate, dht.identity),
     )
     puncher.renew = connector.renew
+    cutting: set[asyncio.Task[None]] = set()
+
+    def cut_off_revoked() -> None:
+        assert dht.gate is not None
+        task = asyncio.create_task(connector.cut_off(dht.gate.was_revoked))
+        cutting.add(task)
+        task.add_done_callback(cutting.discard)
+
+    if dht.gate is not None:
+        dht.gate.on_revoked.append(cut_off_revoked)
     try:
         yield connector, puncher
     finally:
+        if dht.gate is not None:
+            dht.gate.on_revoked.remove(cut_off_revoked)
+        await finish(cancel_all(cutting))
         await finish(puncher.aclose())
         await finish(connector.aclose())

@@ -139,7 +139,16 @@ class Dht:
             type=p2pd_pb2.Request.STREAM_OPEN,
             streamOpen=p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol]),
         )
-        return await self._ask_daemon(request, peer_id, timeout_s)
+        stream = await self._ask_daemon(request, peer_id, timeout_s)
+        if self.gate is not None:
+            from swarm.dht_members import introduce
+
+            try:
+                await introduce(self.gate, stream, peer_id, protocol, timeout_s=timeout_s)
+            except BaseException:
+                stream[1].close()
+                raise
+        return stream
 
     async def _ask_daemon(
         self, request: Any, peer_id: str, timeout_s: float

@@ -120,6 +120,12 @@ class Connector:
         for address in [each for each, task in self._links.items() if each.peer_id == peer_id and task.done()]:
             await self._retire(self._links.pop(address))
 
+    async def cut_off(self, unwanted: Callable[[str], bool]) -> None:
+        """End the calls in progress to peers with these ids, and their links."""
+        for address in [each for each in self._links if unwanted(each.peer_id)]:
+            if (task := self._links.pop(address, None)) is not None:
+                await self._retire(task, force=True)
+
     async def renew(self, peer_id: str) -> bool:
         """Connect to a peer once more, for new calls; calls in progress go on over their link.
 
