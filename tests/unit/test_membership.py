@@ -113,9 +113,7 @@ def test_a_list_of_revocations_counts_if_it_is_the_owners_and_newer(owner: Ident
     peer = keys[1]
     kept, gone = _invite(owner), _invite(owner)
     membership = Membership(_invite(owner), owner.public_key)
-    second = Revocations.from_bytes(
-        Revocations.make(owner, 2, [gone.member], now_s=NOW_S).data, owner.public_key
-    )
+    second = Revocations.from_bytes(Revocations.make(owner, 2, [gone.member], now_s=NOW_S).data, owner.public_key)
     assert membership.adopt(second)
     assert not membership.adopt(Revocations.make(owner, 1, [], now_s=NOW_S))
     assert not membership.adopt(second)
