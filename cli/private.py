@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,14 +140,14 @@ def revoke_command(
 
 
 def join_command(
-    link: Annotated[str, typer.Argument(help="Join link, swarm://…")],
+    link: Annotated[str, typer.Argument(help="Join link, swarm://…; -: read from standard input.")],
     name: Annotated[str, typer.Option("--as", help="What to call it: --join NAME works then.", show_default=False)],
 ) -> None:
     """Give a join link a name on this computer, for --join and SWARM_JOIN. Nothing is connected yet.
 
     Example: swarm join swarm://v2.… --as home
     """
-    parsed = JoinLink.parse(link)
+    parsed = JoinLink.parse(sys.stdin.readline() if link == "-" else link)
     save_link(default_config_dir(), name, parsed)
     until = "" if parsed.ends_at_s is None else f", until {_date(parsed.ends_at_s)}"
     console.print(f"--join {name} leads there now{until}. Next: swarm status --join {name}", highlight=False)

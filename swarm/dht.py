@@ -224,6 +224,7 @@ class Dht:
         gate = self.gate
         self.p2p = p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
         p2p.gate = gate
+        self._known.is_refused = lambda: p2p.was_refused
         if self.config.may_be_hidden:
             self.hidden = (await ask_initial(self, self._known.initial, await self.multiaddrs())).is_hidden
         self._node = await DHTNode.create(
@@ -245,12 +246,10 @@ class Dht:
         if self._known.initial:
             timeout_s = deadline_s - asyncio.get_running_loop().time() - 0.1
             joined = await self._contacts.join(self._known.initial, timeout_s=timeout_s)
+            if not joined and p2p.was_refused:
+                raise NotAMember(f"{NOT_A_MEMBER}; ask its owner for one")
             if not joined:
-                raise (
-                    NotAMember(f"{NOT_A_MEMBER}; ask its owner for one")
-                    if p2p.was_refused
-                    else self._known.unreachable()
-                )
+                raise self._known.unreachable()
             await self._measure_clock(joined)
             await self._node.find_nearest_nodes([self._node.node_id])  # makes this node known to its neighbours
         if gate is not None:

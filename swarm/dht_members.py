@@ -42,7 +42,7 @@ class MemberP2P(P2P):
     gate: Gate | None = None
     """Set before any handler is added."""
     was_refused = False
-    """Whether a peer has said that its swarm is private, and we are no member."""
+    """Whether the peer asked last has said that its swarm is private, and we are no member."""
 
     async def add_protobuf_handler(
         self, name: str, handler: Callable[[Any, P2PContext], Awaitable[Any]], input_protobuf_type: type, **options: Any
@@ -67,11 +67,12 @@ class MemberP2P(P2P):
             input.auth.client_access_token.signature = self.gate.credential
         try:
             response = await super().call_protobuf_handler(peer_id, name, input, output_protobuf_type)
+            self.was_refused = False
             if self.gate is not None:
                 shown = response.auth.service_access_token.signature
                 self.gate.admit(shown, peer_id.to_base58(), f"an answer to {name}")
         except P2PHandlerError as exc:
-            self.was_refused = self.was_refused or NOT_A_MEMBER in str(exc)
+            self.was_refused = NOT_A_MEMBER in str(exc)
             raise
         except NotAMember as exc:
             raise P2PHandlerError(str(exc)) from exc
