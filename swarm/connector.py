@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from swarm.dht import Dht
 from swarm.dialling import Anywhere, DiallingRule
 from swarm.p2pd import finish
-from swarm.pipes import cancel_all
 from swarm.peers import Connector
+from swarm.pipes import cancel_all
 from swarm.punching import WAITS_S, Puncher
 from swarm.rpc_members import call_signer
 from swarm.tunnel import Way, open_tunnel
