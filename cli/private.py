@@ -23,7 +23,7 @@ from swarm.membership import Role
 from swarm.ownership import MAX_ADDRESSES, InvitedMember, OwnedSwarm, open_owned, the_owned
 from swarm.profiles import save_link
 
-from .common import console
+from .common import console, errors
 
 REFRESH_TIMEOUT_S = 5.0
 """How long `swarm invite` and `swarm revoke` try to reach the swarm."""
@@ -136,7 +136,7 @@ def revoke_command(
             f"{who} is revoked in the owner's book, but the swarm could not be told now ({exc}); "
             "it will be as soon as a node of yours runs in it"
         ) from exc
-    console.print(f"{who} is no member of {owned.name} any more.", highlight=False)
+    console.print(f"{who} is no member of {owned.name} any more.", highlight=False, soft_wrap=True)
 
 
 def join_command(
@@ -150,7 +150,9 @@ def join_command(
     parsed = JoinLink.parse(sys.stdin.readline() if link == "-" else link)
     save_link(default_config_dir(), name, parsed)
     until = "" if parsed.ends_at_s is None else f", until {_date(parsed.ends_at_s)}"
-    console.print(f"--join {name} leads there now{until}. Next: swarm status --join {name}", highlight=False)
+    console.print(
+        f"--join {name} leads there now{until}. Next: swarm status --join {name}", highlight=False, soft_wrap=True
+    )
 
 
 def parse_duration(text: str) -> float:
@@ -177,7 +179,7 @@ async def _refreshed(owned: OwnedSwarm) -> tuple[str, ...]:
                 await dht.directory.servers(listing.fingerprint)
             found = _best_addresses(list(dht.known_peers().values()), known)
     except SwarmError as exc:
-        console.print(f"The swarm cannot be reached now; the link has its last addresses. ({exc})", highlight=False)
+        errors.print(f"The swarm cannot be reached now; the link has its last addresses. ({exc})", highlight=False)
         return known
     owned.remember_addresses(found)
     return found

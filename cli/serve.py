@@ -203,7 +203,9 @@ def _print_ready(running: Running, config: ServerConfig) -> None:
         highlight=False,
     )
     if config.invitation is not None and config.guest_invitation is None:
-        console.print("This swarm is private: its owner invites others with `swarm invite WHO`.", highlight=False)
+        console.print(
+            "This swarm is private: its owner invites others with `swarm invite WHO`.", highlight=False, soft_wrap=True
+        )
     else:
         print_link(running.link)
 

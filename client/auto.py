@@ -160,7 +160,7 @@ def _client_config(join: str | None, initial_peers: Sequence[str], config: Clien
         link = resolve_join(join)
         peers, invitation = link.initial_peers, link.invitation
     else:
-        peers, invitation = tuple(initial_peers), None
+        peers, invitation = tuple(initial_peers), config.invitation if config is not None else None
     if config is None:
         return ClientConfig(initial_peers=peers, invitation=invitation)
     return replace(config, initial_peers=peers, invitation=invitation) if peers else config
