@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,6 +51,12 @@ def need_join(text: str) -> JoinLink:
     if link is None:
         raise BadLink("a join link is needed: pass --join swarm://…, as printed by `swarm serve`, or set SWARM_JOIN")
     return link
+
+
+def cache_home() -> Path:
+    """Where this user's programs keep what can be made again: $XDG_CACHE_HOME/swarm, or ~/.cache/swarm."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "swarm"
 
 
 def exit_with_parent(grace_s: float, on_line: Callable[[str], None] = lambda line: None) -> None:

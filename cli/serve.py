@@ -20,6 +20,7 @@ from swarm.ranges import BlockRange
 from .common import (
     JoinOption,
     Lifetime,
+    cache_home,
     console,
     errors,
     exit_with_parent,
@@ -123,6 +124,7 @@ def serve_command(
         drain_timeout_s=drain_timeout,
         announce_period_s=announce_period,
         num_threads=threads or None,
+        speeds_path=cache_home() / "speeds.json",
     )
     _serve_until_signal(config, link_file, orders, owned)
 

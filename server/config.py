@@ -91,6 +91,8 @@ class ServerConfig:
     """How often it tells the directory that it is alive; it is forgotten after PERIODS_ALIVE of silence."""
     num_threads: int | None = None
     """CPU threads of the compute thread; None: torch's default."""
+    speeds_path: Path | None = None
+    """File in which it remembers how fast blocks were on this machine; None: they are measured at each start."""
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
     """Called with (bytes loaded, bytes in all) while the blocks load."""
     on_moved: Callable[[BlockRange], None] | None = field(default=None, repr=False)
