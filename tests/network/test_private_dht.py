@@ -21,7 +21,7 @@ from swarm.dht_records import RECORD_LIFETIME_S, sign_record
 from swarm.dial_back import answer_dial_back, ask
 from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import NotAMember, PeerError, PeerUnavailable
-from swarm.identity import Identity
+from swarm.identity import Identity, pack_certificate
 from swarm.membership import Invitation, Revocations, Role
 from swarm.reach import Question
 from swarm.relaying import serve_relay
@@ -325,3 +325,31 @@ async def test_a_list_of_revocations_that_the_owner_has_not_signed_is_not_kept(
     await shelves.write(REVOCATIONS, forged.data, 60.0)
     assert not (await shelves.read(REVOCATIONS)).entries
     assert private.server.gate.revocations.sequence == member.gate.revocations.sequence == 0
+
+
+async def test_a_record_with_a_swapped_certificate_or_played_again_is_refused(
+    private: Private, make_announcement: Make, identities: list[Identity]
+) -> None:
+    from hivemind.dht.routing import DHTID
+    from hivemind.p2p import PeerID
+
+    member = await private.join(private.invite())
+    target = PeerID.from_base58(private.server.peer_id)
+    victim = private.server.identity.public_key
+    bucket = DHTID.generate(servers_root(MODEL).key)
+    first, first_s = private.server._node.protocol.storage.get(bucket).value.get(victim)
+    await private.server.directory.announce(make_announcement(state="draining"))
+    certificates = [pack_certificate(each.tls_certificate().certificate_der) for each in (identities[0], identities[3])]
+    assert certificates[0] in first
+    attempts = {
+        "a swapped certificate": (bucket, first.replace(*certificates), first_s),
+        "the same, as if it were newer": (bucket, first.replace(*certificates), first_s + 5),
+        "an old record again": (bucket, first, first_s),
+        "an old record, as if it were newer": (bucket, first, first_s + 5),
+        "in another bucket": (DHTID.generate(MODELS.key), first, first_s + 5),
+    }
+    for what, (key, value, expiration_s) in attempts.items():
+        stored = await member._node.protocol.call_store(target, [key], [value], expiration_s, subkeys=[victim])
+        assert stored == [False], what
+    [found] = await member.directory.servers(MODEL)
+    assert (found.state, found.tls_certificate) == ("draining", identities[0].tls_certificate().certificate_der)
