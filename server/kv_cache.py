@@ -153,6 +153,11 @@ class SessionCache:
     def batch_size(self) -> int:
         return len(self._tables)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages that it holds; those that it shares with others count as if they were its own."""
+        return sum(len(table.pages) for table in (*self._tables, self._ballast))
+
     def check(self, step: StepInput) -> None:
         """Raise SessionLost unless the step follows what is cached."""
         if self.broken or step.position > self.length:

@@ -112,8 +112,14 @@ async def meet(dht: Dht, relay_id: str, stream: Stream, introductions: Introduct
         if not await introductions.allow(found, relay_host):
             raise PeerUnavailable(f"relay {relay_id} names {found.host}, which is not dialled because others say so")
         connected = await _dial_until_met(found, mirror.getsockname()[1])
-    _keep_alive(connected)
-    return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES), found.host
+    try:
+        _keep_alive(connected)
+        return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES), found.host
+    except BaseException as exc:
+        connected.close()
+        if isinstance(exc, OSError):
+            raise PeerUnavailable(f"the connection to {found.host} has ended already") from exc
+        raise
 
 
 def _open_socket(host: str, port: int = 0) -> socket.socket:
