@@ -86,6 +86,14 @@ class Lease:
         store.count_users(entries, 1)
 
     @property
+    def num_gradient_bytes(self) -> int:
+        """What the gradients of their tensors take in an answer, float32."""
+        if self.is_hosted or self.adapters is None:
+            return 0
+        tensors = (tensor for each in self.adapters if each is not None for tensor in each.tensors().values())
+        return sum(tensor.numel() for tensor in tensors) * torch.float32.itemsize
+
+    @property
     def entries(self) -> Sequence[_Entry]:
         return [entry for entry in self._entries if entry is not None]
 

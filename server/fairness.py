@@ -1,4 +1,4 @@
-"""Which share of the computing time one caller may take from the others: a decision, without model or clock.
+"""Which share of the computing time one caller may take from the others: decisions without a model.
 
 What a caller costs the others is how much longer passes take because of it than if it asked for as much as the largest
 of them: prefill, training, and decode steps beyond that. Nobody waits who is alone, and no decode step of those that
@@ -7,7 +7,9 @@ ask for least.
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import time
 from collections.abc import Callable, Hashable
 
 from swarm.throttle import Throttle
@@ -66,6 +68,11 @@ class Fairness:
             del self._taken[caller]
             return 0.0
         return min(taken.owed_s(now_s), LOOK_AGAIN_S)
+
+    async def wait(self, caller: Caller) -> None:
+        """Wait as long as `wait_s` says."""
+        while (wait_s := self.wait_s(caller, time.monotonic())) > 0:
+            await asyncio.sleep(wait_s)
 
     def _note(self, caller: Caller, asking: Hashable, num_rows: int, now_s: float) -> None:
         self._active.pop(asking, None)

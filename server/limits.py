@@ -10,11 +10,13 @@ import collections
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from swarm.errors import BadRequest
 from swarm.throttle import Throttle
 
-from .callers import Caller
+if TYPE_CHECKING:  # the command line reads the defaults, and nothing more
+    from .callers import Caller
 
 RATE_BURST_S = 2.0
 """As many messages and bytes as take so long pass at once after a pause."""
@@ -45,8 +47,6 @@ class What(enum.StrEnum):
     MESSAGES = "messages"
     BYTES = "bytes"
     CONNECTIONS = "connections"
-    CACHE = "cache"
-    """Sessions that end because their caller holds more of the cache than its share, and others wait."""
     SHUT_OUT = "shut_out"
     """Calls of those who were refused too often."""
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import grpc.aio
 
@@ -47,17 +48,10 @@ class _Entry:
 
 
 class Held:
-    """Room that was taken, until it is released."""
+    """Room that was taken, until it is released; none if nothing says how to."""
 
-    def __init__(self, room: MessageRoom, entry: _Entry | None) -> None:
-        self._room = room
-        self._entry = entry
-
-    def release(self) -> None:
-        """Give it back; twice is fine."""
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._room.release(entry)
+    def __init__(self, release: Callable[[], None] = lambda: None) -> None:
+        self.release = release
 
 
 class MessageRoom:
@@ -106,7 +100,7 @@ class MessageRoom:
                     f"messages that others have not sent or taken yet left no room for {MAX_WAIT_S:.0f} s"
                 ) from exc
             raise
-        return Held(self, entry)
+        return Held(partial(self.release, entry))
 
     def release(self, entry: _Entry) -> None:
         """Give room back, or no longer wait for it."""

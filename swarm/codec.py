@@ -105,7 +105,9 @@ class Unpacker:
         present = [spec for spec in self._specs if spec is not None]
         for spec in present:
             _check_spec(spec)
-        total = sum(max(spec.num_bytes, _raw_bytes(spec)) for spec in present)
+        self.num_raw_bytes = sum(map(raw_bytes, present))
+        """What the tensors take once decoded."""
+        total = sum(max(spec.num_bytes, raw_bytes(spec)) for spec in present)
         if total > max_bytes:
             raise ProtocolError(f"a message claims {total} bytes of tensors, at most {max_bytes} are allowed here")
         self.num_bytes = sum(spec.num_bytes for spec in present)
@@ -146,7 +148,8 @@ def optional(message: object, *fields: str) -> list[pb.TensorSpec | None]:
     return [getattr(message, field) if message.HasField(field) else None for field in fields]  # type: ignore[attr-defined]
 
 
-def _raw_bytes(spec: pb.TensorSpec) -> int:
+def raw_bytes(spec: pb.TensorSpec) -> int:
+    """What a tensor takes once decoded."""
     return math.prod(spec.shape) * _DTYPES[spec.dtype].itemsize
 
 

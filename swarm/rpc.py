@@ -79,6 +79,7 @@ def server_options(*, max_connections: int, max_streams: int) -> list[tuple[str,
     limits = [("grpc.max_allowed_incoming_connections", max_connections), ("grpc.max_concurrent_streams", max_streams)]
     return [*SERVER_OPTIONS, *limits]
 
+
 _STATUS = {
     pb.ERROR_CODE_INTERNAL: grpc.StatusCode.INTERNAL,
     pb.ERROR_CODE_BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
