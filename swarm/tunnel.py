@@ -60,8 +60,8 @@ class Way:
 
 
 Entering = Callable[[int, str, bool], AbstractContextManager[None]]
-"""Told of a connection while it is carried: the local port from which it goes on, the peer id or host that it came from,
-and whether that is a relay of ours."""
+"""Told of a connection while it is carried: the local port from which it goes on, the peer id or host from which it
+comes, and whether that is a relay of ours."""
 
 
 def _enter_unnoticed(_port: int, _origin: str, _is_relay: bool) -> AbstractContextManager[None]:
