@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -315,20 +316,27 @@ class Network:
         timeout_s: float,
         *,
         progress: Callable[[], int] = lambda: 0,
+        stall_s: float = math.inf,
     ) -> T:
         """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
 
         Args:
             progress: how far the work is; while it moves on, nobody is asked: the answer would have to wait behind it.
-        Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s.
+            stall_s: how long it may stay where it is although they are alive.
+        Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s, or no
+            progress for stall_s.
         """
+        now_s = asyncio.get_running_loop().time
         task = asyncio.ensure_future(work)
-        before = progress()
+        before, moved_at_s = progress(), now_s()
         try:
             async with asyncio.timeout(timeout_s):
                 while not (await asyncio.wait({task}, timeout=self.config.silence_s))[0]:
                     if before != (before := progress()):
+                        moved_at_s = now_s()
                         continue
+                    if now_s() - moved_at_s > stall_s:
+                        raise blame(PeerUnavailable(f"peer {hops[0]} takes nothing for {stall_s:.0f} s"), hops[0])
                     try:
                         await self._probe(hops)
                     except PeerUnavailable:

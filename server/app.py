@@ -58,6 +58,7 @@ class Running:
     peer_id: str
     model_name: str
     mover: Mover
+    gate: Gate
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead; see Mover."""
@@ -151,7 +152,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         await mover.settle(announcer, holding)
         initial_peers = tuple(await _link_peers(config, dht))
         link = JoinLink(initial_peers=initial_peers, model_name=public_name(checkpoint)).encode()
-        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover))
+        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover, gate))
         await _until_stopped(stop, dht, announcing, mover)
         await announcer.say(state="draining")
         await mover.drain()

@@ -84,7 +84,9 @@ async def test_limits_are_counted_by_kind_and_name_nobody():
     with serve_metrics(("127.0.0.1", free_port()), collector_of(lambda: None, quotas)) as port:
         metrics = read_metrics(port)
         assert metrics["swarm_callers", ""] == metrics["swarm_under_way", "sessions"] == 1
-        assert metrics["swarm_refused_total", "sessions"] == 1 and metrics["swarm_delayed_seconds_total", "messages"] > 0
+        assert (
+            metrics["swarm_refused_total", "sessions"] == 1 and metrics["swarm_delayed_seconds_total", "messages"] > 0
+        )
         assert "192.0.2.7" not in str(metrics)
 
 
