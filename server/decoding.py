@@ -257,7 +257,7 @@ class Decoding:
             raise PeerUnavailable("the client's stream ended without a word")
 
     async def _take_step(self, read: Read, wire: pb.Step, session: ServerSession, from_client: bool) -> None:
-        """Read a step and put it into the engine's queue, unless it was seen before. Its room is kept until it is sent."""
+        """Read a step and queue it, unless it was seen before. It keeps its room until its output is passed on."""
         unpacker = self._check_step(wire, session)
         num_bytes = checks.room_bytes(unpacker.num_raw_bytes, raw_bytes(wire.hidden_states))
         held = await self._room.take(session.caller, num_bytes) if num_bytes > SMALL_BYTES else Held()

@@ -71,7 +71,10 @@ class Fairness:
 
     async def wait(self, caller: Caller) -> None:
         """Wait as long as `wait_s` says."""
-        while (wait_s := self.wait_s(caller, time.monotonic())) > 0:
+        while True:
+            wait_s = self.wait_s(caller, time.monotonic())
+            if not wait_s:
+                return
             await asyncio.sleep(wait_s)
 
     def _note(self, caller: Caller, asking: Hashable, num_rows: int, now_s: float) -> None:

@@ -252,7 +252,7 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def _open_batch(
         self, context: grpc.aio.ServicerContext, caller: Caller, *, is_backward: bool
     ) -> AsyncIterator[Batch]:
-        """Check what is asked for, find room, read its tensors, and keep the adapters that it names while the body runs."""
+        """Check what is asked for, find room, read its tensors; keep its adapters while the body runs."""
         read = self._gate.reader(context, caller)
         wire: pb.ComputeOpen = (await _next_message(read, "open")).open
         self._check_caller(wire)

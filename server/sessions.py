@@ -440,8 +440,8 @@ class SessionTable:
     def reclaim(self, caller: Caller) -> None:
         """End a session of whoever holds more than its share of the pages, because this caller has to wait for some.
 
-        It is the one that was unused for longest, of the one who holds most; called in the event loop. Its client is told
-        to come back later. Nothing is taken from this machine itself.
+        It is the one that was unused for longest, of the caller who holds most. Its client is told to come back later.
+        Nothing is taken from this machine itself. Called in the event loop.
         """
         if self._ending is not None and not self._ending.cache.closed:
             return

@@ -205,7 +205,7 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
 
 
 def _room_bytes(config: ServerConfig, span: Span) -> int:
-    """Room for messages: if nothing else is said, one caller's share of it holds the largest Backward without prompts."""
+    """Room for messages; where nothing is said, one caller's share of it holds the largest Backward without prompts."""
     if config.quotas.message_bytes is not None:
         return config.quotas.message_bytes
     hidden_bytes = config.limits.max_batch_tokens * span.hidden_size * torch.float32.itemsize
