@@ -21,11 +21,9 @@ from test_bad_input import compute, opening, talk
 from tiny import HIDDEN, load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
-from swarm.client import ClientConfig
 from swarm.codec import CHUNK_BYTES, pack
 from swarm.errors import PeerError, PeerUnavailable, TooManyRequests
 from swarm.identity import TLS_NAME, certificate_pem
-from swarm.link import JoinLink
 from swarm.pipes import cancel_all, join_streams
 from swarm.rpc import open_channel
 from swarm.server import LocalSwarm
@@ -66,12 +64,8 @@ class Guarded:
         """Its announcement."""
         return self.remote.explain_route()[0].server
 
-    def join(self, **config: Any) -> Any:
-        peers = JoinLink.parse(self.swarm.link).initial_peers
-        config = ClientConfig(initial_peers=peers, **config)
-        return AutoDistributedModelForCausalLM.from_pretrained(
-            str(self.path), join=self.swarm.link, client_config=config
-        )
+    def join(self) -> Any:
+        return AutoDistributedModelForCausalLM.from_pretrained(str(self.path), join=self.swarm.link).eval()
 
     def check_honest(self, remote: Any = None, seed: int = 0) -> None:
         """Assert that an honest client gets its text, without an error."""
@@ -135,6 +129,14 @@ async def open_stub(guarded: Guarded, directory: Path, source: str = ABUSER) -> 
         yield pb_grpc.BlocksStub(channel)
 
 
+def first_mib(guarded: Guarded, num_tokens: int) -> pb.ComputeRequest:
+    """The first MiB of a Forward with eight sequences."""
+    packed = pack(torch.zeros(8, num_tokens, HIDDEN))
+    assert len(packed.data) == CHUNK_BYTES
+    blocks = pb.BlockRange(start=0, end=6)
+    return compute(guarded.server, blocks=blocks, hidden_states=packed.specs[0], data=packed.data)
+
+
 async def open_sessions(guarded: Guarded, stub: Any, number: int) -> tuple[list[Any], list[PeerError]]:
     """Open sessions; return the calls of those that were let in, and how the others were refused."""
     calls = [stub.Session() for _ in range(number)]
@@ -177,11 +179,7 @@ async def test_who_goes_on_asking_loses_its_connections_and_nobody_else_does(gua
 
 async def test_half_sent_batches_take_no_more_than_a_share_of_the_room(guarded, tmp_path):
     room = guarded.running.mover.tenure.room
-    x_BLD = torch.zeros(8, 1024, HIDDEN)  # 2 MiB, 8 MiB with its answer
-    packed = pack(x_BLD)
-    wire = compute(
-        guarded.server, blocks=pb.BlockRange(start=0, end=6), hidden_states=packed.specs[0], data=packed.data
-    )
+    wire = first_mib(guarded, 1024)  # of 2 MiB; its answer takes three times as much
     async with open_stub(guarded, tmp_path) as stub:
         calls = [stub.Forward() for _ in range(40)]
         for call in calls:
@@ -211,12 +209,7 @@ async def wait_for(condition: Callable[[], bool]) -> None:
 
 async def test_answers_that_nobody_reads_hold_back_their_caller_alone(guarded, tmp_path):
     room = guarded.running.mover.tenure.room
-    x_BLD = torch.zeros(8, 512, HIDDEN)  # 1 MiB: a message that nobody reads has to wait in the server
-    packed = pack(x_BLD)
-    assert len(packed.data) == CHUNK_BYTES
-    wire = compute(
-        guarded.server, blocks=pb.BlockRange(start=0, end=6), hidden_states=packed.specs[0], data=packed.data
-    )
+    wire = first_mib(guarded, 512)  # which is all
     async with open_stub(guarded, tmp_path) as stub:
         calls = [stub.Forward() for _ in range(20)]
         for call in calls:
