@@ -3,8 +3,8 @@
     python benchmarks/abuse.py
     python benchmarks/abuse.py --kinds "sessions,connections" --clients 4 --seconds 20
 
-Some clients generate text, all at the same time; while they do, abusers at other addresses open 10,000 sessions, send at
-full rate, read nothing, send a byte a second, and keep 1,000 connections open: one kind at a time, then all together.
+Some clients generate text, all at the same time; while they do, abusers at other addresses open 10,000 sessions, send
+at full rate, read nothing, send a byte a second, and keep 1,000 connections open: one kind at a time, then all at once.
 Before and after each, the same clients are measured undisturbed. The servers run with --limit-loopback, which makes
 127.0.0.1 a caller like 127.0.0.2, where the abusers begin.
 """

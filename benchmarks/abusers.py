@@ -1,7 +1,7 @@
 """Callers that take all they can get: each kind is a coroutine that goes on until it is cancelled.
 
-They come from an address of their own (127.0.0.2 and so on), run in a process of their own, at the lowest priority: on a
-machine of its own an abuser would not take processor time from the server's clients. They ignore what they are told.
+They come from an address of their own (127.0.0.2 and so on), and run in a process of their own, at the lowest priority:
+on a machine of its own an abuser would take no processor time from honest clients. They ignore what they are told.
 """
 
 from __future__ import annotations
