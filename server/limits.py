@@ -154,7 +154,7 @@ class Quotas:
         self._usages: collections.OrderedDict[str, _Usage] = collections.OrderedDict()
         self._under_way: collections.Counter[What] = collections.Counter()
         self._refused: collections.Counter[What] = collections.Counter()
-        self._waited_s: collections.Counter[What] = collections.Counter()
+        self._waited_s: collections.defaultdict[What, float] = collections.defaultdict(float)
 
     def statistics(self) -> QuotaStatistics:
         """Count everything."""
