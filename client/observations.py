@@ -19,6 +19,9 @@ HALF_LIFE_S = 60.0
 
 MAX_REMEMBERED = 1024
 
+LEAST_BUSY_S = 0.1
+"""A peer that has too many requests is left alone at least so long, whatever it says."""
+
 
 class FailureMemory:
     """Peers that failed lately, and until when they are avoided."""
@@ -31,6 +34,11 @@ class FailureMemory:
     def failed(self, peer_id: str, now_s: float) -> None:
         count = self._failures.get(peer_id, (0, 0.0))[0] + 1
         self._failures[peer_id] = (count, now_s + min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30)))
+
+    def busy(self, peer_id: str, retry_after_s: float, now_s: float) -> None:
+        """Leave a peer alone for as long as it says; it has not failed, so its failures stay as many as they are."""
+        count, until_s = self._failures.get(peer_id, (0, 0.0))
+        self._failures[peer_id] = (count, max(until_s, now_s + max(retry_after_s, LEAST_BUSY_S)))
 
     def succeeded(self, peer_id: str) -> None:
         self._failures.pop(peer_id, None)

@@ -18,6 +18,7 @@ from swarm.ranges import BlockRange
 from swarm.relaying import BESIDE_SERVING, RelayConfig
 
 from .checks import ServiceLimits
+from .limits import LimitsConfig
 from .scheduler import SchedulerConfig
 
 PERIODS_ALIVE = 4
@@ -71,6 +72,9 @@ class ServerConfig:
     cache_bytes: int | None = None
     """Budget of the KV cache over all sessions; None: from the free memory."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    """How large one request may be."""
+    quotas: LimitsConfig = field(default_factory=LimitsConfig)
+    """How much one caller may have at a time, and all together."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """How decoding, prefill and training share the time."""
     session_grace_s: float = 30.0
