@@ -58,8 +58,9 @@ def take_part(options: argparse.Namespace) -> None:
     dht = hivemind.DHT(start=True, host_maddrs=[options.listen], initial_peers=options.peer or None)
     say({"addresses": [str(address) for address in dht.get_visible_maddrs()]})
     optimizer = new_optimizer(
-        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE
-    )
+        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE,
+        learning_rate=LEARNING_RATE, num_updates=options.steps,
+    )  # fmt: skip
 
     def next_batch() -> dict[str, torch.Tensor]:
         ids = torch.stack([mine[number] for number in torch.randint(len(mine), (BATCH_SIZE,)).tolist()])

@@ -60,8 +60,9 @@ def take_part(options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed + options.share)
         with open_training_dht(model, options.run, host_maddrs=[options.listen]) as dht:
             optimizer = new_optimizer(
-                dht, options.run, trained(model), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE
-            )
+                dht, options.run, trained(model), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE,
+                num_updates=options.steps,
+            )  # fmt: skip
             try:
                 num_samples = follow(model, optimizer, lambda: chat.batch(some(mine, BATCH_SIZE)), options.steps)
             finally:
