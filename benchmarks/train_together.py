@@ -48,15 +48,15 @@ def sample(seed: int, num_updates: int) -> dict[str, Any]:
     print(done.stdout, file=sys.stderr)
     words = json.loads(done.stdout.splitlines()[-1])
     together, alone = words["peers"], words["alone"][-1]
-    finals = [said[-1] for said in together if "after" in said[-1]]
+    finals = [said[-1] for said in together if said and "after" in said[-1]]
     return {
         "seed": seed,
         "before": alone["before"],
         "together": [final["after"] for final in finals],
         "alone": alone["after"],
         "ratio": statistics.mean(final["after"] for final in finals) / alone["after"],
-        "killed_after_update": max(said[-1]["update"] for said in together if "after" not in said[-1]),
-        "joined_before_update": next(each["update"] for each in together[-1] if "update" in each),
+        "killed_after_update": max((each.get("update", 0) for each in together[1]), default=0),
+        "joined_before_update": next((each["update"] for each in together[-1] if "update" in each), None),
         "num_samples": {"together": [final["num_samples"] for final in finals], "alone": alone["num_samples"]},
         "losses": {
             "together": [each["loss"] for each in together[0] if "update" in each],

@@ -111,9 +111,9 @@ class Peer:
         self._thread.start()
 
     @property
-    def losses(self) -> list[float]:
+    def losses(self) -> dict[int, float]:
         """By update, as far as it took part."""
-        return [each["loss"] for each in self.said if "update" in each]
+        return {each["update"]: each["loss"] for each in self.said if "update" in each}
 
     @property
     def outcome(self) -> dict[str, Any]:

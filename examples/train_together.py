@@ -101,7 +101,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         "one peer with all the data": alone.outcome["after"],
     }
     show({name: {"loss on new questions": f"{loss:.3f}"} for name, loss in losses.items()})
-    plot({"together": first.losses, "alone": alone.losses}, options.plot, "LoRA trained together")
+    plot({"together": first.losses, "alone": alone.losses}, options, "LoRA trained together")
     say({"peers": [each.said for each in (first, second, third, fourth)], "alone": alone.said})
 
 

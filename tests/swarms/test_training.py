@@ -89,7 +89,9 @@ def test_positions_that_begin_anew_mean_several_texts_where_they_do_locally(llam
             output = model(ids, position_ids=positions, attention_mask=mask, **options)
             logits.append(output.logits)
             if not options:
-                logits[-1] = torch.cat([logits[-1], model(ids[:, :2], past_key_values=output.past_key_values).logits], 1)
+                logits[-1] = torch.cat(
+                    [logits[-1], model(ids[:, :2], past_key_values=output.past_key_values).logits], 1
+                )
             alone = model(ids[:, 4:], use_cache=False).logits
     assert error(*logits) <= GRADIENT_TOLERANCE
     apart = error(logits[0][:, 4:9], alone) <= GRADIENT_TOLERANCE
