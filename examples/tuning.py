@@ -40,7 +40,7 @@ def new_parser(description: str, *, steps: int, output: str) -> argparse.Argumen
     parser.add_argument(
         "--plot",
         type=Path,
-        help="where the losses are drawn as a PNG; default: loss.png in that folder, with matplotlib",
+        help="where to draw the losses as a PNG; default: loss.png in that folder",
     )
     return parser
 

@@ -13,7 +13,7 @@ from swarm.errors import BadRequest
 def refuse_padding_at_the_end_of_embeddings(model: nn.Module) -> None:
     """Let a classifier refuse embeddings with padding behind a sequence.
 
-    The library's classes find padding by its token id. Handed embeddings, as PEFT's prompt tuning does, they look at the
+    The library's classes find padding by its token id. Handed embeddings, as by PEFT's prompt tuning, they look at the
     last position of each row, whatever stands there, and say so in a warning at most.
     """
     parameters = list(inspect.signature(model.forward).parameters)

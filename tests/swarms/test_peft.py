@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from peft_targets import FAMILIES, methods_of
 from swarms_help import weights
 from tiny import load_local, random_ids
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
 from swarm import (
-    AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     BottleneckConfig,
     add_bottlenecks,
@@ -139,6 +137,7 @@ def test_methods_compute_learn_and_generate_as_local_ones_and_load_on_both_sides
         for model, name in ((ours, "ours"), (theirs, "theirs")):
             model.save_pretrained(tmp_path / f"{name}-{number}")
         assert_same(ours, PeftModel.from_pretrained(load_local(path), tmp_path / f"ours-{number}"))
+        assert ours.peft_config["default"].base_model_name_or_path == str(path)
         remote = base_of(ours)
         loaded = PeftModel.from_pretrained(remote, tmp_path / f"theirs-{number}")
         assert_same(loaded, theirs)
@@ -196,27 +195,6 @@ def test_bottlenecks_compute_learn_and_generate_as_local_ones_and_load_on_both_s
     del ours.bottlenecks
     load_bottlenecks(ours, tmp_path / "theirs")
     assert_same(ours, theirs)
-
-
-@pytest.fixture
-def pair(llama: Any, swarms: Any) -> tuple[Any, Any]:
-    """A client of its own, and the whole model."""
-    return swarms.join(llama.swarm, llama.path), load_local(llama.path)
-
-
-def test_adapters_saved_on_one_side_load_on_the_other(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
-    ours, theirs = adapt(*pair, LORA)
-    with torch.no_grad():
-        for each in theirs.parameters():
-            each.mul_(1.5) if each.requires_grad else None
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours_locally = PeftModel.from_pretrained(load_local(llama.path), tmp_path / "ours")
-    theirs_remotely = PeftModel.from_pretrained(swarms.join(llama.swarm, llama.path), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours_locally), logits(ours), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(logits(theirs_remotely), logits(theirs), atol=TOLERANCE, rtol=0)
-    assert torch.equal(generated(theirs_remotely), generated(theirs))
-    assert ours_locally.peft_config["default"].base_model_name_or_path == str(llama.path)
 
 
 def test_sessions_generate_with_the_adapter_of_their_beginning(pair: Any) -> None:
@@ -294,64 +272,3 @@ def test_training_an_adapter_changes_nothing_for_others(pair: Any, llama: Any) -
     generated(ours)
     assert weights(llama.swarm) == before
     assert torch.equal(logits(llama.remote), outputs) and torch.equal(generated(llama.remote), text)
-
-
-# transformers.Trainer
-
-EXAMPLES = [{"input_ids": row, "labels": row} for row in random_ids(24, 9, seed=5)]
-
-
-def trained(model: Any, output: Path, *, dropout: float = 0.0, resume: bool = False, **options: Any) -> Trainer:
-    torch.manual_seed(0)
-    arguments = {
-        "output_dir": str(output),
-        "max_steps": 8,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-3,
-        "warmup_steps": 2,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "save_steps": 4,
-        "seed": 3,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
-    trainer = Trainer(
-        get_peft_model(model, config),
-        TrainingArguments(**{**arguments, **options}),
-        train_dataset=EXAMPLES,
-        eval_dataset=EXAMPLES[:4],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def history(trainer: Trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def test_trainer_learns_as_locally(pair: Any, tmp_path: Path) -> None:
-    ours, theirs = (trained(model, tmp_path, save_strategy="no") for model in pair)
-    for name in ("loss", "eval_loss", "grad_norm"):
-        assert history(ours, name) == pytest.approx(history(theirs, name), abs=CURVE_TOLERANCE)
-    assert history(ours, "eval_loss")[-1] < history(ours, "loss")[0] - 0.2
-
-
-def test_trainer_resumes_on_another_client(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
-    whole = trained(pair[0], tmp_path, dropout=0.2)
-    shutil.rmtree(tmp_path / "checkpoint-8")
-    resumed = trained(swarms.join(llama.swarm, llama.path), tmp_path, dropout=0.2, resume=True)
-    assert resumed.state.global_step == 8
-    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=TOLERANCE)
-    assert history(resumed, "eval_loss") == pytest.approx(history(whole, "eval_loss"), abs=TOLERANCE)
-
-
-def test_trainer_with_mixed_precision(pair: Any, tmp_path: Path) -> None:
-    found = trained(pair[0], tmp_path, max_steps=4, save_strategy="no", bf16=True)
-    wanted = trained(pair[1], tmp_path, max_steps=4, save_strategy="no")
-    assert history(found, "loss") == pytest.approx(history(wanted, "loss"), rel=0.02)
