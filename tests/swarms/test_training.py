@@ -315,6 +315,11 @@ def test_a_classifier_with_prompts_looks_at_the_last_token_of_padded_batches(lla
         assert error(*(model(ids, attention_mask=mask).logits for model in (ours, theirs))) <= GRADIENT_TOLERANCE
         with pytest.raises(BadRequest, match="pad on the left"):
             ours(ids.flip(1), attention_mask=mask.flip(1))
+    how = {"num_labels": 3, "tuning_mode": "ptune", "pre_seq_len": 4}
+    own = swarms.join(llama.swarm, llama.path, AutoDistributedModelForSequenceClassification, **how)
+    with torch.no_grad():  # with prompts of our own it is told the token ids
+        padded, alone = own(ids.flip(1), attention_mask=mask.flip(1)).logits, own(ids[:1, 2:].flip(1)).logits
+    assert error(padded[:1], alone) <= GRADIENT_TOLERANCE
 
 
 def test_training_changes_the_client_and_no_server(llama, swarms):
