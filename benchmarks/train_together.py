@@ -30,23 +30,23 @@ def main() -> None:
     parser.add_argument("--example", choices=("train_together", "pretrain_together"), default="train_together")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
-    parser.add_argument("--steps", type=int, default=40, help="updates of each run")
+    parser.add_argument("--steps", type=int, help="updates of each run; default: as the example has it")
     arguments = parser.parse_args()
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
     samples = [sample(arguments.example, seed, arguments.steps) for seed in seeds]
     print_plain(
         arguments.example,
-        steps=arguments.steps,
         ratio=statistics.median(each["ratio"] for each in samples),
         samples=samples,
     )
 
 
-def sample(example: str, seed: int, num_updates: int) -> dict[str, Any]:
+def sample(example: str, seed: int, steps: int | None) -> dict[str, Any]:
     """Run an example once."""
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, str(EXAMPLES / f"{example}.py"), "--steps", str(num_updates), "--seed", str(seed)]
+        command = [sys.executable, str(EXAMPLES / f"{example}.py"), "--seed", str(seed)]
+        command += [] if steps is None else ["--steps", str(steps)]
         done = subprocess.run([*command, "--output", directory], stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, file=sys.stderr)
     words = json.loads(done.stdout.splitlines()[-1])
@@ -60,18 +60,15 @@ def sample(example: str, seed: int, num_updates: int) -> dict[str, Any]:
         "ratio": statistics.mean(final["after"] for final in finals) / alone["after"],
         "updates": [[each["update"] for each in said if "update" in each] for said in together],
         "num_samples": {"together": [final["num_samples"] for final in finals], "alone": alone["num_samples"]},
-        "losses": {
-            "together": by_update(together[0], num_updates),
-            "alone": by_update(words["alone"], num_updates),
-        },
+        "losses": {"together": by_update(together[0]), "alone": by_update(words["alone"])},
         "seconds": time.monotonic() - began_s,
     }
 
 
-def by_update(said: list[dict[str, Any]], num_updates: int) -> list[float | None]:
+def by_update(said: list[dict[str, Any]]) -> list[float | None]:
     """A peer's losses; None for updates in which it had no part."""
     found = {each["update"]: each["loss"] for each in said if "update" in each}
-    return [found.get(number) for number in range(1, num_updates + 1)]
+    return [found.get(number) for number in range(1, max(found) + 1)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a small language model from nothing with several peers, each on text of its own.
 
-    python examples/pretrain_together.py                                all of it on this computer, two minutes
+    python examples/pretrain_together.py                                all of it on this computer, three minutes
     python examples/pretrain_together.py --listen /ip4/0.0.0.0/tcp/0    the first peer; it says how others join
     python examples/pretrain_together.py --listen … --peer /ip4/…       another one; --share says which text it takes
 
@@ -105,14 +105,8 @@ def demonstrate(options: argparse.Namespace) -> None:
 
         def start(name: str, share: int, initial_peers: Sequence[str]) -> Peer:
             flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--share", str(share)]
-            flags += [
-                "--steps",
-                str(options.steps),
-                "--seed",
-                str(options.seed),
-                "--output",
-                str(options.output / name),
-            ]
+            flags += ["--steps", str(options.steps), "--seed", str(options.seed)]
+            flags += ["--output", str(options.output / name)]
             peer = Peer(name, __file__, [*flags, *(flag for each in initial_peers for flag in ("--peer", each))])
             owned.callback(peer.kill)
             return peer

@@ -1,6 +1,6 @@
 """Train one LoRA adapter with several peers, each on data of its own, through blocks that other people serve.
 
-    python examples/train_together.py                                   all of it on this computer, two minutes
+    python examples/train_together.py                                   all of it on this computer, three minutes
     python examples/train_together.py --join swarm://v1.… --run NAME    one peer; others with the same NAME join it
 
 The adapter learns to say what the functions of Python's library do. The peers find one another through the swarm, and
@@ -27,7 +27,7 @@ from swarm.client import open_training_dht
 NUM_SHARES = 3
 """Parts of the data, one for each peer."""
 
-SAMPLES_PER_UPDATE, BATCH_SIZE = 24, 4
+SAMPLES_PER_UPDATE, BATCH_SIZE = 48, 4
 """An update takes so many exchanges of all peers together, and a step so many of one."""
 
 LEARNING_RATE = 5e-3
@@ -35,7 +35,7 @@ NUM_HELD_OUT = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=40, output="together-adapter")
+    parser = new_parser(__doc__ or "", steps=20, output="together-adapter")
     parser.add_argument("--run", help="name of the run, for those who train together; needs --join")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the data, of {NUM_SHARES}; -1: all")
     parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0", help="where other peers can dial this one")
