@@ -198,7 +198,7 @@ def plot(curves: Mapping[str, Mapping[int, float]], options: argparse.Namespace,
     axes = figure.subplots()
     for name, losses in curves.items():
         axes.plot(list(losses), list(losses.values()), label=name)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     if len(curves) > 1:
         axes.legend()
     figure.savefig(path, dpi=120)
