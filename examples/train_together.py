@@ -84,14 +84,17 @@ def demonstrate(options: argparse.Namespace) -> None:
             owned.callback(peer.kill)
             return peer
 
-        console.print("Three peers train together. One of them will be killed, and another one will come in its place.")
+        console.print("Three peers train together. Another one will come for one of them, which will be killed.")
         first, second, third = (start(f"peer-{share}", "together", share) for share in range(NUM_SHARES))
+        first.wait_update(1)
+        fourth = start("peer-3", "together", 1)
         first.wait_update(max(1, options.steps // 4))
         second.kill()
-        console.print("peer-1 was killed, peer-3 comes.")
-        fourth = start("peer-3", "together", 1)
+        console.print("peer-1 was killed, peer-3 comes in its place.")
         for peer in (first, third, fourth):
             peer.wait_done()
+        if 1 in fourth.losses:
+            raise SystemExit("peer-3 came when the others had ended: give more --steps on so busy a computer")
         console.print("Now a single peer, with all the data.")
         alone = start("alone", "alone", -1)
         alone.wait_done()
