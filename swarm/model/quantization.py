@@ -165,6 +165,17 @@ def prepare_for_own(model: PreTrainedModel, config: PretrainedConfig, device: to
     return quantizer
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Let layers of bitsandbytes keep their weights as they were loaded.
+
+    On processors with bfloat16 in AVX-512 the first pass without gradients packs them anew, in place, for a kernel that
+    has no backward: gradients would then end at each of these layers, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def block_bytes(layer: nn.Module, dtype: torch.dtype, scheme: Scheme | None) -> int:
     """What a block on `meta` takes when it is loaded."""
     total = 0
