@@ -31,7 +31,7 @@ from swarm.survey import Survey
 from swarm.tunnel import serve_tunnel
 
 from .announcer import announced
-from .config import PERIODS_ALIVE, ServerConfig
+from .config import PERIODS_ALIVE, ServerConfig, for_device
 from .engine import Engine
 from .front import Front, open_grpc
 from .gate import Gate
@@ -104,6 +104,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     """
     checkpoint = await asyncio.to_thread(Checkpoint.open, config.source)
     anatomy = anatomy_of(checkpoint.config)
+    config = for_device(config, choose_device(config.device).type)
     if config.blocks is not None:
         config.blocks.check_inside(anatomy.num_blocks)
     hosted = [await asyncio.to_thread(read_hosted, source, checkpoint) for source in config.adapters]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from swarm.errors import Draining, ResourceError
+from swarm.model import paged
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import SpanViews
@@ -49,10 +50,8 @@ BATCH_TOKENS = 256
 """In so many tokens at once the speed of batches is announced."""
 
 PAGE_TOKENS = 16
-"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway."""
-
-CUDA_PAGE_TOKENS = 256
-"""On CUDA, where attention reads page by page."""
+"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway. On CUDA
+attention reads page by page, and pages have the size that it wants."""
 
 FAREWELL_S = 2.0
 """How long the calls of sessions that were ended may take to tell their clients."""
@@ -190,11 +189,14 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
 
     Raises: ResourceError: it has not room for one page.
     """
-    page_tokens = CUDA_PAGE_TOKENS if span.device.type == "cuda" else PAGE_TOKENS
+    on_cuda = span.device.type == "cuda"
+    page_tokens = paged.PAGE_TOKENS if on_cuda else PAGE_TOKENS
     packed = is_packable(span)
     layout = kv_layout(span) if packed else None
     bytes_per_page = page_tokens * (span.cache_bytes_per_token() if layout is None else layout.bytes_per_slot)
-    num_pages = cache_bytes // max(1, bytes_per_page)
+    # On CUDA one page is nobody's: tokens that only fill up a pass write there.
+    num_scrap = 1 if on_cuda and packed else 0
+    num_pages = cache_bytes // max(1, bytes_per_page) - num_scrap
     if num_pages < 1:
         raise ResourceError(
             f"a KV cache of {cache_bytes} bytes has not room for one page of {bytes_per_page}: give it more"
@@ -210,7 +212,9 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
     )
     if layout is None:
         return sessions, SessionExecutor()
-    return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
+    executor = PackedExecutor(KVStore(layout, num_pages * page_tokens, scrap_slots=num_scrap * page_tokens))
+    executor.prepare(span)
+    return sessions, executor
 
 
 def _room_bytes(config: ServerConfig, span: Span) -> int:

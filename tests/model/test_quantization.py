@@ -259,6 +259,8 @@ def test_an_fp8_checkpoint_is_read_as_its_weights_say(tmp_path: Path) -> None:
     [
         ({"quant_method": "torchao"}, UnsupportedModel, "quantized with torchao"),
         ({"quant_method": "vptq"}, ResourceError, "quantized with vptq, which cannot run here"),
+        ({"quant_method": "awq", "bits": 4}, ResourceError, "quantized with awq, which cannot run here: .*gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4}, ResourceError, "quantized with gptq, which cannot run here: .*optimum"),
         ({"quant_method": "no-such-method"}, UnsupportedModel, "which transformers does not know"),
     ],
 )
@@ -319,6 +321,16 @@ def test_bitsandbytes_rounds_as_it_does_for_the_library(checkpoints, name: str) 
     with torch.no_grad():
         assert rms(span(x_BLD) - in_full(x_BLD), in_full(x_BLD)) < 0.4
         assert torch.equal(narrow(span, BlockRange(2, 4))(x_BLD).isfinite(), torch.ones_like(x_BLD).bool())
+
+
+def test_what_others_send_does_not_change_a_result_in_8_bits(checkpoints) -> None:
+    pytest.importorskip("bitsandbytes")
+    span = open_span(checkpoints(), scheme_of("int8", "cuda"))
+    x_BLD = torch.randn(2, 4, span.hidden_size)
+    with torch.no_grad():
+        alone = span(x_BLD)[0]
+        x_BLD[1, :, 3] = 500.0  # far beyond what the library takes for an outlier
+        assert torch.equal(span(x_BLD)[0], alone)
 
 
 def test_a_bitsandbytes_checkpoint_stays_as_it_is_and_passes_gradients(checkpoints, tmp_path: Path) -> None:
