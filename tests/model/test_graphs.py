@@ -130,6 +130,7 @@ def test_rows_that_fill_up_a_pass_write_to_nobodys_slots() -> None:
 def test_an_answer_outlasts_the_next_pass() -> None:
     bench = Bench("llama")
     bench.begin()
+    bench.both_ways(STEPS[0])
     pieces = STEPS[1]
     with torch.inference_mode():
         ids_1T = position_ids(pieces).unsqueeze(0)
