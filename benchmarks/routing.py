@@ -67,7 +67,7 @@ def make_servers(rng: random.Random, number: int, num_blocks: int) -> list[Annou
 
 def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
     """The cost of the shortest path, found node by node."""
-    graph = Graph(roster, np.arange(len(roster.servers)), needs, view)
+    graph = Graph(roster, roster.reach(needs), needs, view)
     everyone = np.arange(len(roster.servers))
     queue = [
         (float(graph.client_s[index] + graph.enter_s[index] + graph.block_s[index]), 1, index)

@@ -38,6 +38,10 @@ AllowOption = Annotated[
     list[str] | None, typer.Option("--allow", help="Peer id of a server to use, and no others; repeatable.")
 ]
 BlockOption = Annotated[list[str] | None, typer.Option("--block", help="Peer id of a server not to use; repeatable.")]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", help="Peer id of a server that may run the first and last blocks, no other; repeatable."),
+]
 
 
 def parse_join(text: str) -> JoinLink | None:

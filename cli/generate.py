@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AllowOption, BlockOption, JoinOption, need_join
+from .common import AllowOption, BlockOption, JoinOption, TrustOption, need_join
 
 
 def generate_command(
@@ -28,6 +28,7 @@ def generate_command(
     ] = "none",
     allow: AllowOption = None,
     block: BlockOption = None,
+    trust: TrustOption = None,
 ) -> None:
     """Continue a text, printing it as it comes.
 
@@ -48,6 +49,7 @@ def generate_command(
         active_adapter=adapter,
         allowed_servers=allow or None,
         blocked_servers=block or (),
+        trusted_servers=trust or None,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, token=token)
     if seed is not None:

@@ -65,6 +65,8 @@ class _AutoDistributed:
         client_config: ClientConfig | None = None,
         allowed_servers: Collection[str] | None = None,
         blocked_servers: Collection[str] = (),
+        trusted_servers: Collection[str] | None = None,
+        trusted_blocks: int | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
         prompts: str | Path | None = None,
@@ -86,6 +88,9 @@ class _AutoDistributed:
             client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
             allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
             blocked_servers: peer ids of servers that are not used.
+            trusted_servers: peer ids of the only servers to run the first and the last blocks; None: all may. Without
+                one of them at each end calls fail.
+            trusted_blocks: how many blocks at each end only they run; None: all that they hold there.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
             prompts: instead: a directory that `model.swarm_prompts.save_pretrained` wrote, to begin with those.
             active_adapter: name of an adapter that servers host, as `swarm status` shows it; see `use_adapter`.
@@ -98,10 +103,13 @@ class _AutoDistributed:
         Raises: BadLink, BadRequest, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
         """
         config = _client_config(join, initial_peers, client_config)
-        if allowed_servers is not None:
-            config = replace(config, allowed_servers=allowed_servers)
-        if blocked_servers:
-            config = replace(config, blocked_servers=blocked_servers)
+        permitted = {
+            "allowed_servers": allowed_servers,
+            "blocked_servers": blocked_servers or None,
+            "trusted_servers": trusted_servers,
+            "trusted_blocks": trusted_blocks,
+        }
+        config = replace(config, **{name: value for name, value in permitted.items() if value is not None})
         checkpoint = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir))
         anatomy = anatomy_of(checkpoint.config)
         needs = Needs(BlockRange(0, anatomy.num_blocks), checkpoint.fingerprint, checkpoint.commit)

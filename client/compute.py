@@ -58,6 +58,8 @@ class Batch:
     """Hidden states on their way through a range of blocks, with what belongs to them."""
 
     x_BLD: Tensor
+    through: BlockRange
+    """All the blocks that it goes through."""
     mask_BL: Tensor | None = None
     position_ids_BL: Tensor | None = None
     prompts_NBPD: Tensor | None = None
@@ -141,15 +143,15 @@ class RemoteCompute:
         """The hosted adapter that a name means. Raises: BadRequest: nobody has it."""
         return await self._network.find_adapter(wanted, self._needs)
 
-    async def forward(self, batch: Batch, blocks: BlockRange, *, keep: bool) -> tuple[Tensor, list[Trace]]:
+    async def forward(self, batch: Batch, *, keep: bool) -> tuple[Tensor, list[Trace]]:
         """Return the hidden states that leave the blocks, and one trace per micro-batch.
 
         Args:
             keep: whether a backward will follow, so that servers may keep their activations for it.
         Raises: NoRoute, PeerError: see Network.retrying.
         """
-        parts = batch.split(*await self._micro_batch_size(blocks, batch.hosted))
-        results = await _gather_bounded([partial(self._forward_part, part, blocks, keep) for part in parts])
+        parts = batch.split(*await self._micro_batch_size(batch.through, batch.hosted))
+        results = await _gather_bounded([partial(self._forward_part, part, batch.through, keep) for part in parts])
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
     async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> Gradients:
@@ -178,7 +180,14 @@ class RemoteCompute:
     def _needs_of(self, batch: Batch, blocks: BlockRange) -> Needs:
         batch_size, length = batch.x_BLD.shape[0], batch.context_length
         num_tokens = batch_size * length
-        return replace(self._needs, blocks=blocks, adapter=batch.hosted, batch_size=batch_size, batch_tokens=num_tokens)
+        return replace(
+            self._needs,
+            blocks=blocks,
+            part_of=batch.through,
+            adapter=batch.hosted,
+            batch_size=batch_size,
+            batch_tokens=num_tokens,
+        )
 
     async def _forward_part(self, batch: Batch, blocks: BlockRange, keep: bool) -> tuple[Tensor, Trace]:
         x_BLD, segments = batch.x_BLD, []

@@ -44,6 +44,7 @@ from .hosted import choose_adapter
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
+from .standing import Standing
 from .tasks import cancel_and_wait
 from .uploads import Uploads
 
@@ -52,8 +53,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 E = TypeVar("E", bound=PeerError)
 
-SURVEYED_AT_FIRST, SURVEYED_LATER = 16, 4
-"""How many servers are called to see how far they are: before the first route, and each time the directory is read."""
+SURVEYED_AT_FIRST, SURVEYED_LATER, SURVEYED_IN_A_CROWD = 16, 4, 32
+"""How many servers are called to see how far they are: before the first route, and each time the directory is read; and
+where there are many newcomers, also before each further attempt."""
 
 SURVEY_WAIT_S = 0.5
 """How long the first route waits for that; what comes later counts for later routes."""
@@ -101,6 +103,7 @@ class Network:
         )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
+        self._standing = Standing()
         self.openings = StepTimes()
         """How long opening the chains of sessions takes."""
         self.feedings = StepTimes()
@@ -158,12 +161,13 @@ class Network:
         """
         missing = self._roster.missing(self._permitted(needs), self._avoided() | attempt.refused_by)
         await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s, blocks=missing)
-        await self._look_around()
+        await self._look_around(is_first=attempt.max_age_s is None)
         return plan_route(self._roster, self._permitted(needs), self.view(attempt), prefer=prefer)
 
     def _permitted(self, needs: Needs) -> Needs:
         """The same, of the servers that the user wants."""
-        return replace(needs, allowed=self.config.allowed_servers, blocked=self.config.blocked_servers)
+        config = self.config
+        return replace(needs, allowed=config.allowed_servers, blocked=config.blocked_servers, trust=config.trust)
 
     def view(self, attempt: Attempt | None = None) -> View:
         """What is known of the peers now."""
@@ -173,14 +177,22 @@ class Network:
             here=self._survey.here,
             rtts_s=self._survey.rtts_s,
             slowness=self._speeds.slowness(now_s),
+            doubts_s=self._standing.doubts_s(self._servers, self._survey.rtts_s.keys(), now_s),
             tokens_under_way=self._tokens_under_way,
             avoid=self._avoided() | refused_by,
         )
 
-    async def _look_around(self) -> None:
-        """Before the first route where there is a choice, see how far the servers are; not for long."""
-        if self._surveying is None and len(self._servers) > 1:
-            self._surveying = asyncio.create_task(self._survey.visit(self._servers, SURVEYED_AT_FIRST))
+    async def _look_around(self, *, is_first: bool) -> None:
+        """Before the first route where there is a choice, see how far the servers are; not for long.
+
+        Before each further attempt among many newcomers as well: most of them may not exist.
+        """
+        crowded = self._standing.is_crowded(self._servers)
+        if self._surveying is not None and not (crowded and not is_first and self._surveying.done()):
+            return
+        if len(self._servers) > 1:
+            limit = SURVEYED_IN_A_CROWD if crowded else SURVEYED_AT_FIRST
+            self._surveying = asyncio.create_task(self._survey.visit(self._servers, limit))
             await asyncio.wait({self._surveying}, timeout=SURVEY_WAIT_S)
 
     def is_worth_leaving(self, hops: Sequence[Hop], needs: Needs, *, num_tokens: int, num_steps: int) -> bool:
@@ -410,6 +422,8 @@ class Network:
     def succeeded(self, peer_id: str) -> None:
         """Forget a peer's failures after it did what was asked."""
         self._failures.succeeded(peer_id)
+        if (server := self._roster.get(peer_id)) is not None:
+            self._standing.served(server)
 
     def finish_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what nobody waits for before the client leaves."""
@@ -435,6 +449,8 @@ class Network:
             self._failures.busy(error.peer_id, error.retry_after_s, time.monotonic())
             return
         self._failures.failed(error.peer_id, time.monotonic())
+        if (server := self._roster.get(error.peer_id)) is not None:
+            self._standing.failed(server)
         if isinstance(error, PeerUnavailable):
             await self.connector.forget(error.peer_id)
             if error.peer_id not in self._missing:

@@ -16,6 +16,8 @@ from swarm.errors import NoRoute, PromptTooLong
 from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange, describe_blocks
 
+from .trust import Ends, Trust
+
 # S servers; J and I some of them
 
 Floats = npt.NDArray[np.float32]
@@ -82,10 +84,23 @@ class Needs:
     """Peer ids of those that the user does not permit."""
     adapter: AdapterListing | None = None
     """The hosted adapter that all of them must have."""
+    trust: Trust | None = None
+    """Whom the ends of the request are for; None: for anybody."""
+    part_of: BlockRange | None = None
+    """All blocks of the request that this is a part of; None: it is the whole one, so both ends are its own."""
+
+    @property
+    def whole(self) -> BlockRange:
+        """All blocks of the request."""
+        return self.part_of or self.blocks
 
     def permits(self, peer_id: str) -> bool:
         """Whether the user lets a server be on the route."""
         return peer_id not in self.blocked and (self.allowed is None or peer_id in self.allowed)
+
+    def trusts(self, peer_id: str) -> bool:
+        """Whether a server may run the ends of the request."""
+        return self.trust is None or peer_id in self.trust.servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,8 @@ class View:
     """Peer id -> round-trip time, where it was measured."""
     slowness: Mapping[str, float] = field(default_factory=dict)
     """Peer id -> how many times longer than announced it takes, where that was seen."""
+    doubts_s: Mapping[str, float] = field(default_factory=dict)
+    """Peer id -> what is added to each block, of those that are in doubt."""
     tokens_under_way: Mapping[str, int] = field(default_factory=dict)
     """Peer id -> tokens of our batches that it is working on."""
     holding: Collection[str] = frozenset()
@@ -164,7 +181,19 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
             remarks.append(f"not used: {name}, {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
+    if doubtful := [hop for hop in hops if hop.peer_id in view.doubts_s]:
+        remarks.append(f"not tried yet, so expected to be slower than announced: {', '.join(map(str, doubtful))}")
+    remarks += _explain_trust(hops, roster, needs, view)
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
+
+
+def _explain_trust(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> list[str]:
+    if needs.trust is None:
+        return []
+    ends, whole = roster.ends(needs, view.avoid), needs.whole
+    last_start, first_end = max(ends.last_start, whole.start), min(ends.first_end, whole.end)
+    trusted = ", ".join(str(hop) for hop in hops if needs.trusts(hop.peer_id))
+    return [f"trusted servers run all blocks before {first_end} and from {last_start} on: {trusted}"]
 
 
 def usable(server: Announcement, needs: Needs) -> str | None:
@@ -187,6 +216,19 @@ def usable(server: Announcement, needs: Needs) -> str | None:
     if server.max_batch_tokens < needs.batch_tokens or server.max_batch_size < needs.batch_size:
         return f"takes batches of {server.max_batch_size} sequences and {server.max_batch_tokens} tokens"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Which servers of a roster may run which blocks of a request."""
+
+    rows_S: Indices
+    start_S: Integers
+    end_S: Integers
+
+    def covering(self, blocks: BlockRange) -> Indices:
+        """The rows of those that may run all of these blocks."""
+        return self.rows_S[(self.start_S <= blocks.start) & (self.end_S >= blocks.end)]
 
 
 class Roster:
@@ -216,6 +258,11 @@ class Roster:
         self.handing_over_s: Floats = np.where(direct_S, HOP_COST_S, HOP_COST_S + TUNNEL_COST_S).astype(np.float32)
         self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
 
+    def get(self, peer_id: str) -> Announcement | None:
+        """What a peer says about itself."""
+        row = self.indices.get(peer_id)
+        return None if row is None else self.servers[row]
+
     def _integers(self, name: str) -> Integers:
         return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
 
@@ -223,9 +270,35 @@ class Roster:
         rates = [getattr(each, name) or DEFAULT_TOKENS_PER_S for each in self.servers]
         return np.array(rates, dtype=np.float64).clip(*TOKENS_PER_S)
 
-    def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
-        """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
-        any_size = replace(needs, blocks=_ANY_BLOCKS, session_tokens=0, batch_tokens=0, batch_size=0)
+    def reach(self, needs: Needs, avoid: Collection[str] = ()) -> Reach:
+        """Those that can be part of a route, and which of the wanted blocks each may run."""
+        rows = self._usable(needs, avoid)
+        start_S = np.maximum(self.start_S[rows], needs.blocks.start)
+        end_S = np.minimum(self.end_S[rows], needs.blocks.end)
+        if needs.trust is not None:
+            ends = self.ends(needs, avoid)
+            others_S = ~self._trusted(rows, needs)
+            start_S = np.where(others_S, np.maximum(start_S, ends.first_end), start_S)
+            end_S = np.where(others_S, np.minimum(end_S, ends.last_start), end_S)
+            some_S = start_S < end_S
+            rows, start_S, end_S = rows[some_S], start_S[some_S], end_S[some_S]
+        return Reach(rows, start_S, end_S)
+
+    def ends(self, needs: Needs, avoid: Collection[str]) -> Ends:
+        """Which blocks only trusted servers may run, of a request that trusts some."""
+        assert needs.trust is not None
+        rows = self._usable(replace(needs, blocks=needs.whole), avoid)
+        trusted = rows[self._trusted(rows, needs)]
+        return needs.trust.ends(needs.whole, [self.servers[row].blocks for row in trusted])
+
+    def _trusted(self, rows: Indices, needs: Needs) -> npt.NDArray[np.bool_]:
+        return np.array([needs.trusts(self.servers[row].peer_id) for row in rows], dtype=bool)
+
+    def _usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
+        """The rows of those that are usable, see `usable`, and not to be avoided."""
+        any_size = replace(
+            needs, blocks=_ANY_BLOCKS, part_of=None, trust=None, session_tokens=0, batch_tokens=0, batch_size=0
+        )
         if any_size not in self._speaking_S:
             self._speaking_S[any_size] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
         usable_S = (
@@ -240,10 +313,10 @@ class Roster:
         return np.flatnonzero(usable_S)
 
     def missing(self, needs: Needs, avoid: Collection[str]) -> set[int]:
-        """The blocks that no usable server has."""
-        rows = self.usable(needs, avoid)
+        """The blocks that no server may run."""
+        reach = self.reach(needs, avoid)
         missing = set(needs.blocks)
-        for start, end in {(int(self.start_S[row]), int(self.end_S[row])) for row in rows}:
+        for start, end in set(zip(reach.start_S.tolist(), reach.end_S.tolist(), strict=True)):
             missing.difference_update(range(start, end))
         return missing
 
@@ -266,14 +339,15 @@ def plan_route(roster: Roster, needs: Needs, view: View | None = None, *, prefer
         for shorter sessions.
     """
     view = view or View()
-    rows = roster.usable(needs, view.avoid)
+    reach = roster.reach(needs, view.avoid)
+    rows = reach.rows_S
     row = roster.indices.get(prefer)
-    if row is not None and row in rows and roster.servers[row].blocks.covers(needs.blocks):
+    if row is not None and row in reach.covering(needs.blocks):
         return [Hop(roster.servers[row], needs.blocks)]
-    path = Graph(roster, rows, needs, view).shortest_path()
+    path = Graph(roster, reach, needs, view).shortest_path()
     if path is None:
-        _check_session_tokens(roster.servers, needs)
-        raise NoRoute(_explain_gap(roster.servers, needs, view.avoid))
+        _check_session_tokens(roster, needs)
+        raise NoRoute(_explain_gap(roster, needs, view.avoid))
     ends = [start for start, _ in path[1:]] + [needs.blocks.end]
     return [
         Hop(roster.servers[rows[index]], BlockRange(start, end)) for (start, index), end in zip(path, ends, strict=True)
@@ -286,7 +360,7 @@ def route_costs(hops: Sequence[Hop], needs: Needs, view: View | None = None) -> 
         return []
     roster = Roster([hop.server for hop in hops])
     rows = np.array([roster.indices[hop.peer_id] for hop in hops])
-    graph = Graph(roster, rows, needs, view or View())
+    graph = Graph(roster, Reach(rows, roster.start_S[rows], roster.end_S[rows]), needs, view or View())
     costs = []
     for index, hop in enumerate(hops):
         network_s = float(graph.enter_s[index])
@@ -303,19 +377,19 @@ def route_costs(hops: Sequence[Hop], needs: Needs, view: View | None = None) -> 
 class Graph:
     """Servers and what it costs to go between them and to run blocks on them."""
 
-    def __init__(self, roster: Roster, rows_S: Indices, needs: Needs, view: View) -> None:
+    def __init__(self, roster: Roster, reach: Reach, needs: Needs, view: View) -> None:
+        rows_S = reach.rows_S
         self._blocks = needs.blocks
         self._returns_each_time = needs.batch_tokens > 0
         self._count_S = np.arange(len(rows_S))
-        self._start_S = np.maximum(roster.start_S[rows_S], needs.blocks.start)
-        self._end_S = np.minimum(roster.end_S[rows_S], needs.blocks.end)
+        self._start_S, self._end_S = reach.start_S, reach.end_S
         # One way is half of a round trip.
         places = (roster.x_s, roster.y_s, roster.height_s)
         self._x_s, self._y_s, self._height_s = (np.float32(0.5) * each[rows_S] for each in places)
         per_token_s = roster.forward_s if needs.batch_tokens else roster.decode_s
         slowness_S = _spread(roster, view.slowness, 1.0)
         num_tokens = np.float32(max(1, needs.batch_tokens))
-        self.block_s: Floats = (per_token_s * slowness_S * num_tokens)[rows_S]
+        self.block_s: Floats = (per_token_s * slowness_S * num_tokens + _spread(roster, view.doubts_s, 0.0))[rows_S]
         """[S], seconds for one block."""
         enter_s: npt.NDArray[np.floating] = roster.handing_over_s
         if needs.batch_tokens:
@@ -447,14 +521,14 @@ def _spread(roster: Roster, values: Mapping[str, float], default: float | Floats
     return column
 
 
-def _check_session_tokens(servers: Sequence[Announcement], needs: Needs) -> None:
+def _check_session_tokens(roster: Roster, needs: Needs) -> None:
     """Raise PromptTooLong if the servers, also those that failed a moment ago, allow shorter sessions only."""
-    any_length = replace(needs, session_tokens=0)
-    fitting = [server for server in servers if usable(server, any_length) is None]
-    limit = min(
-        max((server.max_session_tokens for server in fitting if block in server.blocks), default=0)
-        for block in needs.blocks
-    )
+    reach = roster.reach(replace(needs, session_tokens=0))
+    limits = dict.fromkeys(needs.blocks, 0)
+    for row, start, end in zip(reach.rows_S, reach.start_S.tolist(), reach.end_S.tolist(), strict=True):
+        for block in range(start, end):
+            limits[block] = max(limits[block], roster.servers[row].max_session_tokens)
+    limit = min(limits.values())
     if 0 < limit < needs.session_tokens:
         raise PromptTooLong(
             f"a session of {needs.session_tokens} tokens was asked for, the servers of this model allow {limit}: "
@@ -462,24 +536,30 @@ def _check_session_tokens(servers: Sequence[Announcement], needs: Needs) -> None
         )
 
 
-def _explain_gap(servers: Sequence[Announcement], needs: Needs, avoid: Collection[str]) -> str:
-    missing = set(needs.blocks)
+def _explain_gap(roster: Roster, needs: Needs, avoid: Collection[str]) -> str:
+    missing = roster.missing(needs, avoid)
     reasons: dict[str, int] = {}
-    for server in servers:
+    for server in roster.servers:
         reason = usable(server, needs)
         if reason is None and server.peer_id in avoid:
             reason = "failed a moment ago"
-        if reason is None:
-            missing -= set(server.blocks)
-        else:
+        if reason is None and not needs.trusts(server.peer_id) and missing.intersection(server.blocks):
+            reason = "is not named in trusted_servers"
+        if reason is not None:
             reasons[reason] = reasons.get(reason, 0) + 1
     known = "; ".join(f"{count} known server{'s' * (count > 1)} {reason}" for reason, count in sorted(reasons.items()))
     where = f"block{'s' * (len(missing) > 1)} {describe_blocks(missing)}"
     if needs.adapter is not None:
-        having = ", ".join(_called(server) for server in servers if needs.adapter in server.adapters)
+        having = ", ".join(_called(server) for server in roster.servers if needs.adapter in server.adapters)
         return (
             f"the adapter {needs.adapter} is not served for {where} of {needs.blocks}{f' ({known})' if known else ''}; "
             f"servers that have it: {having or 'none'}"
+        )
+    lacking = roster.ends(needs, avoid).lacking(missing) if needs.trust is not None else ""
+    if lacking:
+        return (
+            f"no server of trusted_servers is available for {lacking} blocks of {needs.whole}: {where} "
+            f"{'are' if len(missing) > 1 else 'is'} missing{f' ({known})' if known else ''}"
         )
     return (
         f"no server is available for {where} of {needs.blocks}{f' ({known})' if known else ''}: start a server for "

@@ -214,16 +214,20 @@ class Dht:
         from hivemind.dht.routing import DHTID
         from hivemind.utils.multiaddr import Multiaddr
 
+        from swarm.dht_guard import Guard, GuardedP2P, believe_no_places
         from swarm.dht_members import MemberP2P
         from swarm.dht_records import BucketStorage, RecordValidator
         from swarm.dht_shelves import DhtShelves
 
-        class PrivateP2P(MemberP2P):  # hivemind puts its sockets into /tmp; ours go into our private directory
+        # hivemind puts its sockets into /tmp; ours go into our private directory
+        class PrivateP2P(MemberP2P, GuardedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{self._daemon.control_socket.parent}/"
 
         gate = self.gate
         self.p2p = p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
         p2p.gate = gate
+        storage = BucketStorage(self._clock.now_s, gate)
+        p2p.guard = Guard(storage, self.config.request_rates, self.connected_addresses)
         self._known.is_refused = lambda: p2p.was_refused
         if self.config.may_be_hidden:
             self.hidden = (await ask_initial(self, self._known.initial, await self.multiaddrs())).is_hidden
@@ -239,7 +243,8 @@ class Dht:
             reuse_get_requests=False,
         )
         # One storage, with our bounds, for what others store here and for what they call a cache.
-        self._node.protocol.storage = self._node.protocol.cache = BucketStorage(self._clock.now_s, gate)
+        self._node.protocol.storage = self._node.protocol.cache = storage
+        believe_no_places(self._node.protocol)
         self._contacts = Contacts(self._node, self, self._known)
         shelves = DhtShelves(self._node, self.identity, self._clock, self._contacts, self._keep_time, gate)
         self.directory = BucketDirectory(shelves, self.peer_id, self._clock, self._known.meet)

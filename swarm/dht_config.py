@@ -14,6 +14,7 @@ from typing import Literal
 
 from swarm.errors import BadRequest, ResourceError
 from swarm.membership import Invitation
+from swarm.origins import RequestRates
 
 _P2P_CODE = b"\xa5\x03"  # 421 as a varint, https://github.com/multiformats/multiaddr/blob/master/protocols.csv
 
@@ -42,6 +43,8 @@ class DhtConfig:
     """Where the newest list of a private swarm's revocations is kept; None: in memory."""
     revocation_period_s: float = 15.0
     """How often a member of a private swarm looks for a newer one."""
+    request_rates: RequestRates = field(default_factory=RequestRates)
+    """How much this node does for others."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -4,6 +4,9 @@ hivemind's own `get` fetches a value from everybody who has it, and `store` does
 and five replicas that is most of the traffic, so here a read asks one holder, another one each time (all of them
 only when a small bucket is read first), and a write looks for the holders under a key next to the bucket's, where
 nothing lies.
+
+Whoever has many identities may be all of the nodes nearest to a key. So a bucket is also kept by some of the peers that
+this node joined through, and read from one of them at first and then now and again: they are those that a person chose.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ MAX_CALLS, MAX_EMPTY = 12, 3
 FEW_BYTES = 10_000
 """A bucket that is no larger is read from all its holders the first time: in a swarm that has just begun, those who
 wrote early did not know the holders that came later, and each may have another part of it."""
+
+INTRODUCERS, ASK_INTRODUCER_EVERY = 2, 4
+"""So many initial peers are written to as well, and at every so manieth reading of a bucket one of them is asked."""
 
 RELOCATE_S = 300.0
 """After so long a writer asks the swarm again who is nearest; nodes that it meets meanwhile count at once."""
@@ -128,27 +134,40 @@ class DhtShelves:
         near = await self._locate(key)
         holders = sorted(
             [*near.nodes, *([] if self._protocol.client_mode else [self._node.node_id])], key=key.xor_distance
-        )
-        answers = await asyncio.gather(
-            *(self._write_to(near, node_id, key, value, expiration_s) for node_id in holders[:REPLICAS])
+        )[:REPLICAS]
+        beside = [peer_id for node_id, peer_id in self._introducers().items() if node_id not in holders][:INTRODUCERS]
+        answers, introducers = await asyncio.gather(
+            asyncio.gather(*(self._write_to(near, node_id, key, value, expiration_s) for node_id in holders)),
+            asyncio.gather(*(self._store(peer_id, key, value, expiration_s) for peer_id in beside)),
         )
         if any(answer is None for answer in answers):
             near.located_at_s = -float("inf")
+        if any(introducers):
+            return [True]  # whatever strangers say
         return [answer for answer in answers if answer is not None]
+
+    def _introducers(self) -> dict[DHTID, PeerID]:
+        """The initial peers that this node is in contact with."""
+        met = self._protocol.routing_table.peer_id_to_uid
+        initial = self._contacts.known.initial
+        return {node_id: peer_id for peer_id, node_id in met.items() if peer_id.to_base58() in initial}
 
     async def _write_to(
         self, near: _Near, node_id: DHTID, key: DHTID, value: bytes, expiration_s: float
     ) -> bool | None:
         if node_id == self._node.node_id:
             return self._write_here(key, value, expiration_s)
-        peer_id = near.nodes[node_id]
+        stored = await self._store(near.nodes[node_id], key, value, expiration_s)
+        if stored is None:
+            near.nodes.pop(node_id, None)
+        return stored
+
+    async def _store(self, peer_id: PeerID, key: DHTID, value: bytes, expiration_s: float) -> bool | None:
+        """Whether a node has taken a record; None: it does not answer."""
         stored = await self._protocol.call_store(
             peer_id, [key], [value], expiration_s, subkeys=[self._identity.public_key]
         )
-        if stored is None:
-            near.nodes.pop(node_id, None)
-            return None
-        return bool(stored and stored[0])
+        return None if stored is None else bool(stored and stored[0])
 
     def _write_here(self, key: DHTID, value: bytes, expiration_s: float) -> bool:
         return self._protocol.storage.store_subkey(key, self._identity.public_key, value, expiration_s)
@@ -178,6 +197,10 @@ class DhtShelves:
         is_first = near.num_reads == 1
         first = sorted(near.nodes, key=key.xor_distance)[:REPLICAS]
         turn = first[near.num_reads % len(first)] if first else None
+        introducers = list(self._introducers().items()) if near.num_reads % ASK_INTRODUCER_EVERY == 1 else []
+        if introducers:
+            turn, introducer = introducers[near.num_reads // ASK_INTRODUCER_EVERY % len(introducers)]
+            known[turn] = introducer
         asked: set[DHTID] = set()
         num_bytes, num_empty, num_held = 0, 0, 0
         entries: tuple[Entry, ...] = ()
@@ -185,7 +208,7 @@ class DhtShelves:
             ahead = sorted(known.keys() - asked, key=key.xor_distance)
             if not ahead:
                 break
-            node_id = turn if turn in ahead and not asked else ahead[0]
+            node_id = turn if turn is not None and turn in ahead and not asked else ahead[0]
             asked.add(node_id)
             answer = await self._node._call_find_with_blacklist(known[node_id], [key])
             if answer is None:

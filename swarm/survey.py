@@ -7,6 +7,7 @@ import logging
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from swarm import PROTOCOL_VERSION
@@ -14,6 +15,7 @@ from swarm.announcement import Announcement
 from swarm.coordinates import Coordinates
 from swarm.errors import PeerUnavailable, SwarmError
 from swarm.peers import Connector, PeerAddress
+from swarm.prefixes import prefix_of_server
 from swarm.rpc import errors_from_wire
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
@@ -54,9 +56,15 @@ class Survey:
         self._num_visits = 0
 
     async def visit(self, servers: Sequence[Announcement], limit: int) -> None:
-        """Call some servers, those first that were called longest ago; who does not answer is left out."""
+        """Call some servers, those first that were called longest ago, and of these, of as many address prefixes as
+        there are; who does not answer is left out."""
         servers = self._rng.sample(servers, len(servers))
-        servers.sort(key=lambda server: self._called.get(server.peer_id, 0))
+        turns: Counter[str] = Counter()
+        order: dict[str, tuple[int, int]] = {}
+        for server in servers:
+            turns[prefix := prefix_of_server(server)] += 1
+            order[server.peer_id] = self._called.get(server.peer_id, 0), turns[prefix]
+        servers.sort(key=lambda server: order[server.peer_id])
         known = {server.peer_id for server in servers}
         self._called = {peer_id: number for peer_id, number in self._called.items() if peer_id in known}
         self._num_visits += 1
