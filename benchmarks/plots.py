@@ -131,17 +131,17 @@ def draw_placement(results: list[Result], into: Path) -> None:
 
 def draw_together(results: list[Result], into: Path) -> None:
     """Losses of those that train together and of a single one, by update; a panel for each example."""
-    names = {
-        "train_together": "LoRA, one of three peers killed, one joins",
-        "pretrain_together": "from nothing, three peers",
+    titles = {
+        "train_together": "LoRA: one of three peers is killed, another one joins",
+        "pretrain_together": "From nothing: three peers",
     }
-    newest = {each["benchmark"]: each for name in names for each in _of(results, name)}
-    for axes, name in _panels(into / "train_together.png", list(newest)):
-        for who, style in (("together", "-"), ("alone", "--")):
-            for sample in newest[name]["samples"]:
+    samples = {name: [sample for each in _of(results, name) for sample in each["samples"]] for name in titles}
+    for axes, name in _panels(into / "train_together.png", [name for name in titles if samples[name]]):
+        for sample in samples[name]:
+            for who, style in (("together", "-"), ("alone", "--")):
                 losses = sample["losses"][who]
                 axes[0].plot(range(1, len(losses) + 1), losses, style, label=f"{who}, seed {sample['seed']}")
-        _name(axes[0], names[name], "update", "loss of its own batches (nats per token)")
+        _name(axes[0], titles[name], "update", "loss of a peer's own batches, nats per token")
 
 
 def _of(results: list[Result], benchmark: str) -> list[Result]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--listen", help="be a peer, and let others dial it here")
     parser.add_argument("--peer", action="append", default=[], help="where a peer of the run can be dialled")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the text, of {NUM_SHARES}; -1: all")
+    parser.add_argument("--wait-for", type=int, default=1, help="begin when so many peers are there (default: 1)")
     options = parse(parser, arguments)
     if options.listen is not None:
         take_part(options)
@@ -57,6 +59,7 @@ def take_part(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed + options.share)
     dht = hivemind.DHT(start=True, host_maddrs=[options.listen], initial_peers=options.peer or None)
     say({"addresses": [str(address) for address in dht.get_visible_maddrs()]})
+    wait_for_peers(dht, options.wait_for)
     optimizer = new_optimizer(
         dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE,
         learning_rate=LEARNING_RATE, num_updates=options.steps,
@@ -71,6 +74,13 @@ def take_part(options: argparse.Namespace) -> None:
     dht.shutdown()
     model.save_pretrained(options.output)
     say({"before": before, "after": loss_on(model, held_out), "num_samples": num_samples})
+
+
+def wait_for_peers(dht: hivemind.DHT, num_peers: int) -> None:
+    """Wait until so many are there: alone, the first would have made its updates before the others are ready."""
+    dht.store("here", subkey=str(dht.peer_id), value=True, expiration_time=hivemind.get_dht_time() + 3600)
+    while len((dht.get("here", latest=True) or ({},))[0]) < num_peers:
+        time.sleep(0.5)
 
 
 def sequences() -> list[torch.Tensor]:
@@ -105,6 +115,7 @@ def demonstrate(options: argparse.Namespace) -> None:
 
         def start(name: str, share: int, initial_peers: Sequence[str]) -> Peer:
             flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--share", str(share)]
+            flags += ["--wait-for", str(1 if share < 0 else NUM_SHARES)]
             flags += ["--steps", str(options.steps), "--seed", str(options.seed)]
             flags += ["--output", str(options.output / name)]
             peer = Peer(name, __file__, [*flags, *(flag for each in initial_peers for flag in ("--peer", each))])
