@@ -68,12 +68,12 @@ class Tickets:
 
     def following(self, hops: Sequence[Hop]) -> Tickets:
         """The tickets of the next chain: the same ids where it takes the same hops."""
-        keys = [(hop.peer_id, hop.blocks) for hop in hops]
+        keys = [hop.place for hop in hops]
         ids = {key: self.session_ids.get(key) or secrets.token_bytes(16) for key in keys}
         return Tickets(ids, self.epoch + 1)
 
     def session_id(self, hop: Hop) -> bytes:
-        return self.session_ids[hop.peer_id, hop.blocks]
+        return self.session_ids[hop.place]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,15 +283,21 @@ class Chain:
         await asyncio.shield(self._finishing)
 
     async def _finish(self) -> None:
+        """Tell every hop that the session is over, also where others have gone."""
         try:
             async with asyncio.timeout(FINISH_TIMEOUT_S):
-                for index, call in enumerate(self._calls):
-                    async with self._errors_of(index):
-                        await call.write(pb.SessionRequest(close=pb.SessionClose()))
-                        await call.done_writing()
+                await asyncio.gather(*map(self._close_hop, range(len(self._calls))))
                 await asyncio.gather(*self._listeners)
-        except (SwarmError, TimeoutError) as exc:
-            logger.debug("a session could not be ended in order: %s", exc)
+        except TimeoutError:
+            logger.debug("a session could not be ended in order within %.0f s", FINISH_TIMEOUT_S)
+
+    async def _close_hop(self, index: int) -> None:
+        try:
+            async with self._errors_of(index):
+                await self._calls[index].write(pb.SessionRequest(close=pb.SessionClose()))
+                await self._calls[index].done_writing()
+        except SwarmError as exc:
+            logger.debug("a hop of a session could not be told that it is over: %s", exc)
 
     def cancel_calls(self) -> None:
         """Break all streams; the servers keep what they hold for us for a while."""

@@ -227,9 +227,10 @@ class RemoteCompute:
         others_asked: list[Hop] = []
 
         async def elsewhere(number: int) -> T:
-            others = await self._network.route(
-                needs, await self._network.elsewhere(attempt, [hop, *others_asked], number)
-            )
+            tried = [hop, *others_asked]
+            others = await self._network.route(needs, await self._network.elsewhere(attempt, needs, tried, number))
+            if any(others[0].peer_id == each.peer_id for each in tried):
+                raise NoRoute(f"no other server has block {needs.blocks.start}")
             if is_backward and len(others) > 1:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
@@ -238,7 +239,9 @@ class RemoteCompute:
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
-        bound_s = None if times is None else times.bound_s(size)
+        bound_s = times.bound_s(size) if times is not None else None
+        if bound_s is None:
+            bound_s = self._network.prior_s([hop], needs, needs.batch_tokens * (3 if is_backward else 1))
         self._hedges.fed(size)
         outcome = await race(
             run(hop), elsewhere, lambda number: self._hedges.after_s(bound_s, size, number), self._network.note_failure

@@ -77,14 +77,18 @@ class Lane:
         """Tokens per sequence that feeding a step takes, of the record's."""
         return step.position + step.x_BLD.shape[1] - self._start_of(step)
 
-    def bound_s(self, step: Step) -> float | None:
-        """How long feeding a step should take at most, opening a chain included; None: nothing is known of that."""
+    def bound_s(self, step: Step, hops: Sequence[Hop]) -> float:
+        """How long feeding a step should take at most, opening a chain included.
+
+        Args:
+            hops: what `plan` has said.
+        """
         num_tokens = self.num_tokens_for(step)
-        if self._chain is not None:
-            return self.times.bound_s(num_tokens)
-        opening_s = self._network.openings.bound_s(1)
-        feeding_s = self._network.feedings.bound_s(num_tokens * self._config.batch_size)
-        return None if opening_s is None or feeding_s is None else opening_s + feeding_s
+        own_s = self.times.bound_s(num_tokens) if self._chain is not None else None
+        if own_s is not None:
+            return own_s
+        num_tokens *= self._config.batch_size
+        return self._network.bound_s(hops, self._needs, num_tokens, opens=self._chain is None)
 
     def _start_of(self, step: Step) -> int:
         start = min(step.position, self._chain_length)

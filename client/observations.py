@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SLOW = 3.0
@@ -15,9 +16,26 @@ SLACK_S = 0.020
 """A peer that takes less than this longer than announced is not slow."""
 
 HALF_LIFE_S = 60.0
-"""How fast it is forgotten that a peer was slow."""
+"""How fast it is forgotten that a peer was slow, or failed."""
+
+LEAST_WEIGHT = 0.1
+"""What is left of a failure that no longer counts."""
 
 MAX_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class _Failures:
+    """How often a peer failed, and until when it is avoided."""
+
+    count: float
+    """Those of long ago count less."""
+    seen_at_s: float
+    avoided_until_s: float
+
+    def weight(self, now_s: float) -> float:
+        weight: float = self.count * 2.0 ** ((self.seen_at_s - now_s) / HALF_LIFE_S)
+        return weight
 
 
 class FailureMemory:
@@ -26,17 +44,33 @@ class FailureMemory:
     def __init__(self, avoid_s: float, max_avoid_s: float) -> None:
         self._avoid_s = avoid_s
         self._max_avoid_s = max_avoid_s
-        self._failures: dict[str, tuple[int, float]] = {}
+        self._failures: dict[str, _Failures] = {}
 
     def failed(self, peer_id: str, now_s: float) -> None:
-        count = self._failures.get(peer_id, (0, 0.0))[0] + 1
-        self._failures[peer_id] = (count, now_s + min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30)))
+        """Note a failure; while a peer goes on failing, it is avoided for longer and longer."""
+        before = self._failures.pop(peer_id, None)
+        count = 1.0 if before is None else 1.0 + before.weight(now_s)
+        avoided_s = min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30))
+        self._failures[peer_id] = _Failures(count, now_s, now_s + avoided_s)
+        if len(self._failures) > MAX_REMEMBERED:
+            del self._failures[next(iter(self._failures))]
+
+    def reached(self, peer_id: str) -> None:
+        """A peer answers again, and need not be avoided; whether it does what it is asked will be seen."""
+        if peer_id in self._failures:
+            self._failures[peer_id].avoided_until_s = -math.inf
 
     def succeeded(self, peer_id: str) -> None:
+        """A peer did what it was asked: it is as good as any."""
         self._failures.pop(peer_id, None)
 
     def avoided(self, now_s: float) -> set[str]:
-        return {peer_id for peer_id, (_, until_s) in self._failures.items() if now_s < until_s}
+        return {peer_id for peer_id, failures in self._failures.items() if now_s < failures.avoided_until_s}
+
+    def weights(self, now_s: float) -> dict[str, float]:
+        """Peer id -> how many failures count against it still; those that are as good as forgotten are."""
+        weights = {peer_id: failures.weight(now_s) for peer_id, failures in self._failures.items()}
+        return {peer_id: weight for peer_id, weight in weights.items() if weight >= LEAST_WEIGHT}
 
 
 @dataclass(slots=True)

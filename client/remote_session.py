@@ -11,12 +11,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from swarm.errors import SwarmError
+from swarm.errors import NoRoute, SwarmError
 from swarm.streams import Step
 
 from .chain import ChainConfig
@@ -101,14 +102,18 @@ class RemoteSession:
     async def _race(self, step: Step, record: Record, attempt: Attempt, hops: Sequence[Hop]) -> Tensor:
         """Feed the step on these hops; while that takes longer than it should, feed it on other routes as well."""
         lanes, draining = [self._lane], self._lane.draining
-        bound_s = self._lane.bound_s(step)
+        bound_s, tried = self._lane.bound_s(step, hops), [hops]
 
         async def hedge(number: int) -> Tensor:
             lane = self._new_lane()
             lanes.append(lane)
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
             leaving = replace(attempt, refused_by=attempt.refused_by | draining)
-            others = await lane.plan(await self._network.elsewhere(leaving, hops, number))
+            stalling = list(chain.from_iterable(tried))
+            others = await lane.plan(await self._network.elsewhere(leaving, self._needs, stalling, number))
+            if any([hop.place for hop in others] == [hop.place for hop in each] for each in tried):
+                raise NoRoute("there is no way besides those on which the step takes long")
+            tried.append(others)
             return await self._prepared(lane, others, lambda: lane.feed(step, record, others))
 
         outcome = await race(

@@ -34,6 +34,9 @@ FULL_CACHE_COST_S = 1.0
 FEW = 32
 """So many servers are all looked at; of more, those that are no use are sorted out first."""
 
+FAILURE_COST_S = 0.1
+"""What a server costs for each failure that is remembered of it: it may fail again."""
+
 DEFAULT_TOKENS_PER_S = 100.0
 """Of a server that did not measure its speed."""
 
@@ -55,6 +58,11 @@ class Hop:
     @property
     def address(self) -> PeerAddress:
         return PeerAddress.of(self.server)
+
+    @property
+    def place(self) -> tuple[str, BlockRange]:
+        """The same for the same hop, whatever its server announces."""
+        return self.peer_id, self.blocks
 
     def __str__(self) -> str:
         return f"{self.blocks} at {self.server.server_name or 'peer'} ({self.peer_id[-8:]})"
@@ -100,6 +108,8 @@ class View:
     """Peer id -> how many times longer than announced it takes, where that was seen."""
     tokens_under_way: Mapping[str, int] = field(default_factory=dict)
     """Peer id -> tokens of our batches that it is working on."""
+    failures: Mapping[str, float] = field(default_factory=dict)
+    """Peer id -> how many failures are remembered of it, those of long ago counting less."""
     holding: Collection[str] = frozenset()
     """Peers that hold cache for this session already: that theirs is full does not matter."""
     avoid: Collection[str] = frozenset()
@@ -164,6 +174,8 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
             remarks.append(f"not used: {name}, {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
+        elif server.peer_id in view.failures:
+            remarks.append(f"less used: {name} failed some time ago")
     return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
 
 
@@ -300,6 +312,14 @@ def route_costs(hops: Sequence[Hop], needs: Needs, view: View | None = None) -> 
     return costs
 
 
+def compute_s(hop: Hop, num_tokens: int) -> float:
+    """What a hop should take for a step of so many tokens, of all sequences, by what it announces."""
+    share = len(hop.blocks) / len(hop.server.blocks)
+    one_s = 1 / (hop.server.decode_tokens_per_s or DEFAULT_TOKENS_PER_S)
+    all_s = num_tokens / (hop.server.forward_tokens_per_s or DEFAULT_TOKENS_PER_S)
+    return share * max(one_s, all_s)
+
+
 class Graph:
     """Servers and what it costs to go between them and to run blocks on them."""
 
@@ -317,7 +337,7 @@ class Graph:
         num_tokens = np.float32(max(1, needs.batch_tokens))
         self.block_s: Floats = (per_token_s * slowness_S * num_tokens)[rows_S]
         """[S], seconds for one block."""
-        enter_s: npt.NDArray[np.floating] = roster.handing_over_s
+        enter_s = roster.handing_over_s + np.float32(FAILURE_COST_S) * _spread(roster, view.failures, 0.0)
         if needs.batch_tokens:
             token_s = roster.forward_s * (roster.end_S - roster.start_S)
             enter_s = enter_s + token_s * slowness_S * _spread(roster, view.tokens_under_way, 0.0)

@@ -166,8 +166,8 @@ class Connector:
         connected = [(address, link) for address, future in self._links.items() if (link := _connected(future))]
         idle = [address for address, link in connected if not link.num_users]
         for address in idle[: max(0, len(idle) - MAX_IDLE_LINKS)]:
-            if (link := self._links.pop(address, None)) is not None:
-                await self._retire(link)
+            if (future := self._links.pop(address, None)) is not None:
+                await self._retire(future)
 
     async def _retire_links(self, peer_id: str, *, but: PeerAddress | None = None) -> None:
         """Retire the links to a peer that are connected, but for the one to this address."""

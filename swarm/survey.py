@@ -107,13 +107,13 @@ class Survey:
             ):
                 for _ in range(CALLS_PER_VISIT):
                     started_s = time.monotonic()
-                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=VISIT_TIMEOUT_S)
+                    await pb_grpc.BlocksStub(channel).Describe(request)
                     times_s.append(time.monotonic() - started_s)
         except (SwarmError, TimeoutError) as exc:  # whatever a stranger answers, it is no measurement
             logger.debug("server %s does not answer: %s", server.peer_id, exc)
             self.rtts_s.pop(server.peer_id, None)
             self._places.pop(server.peer_id, None)
-            if isinstance(exc, PeerUnavailable):
+            if isinstance(exc, PeerUnavailable):  # not a busy line: by the link that there is, it may yet answer
                 await self._connector.forget(server.peer_id)
             return
         self.met(server, min(times_s[1:]))
