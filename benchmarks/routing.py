@@ -70,7 +70,7 @@ def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
     graph = Graph(roster, np.arange(len(roster.servers)), needs, view)
     everyone = np.arange(len(roster.servers))
     queue = [
-        (float(graph.client_s[index] + graph.enter_s[index] + graph.block_s[index]), 1, index)
+        (float(graph.upload_s[index] + graph.enter_s[index] + graph.block_s[index]), 1, index)
         for index, server in enumerate(roster.servers)
         if server.start == 0
     ]
@@ -87,7 +87,7 @@ def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
             continue
         if block < roster.servers[index].end:
             heapq.heappush(queue, (cost_s + float(graph.block_s[index]), block + 1, index))
-        ways_s = cost_s + graph.between_s(np.array([index]), everyone)[0] + graph.enter_s + graph.block_s
+        ways_s = cost_s + graph.leave_s[index] + graph.between_s(np.array([index]), everyone)[0] + graph.enter_s + graph.block_s
         for other in np.flatnonzero((roster.start_S <= block) & (block < roster.end_S) & (everyone != index)):
             if (block + 1, int(other)) not in done:
                 heapq.heappush(queue, (float(ways_s[other]), block + 1, int(other)))

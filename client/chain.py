@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,7 @@ class Chain:
         request, more = replace(step, x_BLD=x_BLD).to_wire(self._last_step_id, self._network.config.codec)
         result: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
         self._results[self._last_step_id] = result
-        sending = write_message(self._calls[0].write, request, more)
+        sending = self._write(request, more)
         try:
             async with self._errors_of(0):
                 if more:
@@ -139,6 +140,12 @@ class Chain:
             self._raise_failure()
             raise
         return result
+
+    async def _write(self, request: pb.SessionRequest, more: list[bytes]) -> None:
+        began_s = time.monotonic()
+        await write_message(self._calls[0].write, request, more)
+        num_bytes = len(request.step.data) + sum(map(len, more))
+        self._network.connector.throughput.sent(self.hops[0].peer_id, num_bytes, time.monotonic() - began_s)
 
     async def receive(self, result: asyncio.Future[StepOutput]) -> StepOutput:
         """Wait for a step's result, asking the hops whether they are alive when it takes long.

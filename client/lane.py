@@ -95,9 +95,15 @@ class Lane:
         # The record has its beams in order already, the chain's caches have not: unless they hold all, all is replayed.
         return 0 if step.beam_idx and start < step.position else start
 
-    async def plan(self, attempt: Attempt) -> Sequence[Hop]:
-        """The hops in use; if there are none, those of a route for a new chain. Raises: NoRoute."""
-        return self._hops if self._chain is not None else await self._network.route(self._needs, attempt)
+    async def plan(self, attempt: Attempt, length: int) -> Sequence[Hop]:
+        """The hops in use; if there are none, those of a route for a new chain. Raises: NoRoute.
+
+        Args:
+            length: tokens of each sequence that it has to be fed first.
+        """
+        if self._chain is not None:
+            return self._hops
+        return await self._network.route(self._needs.fed(length, self._config.batch_size), attempt)
 
     async def feed(self, step: Step, record: Record, hops: Sequence[Hop]) -> Tensor:
         """Feed a step, and before it what the caches lack of the record; open a chain first if there is none.

@@ -41,7 +41,7 @@ from .hedging import LONGER, PATIENCE_S, StepTimes
 from .hosted import choose_adapter
 from .known_servers import KnownServers
 from .observations import FailureMemory, SpeedMemory
-from .routing import ExplainedRoute, Hop, Needs, Roster, View, compute_s, explain, plan_route, route_costs
+from .routing import STEPS_AHEAD, ExplainedRoute, Hop, Needs, Roster, View, compute_s, explain, plan_route, route_costs
 from .tasks import cancel_and_wait
 from .uploads import Uploads
 
@@ -58,9 +58,6 @@ SURVEY_WAIT_S = 0.5
 
 WORTH_LEAVING = 1.5
 """A session leaves a slow peer for a route that takes less than its own time divided by this."""
-
-STEPS_AHEAD = 64
-"""So many further steps a session is taken to have, unless it cannot be that long."""
 
 PROBE_TIMEOUT_S = 5.0
 """How long a peer may take to say that it is alive."""
@@ -170,6 +167,9 @@ class Network:
         return View(
             here=self._survey.here,
             rtts_s=self._survey.rtts_s,
+            queues_s=self._survey.queues_s,
+            bytes_per_s=self.connector.throughput.to_peers,
+            line_bytes_per_s=self.connector.throughput.bytes_per_s(),
             slowness=self._speeds.slowness(now_s),
             tokens_under_way=self._tokens_under_way,
             failures=self._failures.weights(now_s),
@@ -210,7 +210,7 @@ class Network:
             return
         now_s = time.monotonic()
         for hop, microseconds in zip(hops, hop_us, strict=True):
-            self._speeds.took(hop.peer_id, microseconds / 1e6, compute_s(hop, num_tokens), now_s)
+            self._speeds.took(hop.peer_id, microseconds / 1e6, compute_s(hop, num_tokens) + hop.server.queue_s, now_s)
 
     def bound_s(self, hops: Sequence[Hop], needs: Needs, num_tokens: int, *, opens: bool) -> float:
         """How long a step should take at most on a route that has no times of its own for such steps.
@@ -232,7 +232,8 @@ class Network:
 
     def prior_s(self, hops: Sequence[Hop], needs: Needs, num_tokens: int) -> float:
         """How long these hops may take for so many tokens, by what they announce, before anything was seen."""
-        on_the_way_s = sum(cost.network_s for cost in route_costs(hops, needs, self.view()))
+        fed = replace(needs, prompt_tokens=num_tokens, session_tokens=1)
+        on_the_way_s = sum(cost.network_s + cost.queue_s for cost in route_costs(hops, fed, self.view()))
         return PATIENCE_S + LONGER * (on_the_way_s + sum(compute_s(hop, num_tokens) for hop in hops))
 
     @contextlib.contextmanager
@@ -249,7 +250,7 @@ class Network:
     async def explain_route(self, needs: Needs) -> ExplainedRoute:
         """The route that a request would take now. Raises: NoRoute."""
         hops = await self.route(needs, Attempt())
-        return explain(hops, self._roster, self._permitted(needs), self.view())
+        return explain(hops, self._roster, self._permitted(needs), self.view(), self.connector.ways)
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys() | (+self._silent).keys()

@@ -26,7 +26,14 @@ HOP_COST_S = 0.003
 """What handing a message on costs beside the network: measured, 2 ms to 3 ms on both sides together."""
 
 TUNNEL_COST_S = 0.020
-"""What a message through the tunnel is taken to cost on top."""
+"""What a message through the tunnel is taken to cost on top, as long as the way to that server was not measured."""
+
+STEPS_AHEAD = 64
+"""So many further steps a session is taken to have, unless it cannot be that long: its prompt counts for as much less
+for each."""
+
+BYTES_PER_NUMBER = 2
+"""Of hidden states on their way: about what servers compute in."""
 
 FULL_CACHE_COST_S = 1.0
 """What a server costs whose cache has no room for all tokens of the session now; it may have by then."""
@@ -80,16 +87,28 @@ class Needs:
     commit: str | None = None
     session_tokens: int = 0
     """Length of the session, for decoding."""
+    prompt_tokens: int = 0
+    """Tokens, of all sequences, that a session feeds before its steps."""
     batch_tokens: int = 0
     """Tokens (batch x length) of the batch, for forward and backward."""
     batch_size: int = 0
-    """Sequences in the batch, for forward and backward."""
+    """Sequences in the batch, or in the session."""
     allowed: Collection[str] | None = None
     """Peer ids of the only servers that the user permits; None: all."""
     blocked: Collection[str] = frozenset()
     """Peer ids of those that the user does not permit."""
     adapter: AdapterListing | None = None
     """The hosted adapter that all of them must have."""
+
+    def fed(self, length: int, batch_size: int) -> Needs:
+        """The same for a session of so many sequences, each of which is fed so many tokens first."""
+        return replace(self, prompt_tokens=length * batch_size, batch_size=batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps a session is taken to have after its prompt."""
+        following = self.session_tokens - self.prompt_tokens // max(1, self.batch_size)
+        return max(1, min(STEPS_AHEAD, following)) if self.session_tokens else STEPS_AHEAD
 
     def permits(self, peer_id: str) -> bool:
         """Whether the user lets a server be on the route."""
@@ -104,6 +123,12 @@ class View:
     """Where the client is; None: it has measured nothing."""
     rtts_s: Mapping[str, float] = field(default_factory=dict)
     """Peer id -> round-trip time, where it was measured."""
+    queues_s: Mapping[str, float] = field(default_factory=dict)
+    """Peer id -> what a step waits there, where it told us; else what it announces counts."""
+    bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    """Peer id -> what our line to it carries, where that was seen."""
+    line_bytes_per_s: float = 0.0
+    """What our line carries to others; 0: not known."""
     slowness: Mapping[str, float] = field(default_factory=dict)
     """Peer id -> how many times longer than announced it takes, where that was seen."""
     tokens_under_way: Mapping[str, int] = field(default_factory=dict)
@@ -123,10 +148,12 @@ class HopCost:
     network_s: float
     """From where its input comes from; on the last hop also back to the client."""
     compute_s: float
+    queue_s: float
+    """What it has to do before."""
 
     @property
     def total_s(self) -> float:
-        return self.network_s + self.compute_s
+        return self.network_s + self.compute_s + self.queue_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +163,12 @@ class ExplainedRoute(Sequence[Hop]):
     hops: Sequence[Hop]
     costs: Sequence[HopCost]
     """Of each hop: for one token of a session, or for the batch."""
+    ways: Sequence[str]
+    """How each hop is reached from here."""
+    next_best: Sequence[Hop]
+    """The best route without one of these hops; empty: there is none."""
+    next_best_s: float
+    """What that is expected to cost."""
     remarks: Sequence[str]
     """What was seen of servers that makes them unattractive."""
 
@@ -157,14 +190,24 @@ class ExplainedRoute(Sequence[Hop]):
 
     def __str__(self) -> str:
         lines = [
-            f"{hop!s:48} network {cost.network_s * 1e3:8.1f} ms   compute {cost.compute_s * 1e3:8.1f} ms"
-            for hop, cost in zip(self.hops, self.costs, strict=True)
+            f"{hop!s:48} network {cost.network_s * 1e3:8.1f} ms   compute {cost.compute_s * 1e3:8.1f} ms   "
+            f"queue {cost.queue_s * 1e3:8.1f} ms   room for {hop.server.cache_free_tokens} tokens   {way}"
+            for hop, cost, way in zip(self.hops, self.costs, self.ways, strict=True)
         ]
-        return "\n".join([*lines, f"expected in all: {self.total_s * 1e3:.1f} ms", *self.remarks])
+        lines.append(f"expected in all: {self.total_s * 1e3:.1f} ms")
+        if self.next_best:
+            lines.append(f"next best: {', '.join(map(str, self.next_best))}: {self.next_best_s * 1e3:.1f} ms")
+        return "\n".join([*lines, *self.remarks])
 
 
-def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> ExplainedRoute:
-    """Say what a route costs, and which servers were seen to be slow or to fail."""
+def explain(
+    hops: Sequence[Hop], roster: Roster, needs: Needs, view: View, ways: Mapping[str, str] | None = None
+) -> ExplainedRoute:
+    """Say what a route costs, which one is next, and which servers were seen to be slow or to fail.
+
+    Args:
+        ways: peer id -> how the tunnel leads there, of those that one was opened to.
+    """
     remarks = []
     for server in roster.servers:
         name = _called(server)
@@ -176,7 +219,24 @@ def explain(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> Ex
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
         elif server.peer_id in view.failures:
             remarks.append(f"less used: {name} failed some time ago")
-    return ExplainedRoute(hops, route_costs(hops, needs, view), remarks)
+    in_use = [(ways or {}).get(hop.peer_id) or ("direct" if hop.server.direct else "tunnel") for hop in hops]
+    next_best, next_best_s = _next_best(hops, roster, needs, view)
+    return ExplainedRoute(hops, route_costs(hops, needs, view), in_use, next_best, next_best_s, remarks)
+
+
+def _next_best(hops: Sequence[Hop], roster: Roster, needs: Needs, view: View) -> tuple[Sequence[Hop], float]:
+    """The best route without one of these hops, and its cost."""
+    best: Sequence[Hop] = ()
+    best_s = float("inf")
+    for hop in hops:
+        try:
+            others = plan_route(roster, needs, replace(view, avoid={*view.avoid, hop.peer_id}))
+        except (NoRoute, PromptTooLong):
+            continue
+        others_s = sum(cost.total_s for cost in route_costs(others, needs, view))
+        if others_s < best_s:
+            best, best_s = others, others_s
+    return best, best_s
 
 
 def usable(server: Announcement, needs: Needs) -> str | None:
@@ -224,12 +284,18 @@ class Roster:
         self.x_s: Floats = np.array([place.x_s for place in places], dtype=np.float32)
         self.y_s: Floats = np.array([place.y_s for place in places], dtype=np.float32)
         self.height_s: Floats = np.array([place.height_s for place in places], dtype=np.float32)
-        direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
-        self.handing_over_s: Floats = np.where(direct_S, HOP_COST_S, HOP_COST_S + TUNNEL_COST_S).astype(np.float32)
+        self.queue_s: Floats = self._floats("queue_s")
+        self.bytes_per_s: Floats = self._floats("bytes_per_s")
+        """[S], what it sends to other servers; 0: not known."""
+        self.token_bytes_S = BYTES_PER_NUMBER * self._integers("hidden_size")
+        self.is_direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
         self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
 
     def _integers(self, name: str) -> Integers:
         return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
+
+    def _floats(self, name: str) -> Floats:
+        return np.array([getattr(each, name) for each in self.servers], dtype=np.float32)
 
     def _rates(self, name: str) -> npt.NDArray[np.float64]:
         rates = [getattr(each, name) or DEFAULT_TOKENS_PER_S for each in self.servers]
@@ -237,7 +303,7 @@ class Roster:
 
     def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
         """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
-        any_size = replace(needs, blocks=_ANY_BLOCKS, session_tokens=0, batch_tokens=0, batch_size=0)
+        any_size = replace(needs, blocks=_ANY_BLOCKS, session_tokens=0, prompt_tokens=0, batch_tokens=0, batch_size=0)
         if any_size not in self._speaking_S:
             self._speaking_S[any_size] = np.array([usable(each, any_size) is None for each in self.servers], dtype=bool)
         usable_S = (
@@ -301,14 +367,18 @@ def route_costs(hops: Sequence[Hop], needs: Needs, view: View | None = None) -> 
     graph = Graph(roster, rows, needs, view or View())
     costs = []
     for index, hop in enumerate(hops):
-        network_s = float(graph.enter_s[index])
+        network_s = float(graph.enter_s[index] - graph.queue_s[index])
         if needs.batch_tokens or index == 0:
-            network_s += float(graph.client_s[index])
+            network_s += float(graph.upload_s[index])
         else:
             network_s += float(graph.between_s(np.array([index - 1]), np.array([index]))[0, 0])
+            network_s += float(graph.leave_s[index - 1])
+        if needs.batch_tokens:
+            network_s += float(graph.leave_s[index])
         if needs.batch_tokens or index == len(hops) - 1:
             network_s += float(graph.client_s[index])
-        costs.append(HopCost(network_s, float(graph.block_s[index]) * len(hop.blocks)))
+        compute_s = float(graph.block_s[index]) * len(hop.blocks)
+        costs.append(HopCost(network_s, compute_s, float(graph.queue_s[index])))
     return costs
 
 
@@ -332,21 +402,34 @@ class Graph:
         # One way is half of a round trip.
         places = (roster.x_s, roster.y_s, roster.height_s)
         self._x_s, self._y_s, self._height_s = (np.float32(0.5) * each[rows_S] for each in places)
-        per_token_s = roster.forward_s if needs.batch_tokens else roster.decode_s
         slowness_S = _spread(roster, view.slowness, 1.0)
-        num_tokens = np.float32(max(1, needs.batch_tokens))
-        self.block_s: Floats = (per_token_s * slowness_S * num_tokens)[rows_S]
+        prompt_tokens = np.float32(needs.prompt_tokens / needs.num_steps)
+        if needs.batch_tokens:
+            block_s = roster.forward_s * np.float32(needs.batch_tokens)
+            num_sent = needs.batch_tokens
+        else:  # a prompt counts for each step as much as it takes, divided by their number
+            block_s = roster.decode_s + roster.forward_s * prompt_tokens
+            num_sent = needs.prompt_tokens / needs.num_steps
+        self.block_s: Floats = (block_s * slowness_S).astype(np.float32)[rows_S]
         """[S], seconds for one block."""
-        enter_s = roster.handing_over_s + np.float32(FAILURE_COST_S) * _spread(roster, view.failures, 0.0)
+        queue_s = _spread(roster, view.queues_s, roster.queue_s)
         if needs.batch_tokens:
             token_s = roster.forward_s * (roster.end_S - roster.start_S)
-            enter_s = enter_s + token_s * slowness_S * _spread(roster, view.tokens_under_way, 0.0)
-        else:
-            full_S = roster.cache_free_tokens_S < needs.session_tokens
+            queue_s = queue_s + token_s * slowness_S * _spread(roster, view.tokens_under_way, 0.0)
+        self.queue_s: Floats = queue_s.astype(np.float32)[rows_S]
+        """[S], seconds that a server has work for before ours."""
+        enter_s = HOP_COST_S + np.float32(FAILURE_COST_S) * _spread(roster, view.failures, 0.0) + queue_s
+        is_measured_S = _spread(roster, view.rtts_s, 0.0) > 0
+        enter_s += TUNNEL_COST_S * ~(roster.is_direct_S | is_measured_S)
+        if not needs.batch_tokens:
+            full_S = roster.cache_free_tokens_S < needs.session_tokens * max(1, needs.batch_size)
             full_S[[roster.indices[peer_id] for peer_id in view.holding if peer_id in roster.indices]] = False
-            enter_s = enter_s + FULL_CACHE_COST_S * full_S
+            enter_s += FULL_CACHE_COST_S * full_S
         self.enter_s: Floats = enter_s[rows_S].astype(np.float32)
         """[S], seconds for handing work to a server, without the way there: overheads, and what it has to do before."""
+        num_bytes_S = roster.token_bytes_S * np.float32(num_sent)
+        self.leave_s: Floats = _transfer_s(num_bytes_S, roster.bytes_per_s)[rows_S]
+        """[S], seconds that a server's own line takes for what it sends on."""
         rtts_s: Floats = np.zeros_like(roster.x_s)
         if view.here is not None:
             here = view.here
@@ -354,6 +437,9 @@ class Graph:
             rtts_s = np.where(roster.has_place_S, ways_s, 0).astype(np.float32)
         self.client_s: Floats = _spread(roster, view.rtts_s, rtts_s)[rows_S] * np.float32(0.5)
         """[S], seconds from the client to a server, or back."""
+        line_S = _spread(roster, view.bytes_per_s, view.line_bytes_per_s)
+        self.upload_s: Floats = self.client_s + _transfer_s(num_bytes_S, line_S)[rows_S]
+        """[S], seconds from the client to a server, with what our line takes for what we send."""
 
     def between_s(self, from_J: Indices, to_I: Indices) -> Floats:
         """Seconds from some servers to some others, [J, I]."""
@@ -384,7 +470,7 @@ class Graph:
         # Done with the blocks before b, and past its own height, at base + b * block_s: so nothing changes while a
         # server goes on.
         base_S = np.full(len(self._start_S), np.inf, dtype=np.float32)
-        arrived_s = self.client_s[running] + self.enter_s[running]
+        arrived_s = self.upload_s[running] + self.enter_s[running]
         base_S[running] = arrived_s + self._height_s[running] - first * self.block_s[running]
         changes: list[tuple[int, Indices, Indices]] = []
         """Block, the servers that it was better to change to there, and from which."""
@@ -404,6 +490,8 @@ class Graph:
         if not running.size:
             return None
         done_s = base_S[running] - self._height_s[running] + end * self.block_s[running] + self.client_s[running]
+        if self._returns_each_time:
+            done_s += self.leave_s[running]
         last = int(running[np.argmin(done_s)])
         path = []
         for block, to_I, from_I in reversed(changes):
@@ -417,11 +505,11 @@ class Graph:
         """Let some servers be ready as soon as others can hand over to them, where that is sooner; return where."""
         if not to_I.size:
             return []
-        ready_J = base_S[from_J] + block * self.block_s[from_J]
+        ready_J = base_S[from_J] + block * self.block_s[from_J] + self.leave_s[from_J]
         if self._returns_each_time:
             back_J = ready_J - self._height_s[from_J] + self.client_s[from_J]
             best = int(back_J.argmin())
-            arrived_I = back_J[best] + self.client_s[to_I]
+            arrived_I = back_J[best] + self.upload_s[to_I]
             sources_I = np.full(len(to_I), from_J[best])
         else:
             if len(from_J) > FEW:
@@ -465,6 +553,12 @@ def _spread(roster: Roster, values: Mapping[str, float], default: float | Floats
     known = [peer_id for peer_id in values if peer_id in roster.indices]
     column[[roster.indices[peer_id] for peer_id in known]] = [values[peer_id] for peer_id in known]
     return column
+
+
+def _transfer_s(num_bytes_S: npt.NDArray[np.floating], bytes_per_s: Floats) -> Floats:
+    """What lines take for so many bytes; nothing where it is not known what they carry."""
+    known_S = bytes_per_s > 0
+    return np.where(known_S, num_bytes_S / np.where(known_S, bytes_per_s, 1.0), 0.0).astype(np.float32)
 
 
 def _check_session_tokens(servers: Sequence[Announcement], needs: Needs) -> None:

@@ -32,6 +32,7 @@ from .checks import ServiceLimits
 from .decoding import Decoding
 from .engine import Engine
 from .sessions import SessionTable
+from .waits import StepWaits
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         answers: AnswerRoom,
     ) -> None:
         self._model = model
+        self._connector = connector
         self._views = views
         self._span = views.span
         self._engine = engine
@@ -75,6 +77,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._kept = kept
         self._adapters = adapters
         self._answers = answers
+        self._waits = StepWaits(engine.statistics, time.monotonic)
         self._decoding = Decoding(views.span, engine, sessions, connector, limits, adapters)
         self._can_rewind = views.span.can_rewind
         self._num_calls = 0
@@ -90,6 +93,10 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
         await self._idle.wait()
+
+    def announced(self) -> dict[str, float]:
+        """The fields of an announcement that say how fast calls get on here."""
+        return {"queue_s": self._waits.expected_s(), "bytes_per_s": self._connector.throughput.bytes_per_s()}
 
     # The RPCs.
 
@@ -111,6 +118,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 cache_used_bytes=self._sessions.cache_used_bytes,
                 cache_total_bytes=self._sessions.cache_total_bytes,
                 queue_length=self._engine.statistics().queue_length,
+                queue_s=self._waits.expected_s(),
             ),
             can_rewind=self._can_rewind,
             clock_s=time.time(),

@@ -20,6 +20,7 @@ from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerUnavailable, ProtocolError, ResourceError
 from swarm.identity import TLS_NAME, certificate_pem
 from swarm.rpc import open_channel
+from swarm.throughput import Throughput
 from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,10 @@ class Connector:
         self._open_tunnel = open_tunnel
         self._rule = rule or Anywhere()
         self._connect_timeout_s = connect_timeout_s
+        self.throughput = Throughput()
+        """What the users of channels have seen of them."""
+        self.ways: dict[str, str] = {}
+        """Peer id -> how a tunnel that was opened to it leads there, in words; for people."""
         self._links: dict[PeerAddress, asyncio.Future[_Link]] = {}
         """Those that are connected, and those that are being; the most recently used at the end."""
 

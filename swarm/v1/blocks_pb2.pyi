@@ -154,16 +154,18 @@ class Limits(_message.Message):
     def __init__(self, max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_adapter_bytes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length")
+    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length", "queue_s")
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     CACHE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     num_sessions: int
     cache_used_bytes: int
     cache_total_bytes: int
     queue_length: int
-    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class PeerAddress(_message.Message):
     __slots__ = ("peer_id", "direct", "tls_certificate", "multiaddrs")

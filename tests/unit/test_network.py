@@ -35,6 +35,7 @@ from swarm.memory_directory import MemoryDirectory
 from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange
 from swarm.streams import Step
+from swarm.throughput import Throughput
 
 NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
 
@@ -42,6 +43,7 @@ NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
 class FakeConnector:
     def __init__(self) -> None:
         self.forgotten: list[str] = []
+        self.throughput, self.ways = Throughput(), {}
 
     async def forget(self, peer: str) -> None:
         self.forgotten.append(peer)
