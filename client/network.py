@@ -40,7 +40,7 @@ from .config import ClientConfig
 from .hedging import LONGER, PATIENCE_S, StepTimes
 from .hosted import choose_adapter
 from .known_servers import KnownServers
-from .observations import FailureMemory, SpeedMemory
+from .observations import BATCH_SLOW, FailureMemory, SpeedMemory
 from .routing import STEPS_AHEAD, ExplainedRoute, Hop, Needs, Roster, View, compute_s, explain, plan_route, route_costs
 from .tasks import cancel_and_wait
 from .uploads import Uploads
@@ -96,6 +96,7 @@ class Network:
         )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
+        self._batch_speeds = SpeedMemory(BATCH_SLOW)
         self.openings = StepTimes()
         """How long opening the chains of sessions takes."""
         self.feedings = StepTimes()
@@ -171,6 +172,7 @@ class Network:
             bytes_per_s=self.connector.throughput.to_peers,
             line_bytes_per_s=self.connector.throughput.bytes_per_s(),
             slowness=self._speeds.slowness(now_s),
+            batch_slowness=self._batch_speeds.slowness(now_s),
             tokens_under_way=self._tokens_under_way,
             failures=self._failures.weights(now_s),
             avoid=self._avoided() | refused_by,
@@ -212,6 +214,21 @@ class Network:
         for hop, microseconds in zip(hops, hop_us, strict=True):
             self._speeds.took(hop.peer_id, microseconds / 1e6, compute_s(hop, num_tokens) + hop.server.queue_s, now_s)
 
+    def expected_batch_s(self, hop: Hop, needs: Needs) -> float:
+        """What a hop should take for a batch that it is given now, by what it announces, behind what else it has of ours."""
+        before = max(0, self._tokens_under_way[hop.peer_id] - needs.batch_tokens)
+        view = replace(self.view(), batch_slowness={}, tokens_under_way={hop.peer_id: before})
+        (cost,) = route_costs([hop], needs, view)
+        return cost.total_s
+
+    def took_batch(self, hop: Hop, seconds: float, expected_s: float) -> None:
+        """Note how long a hop had a batch: the next ones are shared by that."""
+        self._batch_speeds.took(hop.peer_id, seconds, expected_s, time.monotonic())
+
+    def num_routes(self, needs: Needs) -> int:
+        """Over how many routes of their own batches can be spread now; 0: there is none."""
+        return self._roster.num_routes(self._permitted(needs), self._avoided())
+
     def bound_s(self, hops: Sequence[Hop], needs: Needs, num_tokens: int, *, opens: bool) -> float:
         """How long a step should take at most on a route that has no times of its own for such steps.
 
@@ -230,9 +247,9 @@ class Network:
         opening_s = self.openings.bound_s(1)
         return feeding_s + (PATIENCE_S if opening_s is None else opening_s)
 
-    def prior_s(self, hops: Sequence[Hop], needs: Needs, num_tokens: int) -> float:
+    def prior_s(self, hops: Sequence[Hop], needs: Needs, num_tokens: float) -> float:
         """How long these hops may take for so many tokens, by what they announce, before anything was seen."""
-        fed = replace(needs, prompt_tokens=num_tokens, session_tokens=1)
+        fed = replace(needs, prompt_tokens=int(num_tokens), session_tokens=1)
         on_the_way_s = sum(cost.network_s + cost.queue_s for cost in route_costs(hops, fed, self.view()))
         return PATIENCE_S + LONGER * (on_the_way_s + sum(compute_s(hop, num_tokens) for hop in hops))
 

@@ -9,6 +9,9 @@ SLOW = 3.0
 """From so many times the announced time on a peer counts as slow; below it is taken at its word, for every machine has
 its bad moments and announced rates are those of the last period."""
 
+BATCH_SLOW = 1.5
+"""The same for batches, which take so long that bad moments even out: they are shared by what was measured."""
+
 MAX_FACTOR = 100.0
 """Slower than this makes no difference."""
 
@@ -84,9 +87,14 @@ class _Pace:
 
 
 class SpeedMemory:
-    """Peers that took longer than they announce."""
+    """Peers that took longer than they announce.
 
-    def __init__(self) -> None:
+    Args:
+        slow: from so many times on that counts.
+    """
+
+    def __init__(self, slow: float = SLOW) -> None:
+        self._slow = slow
         self._paces: dict[str, _Pace] = {}
 
     def took(self, peer_id: str, seconds: float, expected_s: float, now_s: float) -> None:
@@ -94,13 +102,13 @@ class SpeedMemory:
         factor = min(max(1.0, (seconds - SLACK_S) / max(expected_s, 1e-6)), MAX_FACTOR)
         pace = self._paces.pop(peer_id, None)
         if pace is None:
-            if factor < SLOW:
+            if factor < self._slow:
                 return
             pace = _Pace(factor, now_s, 0)
         faded = _faded(pace, now_s)
         # A slow answer counts at once: whoever waits for it should not wait for an average.
         pace.factor = factor if factor > faded else (faded + factor) / 2
-        pace.num_slow = pace.num_slow + 1 if factor >= SLOW else 0
+        pace.num_slow = pace.num_slow + 1 if factor >= self._slow else 0
         pace.seen_at_s = now_s
         self._paces[peer_id] = pace
         if len(self._paces) > MAX_REMEMBERED:
@@ -114,7 +122,7 @@ class SpeedMemory:
     def slowness(self, now_s: float) -> dict[str, float]:
         """Peer id -> factor, of those that were slow."""
         factors = {peer_id: _faded(pace, now_s) for peer_id, pace in self._paces.items()}
-        return {peer_id: factor for peer_id, factor in factors.items() if factor >= SLOW}
+        return {peer_id: factor for peer_id, factor in factors.items() if factor >= self._slow}
 
 
 def _faded(pace: _Pace, now_s: float) -> float:

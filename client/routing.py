@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import overload
 
 import numpy as np
@@ -31,6 +32,9 @@ TUNNEL_COST_S = 0.020
 STEPS_AHEAD = 64
 """So many further steps a session is taken to have, unless it cannot be that long: its prompt counts for as much less
 for each."""
+
+BACKWARD_COST = 3.0
+"""How many times what a forward takes: the forward once more, and twice as much for gradients."""
 
 BYTES_PER_NUMBER = 2
 """Of hidden states on their way: about what servers compute in."""
@@ -130,7 +134,9 @@ class View:
     line_bytes_per_s: float = 0.0
     """What our line carries to others; 0: not known."""
     slowness: Mapping[str, float] = field(default_factory=dict)
-    """Peer id -> how many times longer than announced it takes, where that was seen."""
+    """Peer id -> how many times longer than announced it takes for steps, where that was seen."""
+    batch_slowness: Mapping[str, float] = field(default_factory=dict)
+    """The same for batches."""
     tokens_under_way: Mapping[str, int] = field(default_factory=dict)
     """Peer id -> tokens of our batches that it is working on."""
     failures: Mapping[str, float] = field(default_factory=dict)
@@ -217,6 +223,9 @@ def explain(
             remarks.append(f"not used: {name}, {usable(server, needs)}")
         elif server.peer_id in view.slowness:
             remarks.append(f"slow: {name} takes {view.slowness[server.peer_id]:.1f} times what it announces")
+        elif server.peer_id in view.batch_slowness:
+            factor = view.batch_slowness[server.peer_id]
+            remarks.append(f"slow: {name} takes {factor:.1f} times what it announces for batches")
         elif server.peer_id in view.failures:
             remarks.append(f"less used: {name} failed some time ago")
     in_use = [(ways or {}).get(hop.peer_id) or ("direct" if hop.server.direct else "tunnel") for hop in hops]
@@ -268,38 +277,27 @@ class Roster:
         self.servers = sorted(servers, key=lambda server: server.peer_id)
         self.indices = {server.peer_id: index for index, server in enumerate(self.servers)}
         """Peer id -> its row."""
-        self.start_S = self._integers("start")
-        self.end_S = self._integers("end")
-        self.max_session_tokens_S = self._integers("max_session_tokens")
-        self.max_batch_tokens_S = self._integers("max_batch_tokens")
-        self.max_batch_size_S = self._integers("max_batch_size")
-        self.cache_free_tokens_S = self._integers("cache_free_tokens")
+        columns = np.array([_NUMBERS(each) for each in self.servers], dtype=np.float64).reshape(-1, len(_NAMES)).T
+        named = dict(zip(_NAMES, columns, strict=True))
+        self.start_S, self.end_S, self.max_session_tokens_S, self.max_batch_tokens_S, self.max_batch_size_S = (
+            named[name].astype(np.int64)
+            for name in ("start", "end", "max_session_tokens", "max_batch_tokens", "max_batch_size")
+        )
+        self.cache_free_tokens_S = named["cache_free_tokens"].astype(np.int64)
         length_S = self.end_S - self.start_S
-        self.decode_s: Floats = (1 / (self._rates("decode_tokens_per_s") * length_S)).astype(np.float32)
+        self.decode_s: Floats = _block_s(named["decode_tokens_per_s"], length_S)
         """[S], seconds for one block and one token of a session."""
-        self.forward_s: Floats = (1 / (self._rates("forward_tokens_per_s") * length_S)).astype(np.float32)
+        self.forward_s: Floats = _block_s(named["forward_tokens_per_s"], length_S)
         """[S], seconds for one block and one token of a batch."""
-        self.has_place_S = np.array([each.coordinates is not None for each in self.servers], dtype=bool)
-        places = [each.coordinates or _NOWHERE for each in self.servers]
-        self.x_s: Floats = np.array([place.x_s for place in places], dtype=np.float32)
-        self.y_s: Floats = np.array([place.y_s for place in places], dtype=np.float32)
-        self.height_s: Floats = np.array([place.height_s for place in places], dtype=np.float32)
-        self.queue_s: Floats = self._floats("queue_s")
-        self.bytes_per_s: Floats = self._floats("bytes_per_s")
+        self.queue_s: Floats = named["queue_s"].astype(np.float32)
+        self.bytes_per_s: Floats = named["bytes_per_s"].astype(np.float32)
         """[S], what it sends to other servers; 0: not known."""
-        self.token_bytes_S = BYTES_PER_NUMBER * self._integers("hidden_size")
+        self.token_bytes_S: Floats = (BYTES_PER_NUMBER * named["hidden_size"]).astype(np.float32)
         self.is_direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
+        self.has_place_S = np.array([each.coordinates is not None for each in self.servers], dtype=bool)
+        places = [_PLACE(each.coordinates or _NOWHERE) for each in self.servers]
+        self.x_s, self.y_s, self.height_s = np.array(places, dtype=np.float32).reshape(-1, 3).T.copy()
         self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
-
-    def _integers(self, name: str) -> Integers:
-        return np.array([getattr(each, name) for each in self.servers], dtype=np.int64)
-
-    def _floats(self, name: str) -> Floats:
-        return np.array([getattr(each, name) for each in self.servers], dtype=np.float32)
-
-    def _rates(self, name: str) -> npt.NDArray[np.float64]:
-        rates = [getattr(each, name) or DEFAULT_TOKENS_PER_S for each in self.servers]
-        return np.array(rates, dtype=np.float64).clip(*TOKENS_PER_S)
 
     def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
         """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
@@ -325,8 +323,23 @@ class Roster:
             missing.difference_update(range(start, end))
         return missing
 
+    def num_routes(self, needs: Needs, avoid: Collection[str]) -> int:
+        """How many routes there are of which no two share a server, at least: so many can share a batch."""
+        rows = self.usable(needs, avoid)
+        changes = np.zeros(len(needs.blocks) + 1, dtype=np.int64)
+        np.add.at(changes, np.maximum(self.start_S[rows] - needs.blocks.start, 0), 1)
+        np.add.at(changes, np.minimum(self.end_S[rows] - needs.blocks.start, len(needs.blocks)), -1)
+        return int(np.cumsum(changes)[:-1].min())
+
 
 _ANY_BLOCKS = BlockRange(0, 1)
+
+_NAMES = (
+    "start", "end", "max_session_tokens", "max_batch_tokens", "max_batch_size", "cache_free_tokens", "hidden_size",
+    "decode_tokens_per_s", "forward_tokens_per_s", "queue_s", "bytes_per_s",
+)  # fmt: skip
+_NUMBERS, _PLACE = attrgetter(*_NAMES), attrgetter("x_s", "y_s", "height_s")
+"""All that routing needs of an announcement at once: one after the other, attributes of thousands take long."""
 
 _NOWHERE = Coordinates(height_s=0.0)
 """An unknown place is taken to be in the middle of all: what is not known costs nothing."""
@@ -382,7 +395,7 @@ def route_costs(hops: Sequence[Hop], needs: Needs, view: View | None = None) -> 
     return costs
 
 
-def compute_s(hop: Hop, num_tokens: int) -> float:
+def compute_s(hop: Hop, num_tokens: float) -> float:
     """What a hop should take for a step of so many tokens, of all sequences, by what it announces."""
     share = len(hop.blocks) / len(hop.server.blocks)
     one_s = 1 / (hop.server.decode_tokens_per_s or DEFAULT_TOKENS_PER_S)
@@ -402,7 +415,7 @@ class Graph:
         # One way is half of a round trip.
         places = (roster.x_s, roster.y_s, roster.height_s)
         self._x_s, self._y_s, self._height_s = (np.float32(0.5) * each[rows_S] for each in places)
-        slowness_S = _spread(roster, view.slowness, 1.0)
+        slowness_S = _spread(roster, view.batch_slowness if needs.batch_tokens else view.slowness, 1.0)
         prompt_tokens = np.float32(needs.prompt_tokens / needs.num_steps)
         if needs.batch_tokens:
             block_s = roster.forward_s * np.float32(needs.batch_tokens)
@@ -553,6 +566,12 @@ def _spread(roster: Roster, values: Mapping[str, float], default: float | Floats
     known = [peer_id for peer_id in values if peer_id in roster.indices]
     column[[roster.indices[peer_id] for peer_id in known]] = [values[peer_id] for peer_id in known]
     return column
+
+
+def _block_s(rates_S: npt.NDArray[np.float64], length_S: Integers) -> Floats:
+    """Seconds for one block and one token, of servers that run so many tokens in a second through all of theirs."""
+    rates_S = np.where(rates_S > 0, rates_S, DEFAULT_TOKENS_PER_S).clip(*TOKENS_PER_S)
+    return (1 / (rates_S * length_S)).astype(np.float32)
 
 
 def _transfer_s(num_bytes_S: npt.NDArray[np.floating], bytes_per_s: Floats) -> Floats:

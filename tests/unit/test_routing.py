@@ -326,3 +326,20 @@ def test_a_name_means_the_adapter_that_is_served_for_most_blocks():
             choose_adapter(HOSTING, wanted, blocks)
     with pytest.raises(BadRequest, match="they host none$"):
         choose_adapter(HOSTING[:1], "poet", blocks)
+
+
+def test_as_many_routes_can_share_a_batch_as_the_block_with_the_fewest_servers_allows():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 6), announcement("C", 6, 12), announcement("D", 4, 8)]
+    roster, batch = Roster(servers), replace(ALL, batch_tokens=100, batch_size=1)
+    assert roster.num_routes(batch, ()) == 2
+    assert roster.num_routes(replace(batch, blocks=BlockRange(5, 7)), ()) == 3
+    assert roster.num_routes(batch, {peer_id("A")}) == 1 and roster.num_routes(batch, set(map(peer_id, "AB"))) == 0
+    assert Roster().num_routes(batch, ()) == 0
+
+
+def test_batches_are_shared_by_what_was_measured_of_batches():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 12, forward_tokens_per_s=900.0)]
+    batch, slow = replace(ALL, batch_tokens=100, batch_size=1), {peer_id("A"): 2.0}
+    assert described(plan_route(servers, batch, View(slowness=slow))) == [("A", 0, 12)]
+    assert described(plan_route(servers, batch, View(batch_slowness=slow))) == [("B", 0, 12)]
+    assert described(plan_route(servers, ALL, View(batch_slowness=slow))) == [("A", 0, 12)]
