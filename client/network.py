@@ -215,7 +215,7 @@ class Network:
             self._speeds.took(hop.peer_id, microseconds / 1e6, compute_s(hop, num_tokens) + hop.server.queue_s, now_s)
 
     def expected_batch_s(self, hop: Hop, needs: Needs) -> float:
-        """What a hop should take for a batch that it is given now, by what it announces, behind what else it has of ours."""
+        """What a hop should take for a batch given now, by what it announces, behind what else it has of ours."""
         before = max(0, self._tokens_under_way[hop.peer_id] - needs.batch_tokens)
         view = replace(self.view(), batch_slowness={}, tokens_under_way={hop.peer_id: before})
         (cost,) = route_costs([hop], needs, view)

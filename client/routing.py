@@ -271,14 +271,30 @@ def usable(server: Announcement, needs: Needs) -> str | None:
 
 
 class Roster:
-    """The servers of a directory, as columns: made once, asked for many routes."""
+    """The servers of a directory, as columns: made once, asked for many routes.
 
-    def __init__(self, servers: Iterable[Announcement] = ()) -> None:
+    Args:
+        before: the one that this replaces: what it knows of announcements that have stayed is taken over.
+    """
+
+    def __init__(self, servers: Iterable[Announcement] = (), before: Roster | None = None) -> None:
         self.servers = sorted(servers, key=lambda server: server.peer_id)
         self.indices = {server.peer_id: index for index, server in enumerate(self.servers)}
         """Peer id -> its row."""
-        columns = np.array([_NUMBERS(each) for each in self.servers], dtype=np.float64).reshape(-1, len(_NAMES)).T
-        named = dict(zip(_NAMES, columns, strict=True))
+        kept_from_S = np.array([_row_in(before, each) for each in self.servers], dtype=np.intp)
+        kept, new = np.flatnonzero(kept_from_S >= 0), np.flatnonzero(kept_from_S < 0)
+        self._numbers = np.empty((len(self.servers), len(_NAMES)), dtype=np.float64)
+        if new.size:
+            self._numbers[new] = [_numbers(self.servers[row]) for row in new]
+        self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
+        """Needs of any size -> whether each server can be part of a route at all."""
+        if before is not None:
+            self._numbers[kept] = before._numbers[kept_from_S[kept]]
+            for needs in list(before._speaking_S)[-MOST_KEPT:]:
+                speaking_S = self._speaking_S[needs] = np.empty(len(self.servers), dtype=bool)
+                speaking_S[kept] = before._speaking_S[needs][kept_from_S[kept]]
+                speaking_S[new] = [usable(self.servers[row], needs) is None for row in new]
+        named = dict(zip(_NAMES, self._numbers.T, strict=True))
         self.start_S, self.end_S, self.max_session_tokens_S, self.max_batch_tokens_S, self.max_batch_size_S = (
             named[name].astype(np.int64)
             for name in ("start", "end", "max_session_tokens", "max_batch_tokens", "max_batch_size")
@@ -293,11 +309,8 @@ class Roster:
         self.bytes_per_s: Floats = named["bytes_per_s"].astype(np.float32)
         """[S], what it sends to other servers; 0: not known."""
         self.token_bytes_S: Floats = (BYTES_PER_NUMBER * named["hidden_size"]).astype(np.float32)
-        self.is_direct_S = np.array([bool(each.direct) for each in self.servers], dtype=bool)
-        self.has_place_S = np.array([each.coordinates is not None for each in self.servers], dtype=bool)
-        places = [_PLACE(each.coordinates or _NOWHERE) for each in self.servers]
-        self.x_s, self.y_s, self.height_s = np.array(places, dtype=np.float32).reshape(-1, 3).T.copy()
-        self._speaking_S: dict[Needs, npt.NDArray[np.bool_]] = {}
+        self.is_direct_S, self.has_place_S = (named[name].astype(bool) for name in ("is_direct", "has_place"))
+        self.x_s, self.y_s, self.height_s = (named[name].astype(np.float32) for name in ("x_s", "y_s", "height_s"))
 
     def usable(self, needs: Needs, avoid: Collection[str]) -> Indices:
         """The rows of those that can be part of a route, see `usable`, and are not to be avoided."""
@@ -334,15 +347,33 @@ class Roster:
 
 _ANY_BLOCKS = BlockRange(0, 1)
 
-_NAMES = (
+_FIELDS = (
     "start", "end", "max_session_tokens", "max_batch_tokens", "max_batch_size", "cache_free_tokens", "hidden_size",
     "decode_tokens_per_s", "forward_tokens_per_s", "queue_s", "bytes_per_s",
 )  # fmt: skip
-_NUMBERS, _PLACE = attrgetter(*_NAMES), attrgetter("x_s", "y_s", "height_s")
-"""All that routing needs of an announcement at once: one after the other, attributes of thousands take long."""
+_PLACE = ("x_s", "y_s", "height_s")
+_NAMES = (*_FIELDS, "is_direct", "has_place", *_PLACE)
+"""The columns of a roster."""
+
+_fields_of, _place_of = attrgetter(*_FIELDS), attrgetter(*_PLACE)
+
+MOST_KEPT = 8
+"""Kinds of needs for which a roster takes over what the one before it has found out."""
 
 _NOWHERE = Coordinates(height_s=0.0)
 """An unknown place is taken to be in the middle of all: what is not known costs nothing."""
+
+
+def _row_in(before: Roster | None, server: Announcement) -> int:
+    """The row of the very same announcement in another roster; -1: it is not there."""
+    row = -1 if before is None else before.indices.get(server.peer_id, -1)
+    return row if before is not None and row >= 0 and before.servers[row] is server else -1
+
+
+def _numbers(server: Announcement) -> tuple[float, ...]:
+    """A row of a roster."""
+    place = server.coordinates
+    return (*_fields_of(server), bool(server.direct), place is not None, *_place_of(place or _NOWHERE))
 
 
 def plan_route(roster: Roster, needs: Needs, view: View | None = None, *, prefer: str = "") -> list[Hop]:

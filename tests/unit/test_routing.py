@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 from hypothesis import given, settings
@@ -343,3 +344,19 @@ def test_batches_are_shared_by_what_was_measured_of_batches():
     assert described(plan_route(servers, batch, View(slowness=slow))) == [("A", 0, 12)]
     assert described(plan_route(servers, batch, View(batch_slowness=slow))) == [("B", 0, 12)]
     assert described(plan_route(servers, ALL, View(batch_slowness=slow))) == [("A", 0, 12)]
+
+
+def test_a_roster_that_follows_another_one_knows_the_same_as_one_made_anew():
+    place = Coordinates(0.01, 0.02, 0.003)
+    before = [announcement(name, 0, 12, queue_s=0.1) for name in "ABCD"]
+    roster = Roster(before)
+    assert plan_route_of(roster, ALL)
+    changed = announcement("B", 3, 9, coordinates=place, direct=[])
+    after = [before[3], changed, announcement("E", 0, 12, model_fingerprint="e" * 32), before[0]]
+    following, anew = Roster(after, before=roster), Roster(after)
+    for needs in (ALL, replace(ALL, batch_tokens=100, batch_size=1)):
+        assert list(following.usable(needs, ())) == list(anew.usable(needs, ())) == [0, 1, 2]
+        assert plan_route_of(following, needs) == plan_route_of(anew, needs)
+    columns = [name for name, value in vars(anew).items() if isinstance(value, np.ndarray)]
+    assert len(columns) > 12
+    assert all((getattr(following, name) == getattr(anew, name)).all() for name in columns)
