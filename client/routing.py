@@ -450,7 +450,7 @@ class Graph:
         prompt_tokens = np.float32(needs.prompt_tokens / needs.num_steps)
         if needs.batch_tokens:
             block_s = roster.forward_s * np.float32(needs.batch_tokens)
-            num_sent = needs.batch_tokens
+            num_sent = float(needs.batch_tokens)
         else:  # a prompt counts for each step as much as it takes, divided by their number
             block_s = roster.decode_s + roster.forward_s * prompt_tokens
             num_sent = needs.prompt_tokens / needs.num_steps
