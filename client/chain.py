@@ -73,6 +73,11 @@ class Tickets:
         ids = {key: self.session_ids.get(key) or secrets.token_bytes(16) for key in keys}
         return Tickets(ids, self.epoch + 1)
 
+    @property
+    def peers(self) -> frozenset[str]:
+        """Ids of the peers on whom the last chain may have left caches."""
+        return frozenset(peer_id for peer_id, _ in self.session_ids)
+
     def session_id(self, hop: Hop) -> bytes:
         return self.session_ids[hop.place]
 
@@ -102,8 +107,8 @@ class Chain:
         self.draining: set[str] = set()
         """Peers among the hops that said that they are about to leave."""
         self.max_step_tokens = 1
-        self.position = 0
-        """Tokens that all hops have still cached from an earlier chain of the same tickets."""
+        self.positions: Sequence[int] = ()
+        """Of each hop, how many tokens it has still cached from an earlier chain of the same tickets."""
         self._tickets = tickets
         self._on_draining = on_draining
         self._network = network
@@ -243,7 +248,7 @@ class Chain:
         leases = await owned.enter_async_context(AsyncExitStack())
         openings = [asyncio.create_task(self._open_hop(index, leases)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, openings)
-        self.position = min(await asyncio.gather(*openings))
+        self.positions = await asyncio.gather(*openings)
         self._listeners = [asyncio.create_task(self._listen(index)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, self._listeners)
         self._network.farewells.add(self.finish)

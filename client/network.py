@@ -145,17 +145,21 @@ class Network:
                     await self.servers(self._known.fingerprint, max_age_s=period_s / 2)
                 await self._survey.visit(self._servers, SURVEYED_LATER)
 
-    async def route(self, needs: Needs, attempt: Attempt, *, prefer: str = "") -> list[Hop]:
+    async def route(
+        self, needs: Needs, attempt: Attempt, *, prefer: str = "", holding: Collection[str] = ()
+    ) -> list[Hop]:
         """Return a route over live peers that have not refused this request.
 
         Args:
+            holding: ids of peers that hold cache for this session already.
             prefer: id of a peer to take alone if it can do all of it.
         Raises: NoRoute.
         """
         missing = self._roster.missing(self._permitted(needs), self._avoided() | attempt.refused_by)
         await self.servers(needs.fingerprint, max_age_s=attempt.max_age_s, blocks=missing)
         await self._look_around()
-        return plan_route(self._roster, self._permitted(needs), self.view(attempt), prefer=prefer)
+        view = replace(self.view(attempt), holding=holding)
+        return plan_route(self._roster, self._permitted(needs), view, prefer=prefer)
 
     def _permitted(self, needs: Needs) -> Needs:
         """The same, of the servers that the user wants."""

@@ -142,7 +142,7 @@ class View:
     failures: Mapping[str, float] = field(default_factory=dict)
     """Peer id -> how many failures are remembered of it, those of long ago counting less."""
     holding: Collection[str] = frozenset()
-    """Peers that hold cache for this session already: that theirs is full does not matter."""
+    """Peers that hold cache for this session already: that theirs is full does not matter, and they have its prompt."""
     avoid: Collection[str] = frozenset()
     """Peers that failed a moment ago, or have refused."""
 
@@ -447,13 +447,14 @@ class Graph:
         places = (roster.x_s, roster.y_s, roster.height_s)
         self._x_s, self._y_s, self._height_s = (np.float32(0.5) * each[rows_S] for each in places)
         slowness_S = _spread(roster, view.batch_slowness if needs.batch_tokens else view.slowness, 1.0)
-        prompt_tokens = np.float32(needs.prompt_tokens / needs.num_steps)
+        holding_S = np.zeros(len(roster.servers), dtype=bool)
+        holding_S[[roster.indices[peer_id] for peer_id in view.holding if peer_id in roster.indices]] = True
         if needs.batch_tokens:
             block_s = roster.forward_s * np.float32(needs.batch_tokens)
             num_sent = float(needs.batch_tokens)
         else:  # a prompt counts for each step as much as it takes, divided by their number
-            block_s = roster.decode_s + roster.forward_s * prompt_tokens
             num_sent = needs.prompt_tokens / needs.num_steps
+            block_s = roster.decode_s + roster.forward_s * np.float32(num_sent) * ~holding_S
         self.block_s: Floats = (block_s * slowness_S).astype(np.float32)[rows_S]
         """[S], seconds for one block."""
         queue_s = _spread(roster, view.queues_s, roster.queue_s)
@@ -467,8 +468,7 @@ class Graph:
         enter_s += TUNNEL_COST_S * ~(roster.is_direct_S | is_measured_S)
         if not needs.batch_tokens:
             full_S = roster.cache_free_tokens_S < needs.session_tokens * max(1, needs.batch_size)
-            full_S[[roster.indices[peer_id] for peer_id in view.holding if peer_id in roster.indices]] = False
-            enter_s += FULL_CACHE_COST_S * full_S
+            enter_s += FULL_CACHE_COST_S * (full_S & ~holding_S)
         self.enter_s: Floats = enter_s[rows_S].astype(np.float32)
         """[S], seconds for handing work to a server, without the way there: overheads, and what it has to do before."""
         num_bytes_S = roster.token_bytes_S * np.float32(num_sent)

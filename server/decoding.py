@@ -18,7 +18,7 @@ from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolErr
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange
-from swarm.streams import PART_TIMEOUT_S, Step, read_tensors, write_message
+from swarm.streams import PART_TIMEOUT_S, Step, counting_step, read_tensors, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
@@ -226,13 +226,23 @@ class Decoding:
                 if step.step_id > session.last_step_id + 1:
                     raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
                 session.last_step_id = step.step_id
-                output = self._engine.step(session, step, begins_round=from_client)
-                await session.under_way.put((step, output))
+                await session.under_way.put((step, self._run(session, step, from_client)))
         await session.under_way.join()
         if from_client and not closed:
             raise PeerUnavailable("the client's stream ended without a word")
 
+    def _run(self, session: ServerSession, step: StepInput, from_client: bool) -> asyncio.Future[Tensor]:
+        """Have the engine run a step; one of no tokens has its output already."""
+        if step.length:
+            return self._engine.step(session, step, begins_round=from_client)
+        nothing: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        nothing.set_result(step.x_BLD)
+        return nothing
+
     async def _read_step(self, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
+        checks.check_held(wire.held)
+        if not wire.HasField("hidden_states"):
+            return self._step_of_nothing(wire, session)
         max_tokens = max(self._limits.max_step_tokens, session.batch_size)
         specs = optional(wire, "hidden_states", "attention_mask", "position_ids")
         checks.check_batch_spec(specs[0], self._span.hidden_size, self._limits, max_tokens=max_tokens)
@@ -258,9 +268,25 @@ class Decoding:
             codec=wire.hidden_states.codec,
             arrived_s=time.monotonic(),
             hop_us=list(wire.hop_us),
+            held=list(wire.held),
         )
         session.check(step)
         return step
+
+    def _step_of_nothing(self, wire: pb.Step, session: ServerSession) -> StepInput:
+        """A step of which this hop holds all tokens: it only counts."""
+        x_BLD = torch.empty(session.batch_size, 0, self._span.hidden_size)
+        return StepInput(
+            step_id=wire.step_id,
+            position=0,
+            num_outputs=0,
+            beam_idx=(),
+            x_BLD=x_BLD,
+            mask_BL=None,
+            position_ids_BL=None,
+            arrived_s=time.monotonic(),
+            held=list(wire.held),
+        )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -297,8 +323,18 @@ async def _answer(
 
 
 async def _push(link: PushLink, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
-    position = step.position - session.num_prefix_tokens
+    """Pass on what the next hop does not hold already."""
     further = Step(
-        position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
-    )
-    await link.send(*further.to_wire(step.step_id, step.codec))
+        step.position - session.num_prefix_tokens,
+        step.num_outputs,
+        step.x_BLD,
+        step.mask_BL,
+        step.position_ids_BL,
+        step.beam_idx,
+        step.hop_us_by_now(),
+        step.held,
+    ).passed_on(y_BLD)
+    if further is None:
+        await link.send(counting_step(step.step_id, step.held[1:]), [])
+    else:
+        await link.send(*further.to_wire(step.step_id, step.codec))

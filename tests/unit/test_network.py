@@ -520,7 +520,7 @@ def test_every_step_has_a_bound_also_the_first_one_and_the_first_one_after_a_pro
     lane = Lane(network, NEEDS, config, lambda _: None)
     step = Step(0, 1, torch.zeros(1, 40, 8))
     if num_prompt_tokens:
-        lane._chain, lane._chain_length = cast(Any, object()), 40
+        lane._chain, lane._lengths = cast(Any, object()), [40]
         for times in (lane.times, network.feedings):
             times.took(40, 2.0)
         step = Step(40, 1, torch.zeros(1, 1, 8))

@@ -166,6 +166,9 @@ def test_a_cache_that_is_full_of_this_session_does_not_matter():
     servers = [announcement("A", 0, 12, cache_free_tokens=0), announcement("B", 0, 6), announcement("C", 6, 12)]
     assert len(plan_route(servers, needs)) == 2
     assert len(plan_route(servers, needs, View(holding={peer_id("A")}))) == 1
+    twins = [announcement(name, 0, 12, forward_tokens_per_s=rate) for name, rate in (("A", 5000.0), ("B", 1000.0))]
+    assert described(plan_route(twins, needs.fed(90, 1))) == [("A", 0, 12)]
+    assert described(plan_route(twins, needs.fed(90, 1), View(holding={peer_id("B")}))) == [("B", 0, 12)]
 
 
 def test_batches_go_where_there_is_less_to_do():
