@@ -26,6 +26,9 @@ LEAST_WEIGHT = 0.1
 
 MAX_REMEMBERED = 1024
 
+LEAST_BUSY_S = 0.1
+"""A peer that has too many requests is left alone at least so long, whatever it says."""
+
 
 @dataclass(slots=True)
 class _Failures:
@@ -51,17 +54,27 @@ class FailureMemory:
 
     def failed(self, peer_id: str, now_s: float) -> None:
         """Note a failure; while a peer goes on failing, it is avoided for longer and longer."""
-        before = self._failures.pop(peer_id, None)
+        before = self._failures.get(peer_id)
         count = 1.0 if before is None else 1.0 + before.weight(now_s)
         avoided_s = min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30))
-        self._failures[peer_id] = _Failures(count, now_s, now_s + avoided_s)
-        if len(self._failures) > MAX_REMEMBERED:
-            del self._failures[next(iter(self._failures))]
+        self._keep(peer_id, _Failures(count, now_s, now_s + avoided_s))
 
     def reached(self, peer_id: str) -> None:
         """A peer answers again, and need not be avoided; whether it does what it is asked will be seen."""
         if peer_id in self._failures:
             self._failures[peer_id].avoided_until_s = -math.inf
+
+    def busy(self, peer_id: str, retry_after_s: float, now_s: float) -> None:
+        """Leave a peer alone for as long as it says; it has not failed, so its failures stay as many as they are."""
+        known = self._failures.get(peer_id) or _Failures(0.0, now_s, -math.inf)
+        known.avoided_until_s = max(known.avoided_until_s, now_s + max(retry_after_s, LEAST_BUSY_S))
+        self._keep(peer_id, known)
+
+    def _keep(self, peer_id: str, failures: _Failures) -> None:
+        self._failures.pop(peer_id, None)
+        self._failures[peer_id] = failures
+        if len(self._failures) > MAX_REMEMBERED:
+            del self._failures[next(iter(self._failures))]
 
     def succeeded(self, peer_id: str) -> None:
         """A peer did what it was asked: it is as good as any."""
