@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -183,6 +184,14 @@ def check_hop_times(hop_us: Sequence[int]) -> None:
     """Raise ProtocolError if a step has come through more hops than a route can have."""
     if len(hop_us) > MAX_HOPS:
         raise ProtocolError(f"a step has come through {len(hop_us)} hops, more than {MAX_HOPS}")
+
+
+def check_held(held: Sequence[int]) -> None:
+    """Raise ProtocolError unless later hops hold no less than earlier ones, of no more hops than a route can have."""
+    if len(held) > MAX_HOPS:
+        raise ProtocolError(f"a step names what {len(held)} later hops hold, more than {MAX_HOPS}")
+    if any(later < earlier for earlier, later in pairwise(held)):
+        raise ProtocolError("of a step, no hop may lack what a later one holds")
 
 
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:

@@ -18,7 +18,7 @@ from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolErr
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange
-from swarm.streams import PART_TIMEOUT_S, Step, fill, write_message
+from swarm.streams import PART_TIMEOUT_S, Step, counting_step, fill, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
@@ -258,26 +258,43 @@ class Decoding:
 
     async def _take_step(self, read: Read, wire: pb.Step, session: ServerSession, from_client: bool) -> None:
         """Read a step and queue it, unless it was seen before. It keeps its room until its output is passed on."""
+        checks.check_held(wire.held)
+        if not wire.HasField("hidden_states"):
+            await self._queue(self._step_of_nothing(wire, session), Held(), session, from_client)
+            return
         unpacker = self._check_step(wire, session)
         num_bytes = checks.room_bytes(unpacker.num_raw_bytes, raw_bytes(wire.hidden_states))
         held = await self._room.take(session.caller, num_bytes) if num_bytes > SMALL_BYTES else Held()
         try:
             step = await self._read_step(unpacker, read, wire, session)
-            async with session.lock:
-                session.used_at_s = now_s = time.monotonic()
-                if step.step_id <= session.last_step_id:
-                    logger.debug("dropped a repeated step")
-                    return
-                if step.step_id > session.last_step_id + 1:
-                    raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
-                self._fairness.step(session.caller, session, session.batch_size, step.length, now_s)
-                await self._fairness.wait(session.caller)
-                session.last_step_id = step.step_id
-                output = self._engine.step(session, step, begins_round=from_client)
-                await session.under_way.put((step, output, held))
+            if await self._queue(step, held, session, from_client):
                 held = Held()  # whoever passes the step on has it
         finally:
             held.release()
+
+    async def _queue(self, step: StepInput, held: Held, session: ServerSession, from_client: bool) -> bool:
+        """Have a step run when those before it are; False: it was seen before."""
+        async with session.lock:
+            session.used_at_s = now_s = time.monotonic()
+            if step.step_id <= session.last_step_id:
+                logger.debug("dropped a repeated step")
+                return False
+            if step.step_id > session.last_step_id + 1:
+                raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
+            if step.length:
+                self._fairness.step(session.caller, session, session.batch_size, step.length, now_s)
+                await self._fairness.wait(session.caller)
+            session.last_step_id = step.step_id
+            await session.under_way.put((step, self._run(session, step, from_client), held))
+        return True
+
+    def _run(self, session: ServerSession, step: StepInput, from_client: bool) -> asyncio.Future[Tensor]:
+        """Have the engine run a step; one of no tokens has its output already."""
+        if step.length:
+            return self._engine.step(session, step, begins_round=from_client)
+        nothing: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        nothing.set_result(step.x_BLD)
+        return nothing
 
     def _check_step(self, wire: pb.Step, session: ServerSession) -> Unpacker:
         """Check what a step claims, before any more of it is read."""
@@ -309,9 +326,25 @@ class Decoding:
             codec=wire.hidden_states.codec,
             arrived_s=time.monotonic(),
             hop_us=list(wire.hop_us),
+            held=list(wire.held),
         )
         session.check(step)
         return step
+
+    def _step_of_nothing(self, wire: pb.Step, session: ServerSession) -> StepInput:
+        """A step of which this hop holds all tokens: it only counts."""
+        x_BLD = torch.empty(session.batch_size, 0, self._span.hidden_size)
+        return StepInput(
+            step_id=wire.step_id,
+            position=0,
+            num_outputs=0,
+            beam_idx=(),
+            x_BLD=x_BLD,
+            mask_BL=None,
+            position_ids_BL=None,
+            arrived_s=time.monotonic(),
+            held=list(wire.held),
+        )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -348,8 +381,18 @@ async def _answer(
 
 
 async def _push(link: PushLink, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
-    position = step.position - session.num_prefix_tokens
+    """Pass on what the next hop does not hold already."""
     further = Step(
-        position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
-    )
-    await link.send(*further.to_wire(step.step_id, step.codec))
+        step.position - session.num_prefix_tokens,
+        step.num_outputs,
+        step.x_BLD,
+        step.mask_BL,
+        step.position_ids_BL,
+        step.beam_idx,
+        step.hop_us_by_now(),
+        step.held,
+    ).passed_on(y_BLD)
+    if further is None:
+        await link.send(counting_step(step.step_id, step.held[1:]), [])
+    else:
+        await link.send(*further.to_wire(step.step_id, step.codec))

@@ -44,6 +44,8 @@ class StepInput:
     """On the monotonic clock."""
     hop_us: Sequence[int] = ()
     """How long each earlier hop had it, microseconds."""
+    held: Sequence[int] = ()
+    """How many leading tokens of the session each later hop holds; see Step in the wire contract."""
 
     def hop_us_by_now(self) -> list[int]:
         """The same with this hop."""

@@ -36,6 +36,7 @@ from .gate import Gate
 from .limits import What
 from .room import MessageRoom, answer
 from .sessions import SessionTable
+from .waits import StepWaits
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         fairness: Fairness,
     ) -> None:
         self._model = model
+        self._connector = connector
         self._views = views
         self._span = views.span
         self._engine = engine
@@ -89,6 +91,7 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._gate = gate
         self._room = room
         self._fairness = fairness
+        self._waits = StepWaits(engine.statistics, time.monotonic)
         self._decoding = Decoding(
             span=views.span,
             engine=engine,
@@ -114,6 +117,10 @@ class BlocksService(pb_grpc.BlocksServicer):
         """Wait until no call is in progress."""
         await self._idle.wait()
 
+    def announced(self) -> dict[str, float]:
+        """The fields of an announcement that say how fast calls get on here."""
+        return {"queue_s": self._waits.expected_s(), "bytes_per_s": self._connector.throughput.bytes_per_s()}
+
     # The RPCs.
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.DescribeResponse:
@@ -134,6 +141,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 cache_used_bytes=self._sessions.cache_used_bytes,
                 cache_total_bytes=self._sessions.cache_total_bytes,
                 queue_length=self._engine.statistics().queue_length,
+                queue_s=self._waits.expected_s(),
             ),
             can_rewind=self._can_rewind,
             clock_s=time.time(),

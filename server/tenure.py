@@ -93,6 +93,7 @@ class Tenure:
             "cache_free_tokens": self.sessions.cache_free_tokens,
             "decode_tokens_per_s": 1 / self.engine.costs.iteration_s(1),
             "forward_tokens_per_s": BATCH_TOKENS / self.engine.costs.iteration_s(BATCH_TOKENS),
+            **self.service.announced(),
         }
 
     async def drain(self, timeout_s: float) -> None:

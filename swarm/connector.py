@@ -33,8 +33,26 @@ async def open_connector(
         on_way: see `open_tunnel`.
     """
     puncher = Puncher(dht, rule or Anywhere(), waits_s=waits_s)
+
+    @asynccontextmanager
+    async def open_noted(peer_id: str, multiaddrs: tuple[str, ...]) -> AsyncIterator[str]:
+        ours = ""
+
+        def note(way: Way) -> None:
+            nonlocal ours
+            connector.ways[peer_id] = ours = str(way)
+            if on_way is not None:
+                on_way(way)
+
+        async with open_tunnel(dht, peer_id, multiaddrs, on_way=note, puncher=puncher) as target:
+            try:
+                yield target
+            finally:
+                if connector.ways.get(peer_id) == ours:  # else there is a newer one
+                    del connector.ways[peer_id]
+
     connector = Connector(
-        lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
+        open_noted,
         rule=rule,
         connect_timeout_s=connect_timeout_s,
         sign=None if dht.gate is None else call_signer(dht.gate, dht.identity),

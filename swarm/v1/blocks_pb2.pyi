@@ -160,16 +160,18 @@ class Limits(_message.Message):
     def __init__(self, max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_adapter_bytes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length")
+    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length", "queue_s")
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     CACHE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     num_sessions: int
     cache_used_bytes: int
     cache_total_bytes: int
     queue_length: int
-    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class PeerAddress(_message.Message):
     __slots__ = ("peer_id", "direct", "tls_certificate", "multiaddrs")
@@ -244,7 +246,7 @@ class SessionAttach(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us")
+    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us", "held")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +256,7 @@ class Step(_message.Message):
     POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     HOP_US_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     position: int
     num_outputs: int
@@ -263,7 +266,8 @@ class Step(_message.Message):
     position_ids: TensorSpec
     data: bytes
     hop_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    held: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("opened", "result", "more", "draining")
