@@ -19,6 +19,7 @@ from contextlib import ExitStack
 
 import hivemind
 import torch
+from hivemind.utils import get_dht_time
 from peers import Peer, end_on_sigterm, follow, new_optimizer, say
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tuning import console, new_parser, parse, plot, show
@@ -78,7 +79,7 @@ def take_part(options: argparse.Namespace) -> None:
 
 def wait_for_peers(dht: hivemind.DHT, num_peers: int) -> None:
     """Wait until so many are there: alone, the first would have made its updates before the others are ready."""
-    dht.store("here", subkey=str(dht.peer_id), value=True, expiration_time=hivemind.get_dht_time() + 3600)
+    dht.store("here", subkey=str(dht.peer_id), value=True, expiration_time=get_dht_time() + 3600)
     while len((dht.get("here", latest=True) or ({},))[0]) < num_peers:
         time.sleep(0.5)
 

@@ -19,7 +19,7 @@ class Caller:
     """One whom limits count together."""
 
     key: str
-    """An IPv4 address, the /64 of an IPv6 one, or the libp2p peer that a tunnel's stream came from."""
+    """A member of a private swarm, an IPv4 address, the /64 of an IPv6 one, or the libp2p peer of a tunnel's stream."""
     is_own: bool = False
     """Whether it is a program of this machine: only the limits for all together count."""
     shares: int = 1
@@ -53,14 +53,15 @@ class Callers:
         self._entered: dict[int, Caller] = {}
         """Local port of a connection that the tunnel has made to our gRPC port -> whose stream it carries."""
 
-    def of_peer(self, peer: str) -> Caller:
+    def of_peer(self, peer: str, member: str = "") -> Caller:
         """Whom a call counts for.
 
         Args:
             peer: whom gRPC takes to be at the other end.
+            member: of a private swarm, who the call has shown to come from: one caller, wherever it is.
         """
-        # Members of a private swarm would be told apart here, by what their calls carry.
-        return self.of_address(*split_peer(peer))
+        caller = self.of_address(*split_peer(peer))
+        return Caller(member) if member and not caller.is_own else caller
 
     def of_address(self, host: str, port: int) -> Caller:
         """Whom a connection from there counts for."""

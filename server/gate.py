@@ -15,6 +15,7 @@ import grpc.aio
 
 from swarm.errors import TooManyRequests
 from swarm.rpc import abort
+from swarm.rpc_members import current_member
 from swarm.v1 import blocks_pb2 as pb
 
 from .callers import Caller, Callers
@@ -36,8 +37,9 @@ class Gate(grpc.aio.ServerInterceptor):
         """Called when a caller asks that is shut out; closes its connections."""
 
     def caller(self, context: grpc.aio.ServicerContext) -> Caller:
-        """Whom a call counts for."""
-        return self.callers.of_peer(context.peer())
+        """Whom a call counts for; its address before it has shown which member calls."""
+        member = current_member.get()
+        return self.callers.of_peer(context.peer(), "" if member is None else str(member))
 
     @contextmanager
     def hold(self, caller: Caller, what: What) -> Iterator[None]:

@@ -76,7 +76,7 @@ def test_lora_teaches_a_way_of_speaking_to_somebody_who_has_no_swarm(tmp_path: P
     assert_drawn(tmp_path / "adapter" / "loss.png")
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "2"])
+@pytest.mark.parametrize("seed", ["0", "1"])
 def test_prompts_and_a_head_classify_as_well_as_trained_locally(run: Callable[..., str], seed: str) -> None:
     output = run("prompt_classifier.py", "--steps", "40", "--seed", seed)
     before, after, local = numbers(output, "right of 200 new sentences")

@@ -191,6 +191,13 @@ def test_who_comes_through_the_tunnel_is_known_while_its_stream_is_carried():
     assert split_peer("unix:/tmp/x") == ("", 0)
 
 
+def test_a_member_is_one_caller_wherever_it_is():
+    callers = Callers()
+    with callers.entering(5000, "relay", True):
+        at_home, by_relay = (callers.of_peer(each, "member M") for each in ("ipv4:192.0.2.1:1", "ipv4:127.0.0.1:5000"))
+    assert at_home == by_relay == Caller("member M") != callers.of_peer("ipv4:192.0.2.1:1", "member N")
+
+
 # The computing time.
 
 
