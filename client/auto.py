@@ -103,7 +103,7 @@ class _AutoDistributed:
         Raises: BadLink, BadRequest, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
         """
         config = _client_config(join, initial_peers, client_config)
-        permitted = {
+        permitted: dict[str, Any] = {
             "allowed_servers": allowed_servers,
             "blocked_servers": blocked_servers or None,
             "trusted_servers": trusted_servers,
