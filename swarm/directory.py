@@ -206,7 +206,7 @@ class BucketDirectory:
         """
         self._check_own(announcement)
         root = servers_root(announcement.model_fingerprint)
-        places = [(each.tree, self._places.pop(each.tree, None) or _Place(())) for each in (root, MODELS)]
+        places = [(each.tree, self._places.pop(each.tree, _Place(()))) for each in (root, MODELS)]
         writes = (self._shelves.write(Bucket(tree, place.path[: place.depth]), b"", 0.0) for tree, place in places)
         for result in await asyncio.gather(*writes, return_exceptions=True):
             if isinstance(result, BaseException):
