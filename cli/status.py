@@ -13,6 +13,7 @@ from rich.table import Table
 from swarm.announcement import AdapterListing, Announcement, ModelListing
 from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest, NoRoute
+from swarm.link import JoinLink
 from swarm.ranges import BlockRange, describe_blocks
 
 from .common import AllowOption, BlockOption, JoinOption, TrustOption, console, need_join
@@ -34,8 +35,8 @@ def status_command(
         raise BadRequest("--route is for people to read: leave out --json")
     if (allow or block or trust) and not route:
         raise BadRequest("--allow, --block and --trust are about the route: add --route")
-    initial_peers = need_join(join).initial_peers
-    models = asyncio.run(_read(initial_peers))
+    link = need_join(join)
+    models = asyncio.run(_read(link))
     if as_json:
         typer.echo(json.dumps([_as_dict(listing, servers) for listing, servers in models], indent=2))
         return
@@ -46,29 +47,31 @@ def status_command(
         _print_model(listing, servers)
         if route and not _missing(listing, servers):
             console.print(
-                asyncio.run(_explain(initial_peers, listing, wanted)),
+                asyncio.run(_explain(link, listing, wanted)),
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
 
 
-async def _explain(initial_peers: tuple[str, ...], listing: ModelListing, wanted: dict[str, Any]) -> str:
+async def _explain(link: JoinLink, listing: ModelListing, wanted: dict[str, Any]) -> str:
     """The fastest route over the servers that the options let be on it, or why there is none."""
     from swarm.client.config import ClientConfig
     from swarm.client.network import open_network
     from swarm.client.routing import Needs
 
+    config = ClientConfig(initial_peers=link.initial_peers, invitation=link.invitation, **wanted)
     needs = Needs(BlockRange(0, listing.num_blocks), listing.fingerprint)
-    async with open_network(ClientConfig(initial_peers=initial_peers, **wanted)) as network:
+    async with open_network(config) as network:
         try:
             return str(await network.explain_route(needs))
         except NoRoute as exc:
             return str(exc)
 
 
-async def _read(initial_peers: tuple[str, ...]) -> list[tuple[ModelListing, list[Announcement]]]:
-    async with open_dht(DhtConfig(initial_peers=initial_peers, client_mode=True)) as dht:
+async def _read(link: JoinLink) -> list[tuple[ModelListing, list[Announcement]]]:
+    config = DhtConfig(initial_peers=link.initial_peers, invitation=link.invitation, client_mode=True)
+    async with open_dht(config) as dht:
         listings = await dht.directory.models()
         return [(listing, await dht.directory.servers(listing.fingerprint)) for listing in listings]
 

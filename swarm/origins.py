@@ -81,7 +81,7 @@ def who_gives_way(prefixes: Mapping[H, str], newcomer: str) -> H | None:
     largest, count = counts.most_common(1)[0]
     if count <= counts[newcomer] + 1:
         return None
-    return next(record for record in reversed(prefixes) if prefixes[record] == largest)
+    return next(record for record in reversed(list(prefixes)) if prefixes[record] == largest)
 
 
 def largest_share(sizes: Iterable[tuple[str, int]]) -> tuple[str, int]:

@@ -36,6 +36,9 @@ NEIGHBOURS, ROUNDS = 32, 10
 OUTLIER, OUTLIER_S = 4.0, 0.01
 """A measurement is left out that fits worse than so many times the median, and so many seconds."""
 
+MAX_QUEUE_S = 3600.0
+"""Who says that steps wait for longer says nothing."""
+
 MAX_REMEMBERED = 1024
 """Peers whose round-trip times are kept."""
 
@@ -50,6 +53,8 @@ class Survey:
         """None: we have met nobody yet."""
         self.rtts_s: dict[str, float] = {}
         """Peer id -> seconds, those met last at the end."""
+        self.queues_s: dict[str, float] = {}
+        """Peer id -> what a step waits there, as it said when we met it."""
         self._places: dict[str, Coordinates] = {}
         self._called: dict[str, int] = {}
         """Peer id -> number of the visit at which it was called last, whether it answered or not."""
@@ -72,14 +77,20 @@ class Survey:
         await asyncio.gather(*(self._call(server) for server in servers[:limit]))
         self.settle()
 
-    def met(self, server: Announcement, rtt_s: float) -> None:
+    def met(self, server: Announcement, rtt_s: float, queue_s: float = 0.0) -> None:
         """Note a measurement; `settle` makes use of it."""
+        self.queues_s[server.peer_id] = queue_s
         before_s = self.rtts_s.pop(server.peer_id, rtt_s)
         self.rtts_s[server.peer_id] = MEMORY * before_s + (1 - MEMORY) * rtt_s
         self._places[server.peer_id] = server.coordinates or Coordinates()
         if len(self.rtts_s) > MAX_REMEMBERED:
             oldest = next(iter(self.rtts_s))
-            del self.rtts_s[oldest], self._places[oldest]
+            self._forget(oldest)
+
+    def _forget(self, peer_id: str) -> None:
+        self.rtts_s.pop(peer_id, None)
+        self.queues_s.pop(peer_id, None)
+        self._places.pop(peer_id, None)
 
     def settle(self) -> None:
         """Find the place that suits what was measured last: a few measurements are gone through several times.
@@ -115,13 +126,13 @@ class Survey:
             ):
                 for _ in range(CALLS_PER_VISIT):
                     started_s = time.monotonic()
-                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=VISIT_TIMEOUT_S)
+                    answer = await pb_grpc.BlocksStub(channel).Describe(request)
                     times_s.append(time.monotonic() - started_s)
         except (SwarmError, TimeoutError) as exc:  # whatever a stranger answers, it is no measurement
             logger.debug("server %s does not answer: %s", server.peer_id, exc)
-            self.rtts_s.pop(server.peer_id, None)
-            self._places.pop(server.peer_id, None)
-            if isinstance(exc, PeerUnavailable):
+            self._forget(server.peer_id)
+            if isinstance(exc, PeerUnavailable):  # not a busy line: by the link that there is, it may yet answer
                 await self._connector.forget(server.peer_id)
             return
-        self.met(server, min(times_s[1:]))
+        queue_s = answer.load.queue_s if 0 <= answer.load.queue_s <= MAX_QUEUE_S else 0.0
+        self.met(server, min(times_s[1:]), queue_s)
