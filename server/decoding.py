@@ -259,7 +259,7 @@ class Decoding:
     async def _take_step(self, read: Read, wire: pb.Step, session: ServerSession, from_client: bool) -> None:
         """Read a step and queue it, unless it was seen before. It keeps its room until its output is passed on."""
         checks.check_held(wire.held)
-        if not wire.HasField("hidden_states"):
+        if not wire.HasField("hidden_states") and not from_client:  # only a server knows what the next one holds
             await self._queue(self._step_of_nothing(wire, session), Held(), session, from_client)
             return
         unpacker = self._check_step(wire, session)

@@ -46,7 +46,7 @@ class Target:
         writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
         lines = (await reader.read()).decode().splitlines()
         writer.close()
-        pairs = [line.split() for line in lines if line.startswith(("swarm_adapter", "swarm_answer"))]
+        pairs = [line.split() for line in lines if line.startswith(("swarm_adapter", "swarm_message"))]
         return {name: float(value) for name, value in pairs}
 
     async def wait_holds(self, wanted: dict[str, float]) -> None:
@@ -214,7 +214,7 @@ async def test_adapters_that_fit_no_module_are_refused_by_each_call_that_names_t
             request = compute(target.server, blocks=pb.BlockRange(start=0, end=6), adapters=names)
             await assert_refused(BadRequest, sentence, stub.Forward(), request)
     held = await target.held()
-    assert held["swarm_adapters_in_use"] == held["swarm_answer_bytes"] == held["swarm_answers_waiting"] == 0
+    assert held["swarm_adapters_in_use"] == held["swarm_message_bytes"] == held["swarm_messages_waiting"] == 0
 
 
 def test_the_server_works_as_before(target: Target) -> None:

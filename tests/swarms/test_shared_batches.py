@@ -13,12 +13,12 @@ from tiny import load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.server import LocalSwarm
-from swarm.server.hardware import Speed
+from swarm.server.speed import Speed
 
 SLOW_S = 1.0
 """What the slow server takes longer for each piece of training work; the fast one takes milliseconds."""
 
-SPEED = Speed(decode_tokens_per_s=100.0, forward_tokens_per_s=5000.0)
+SPEED = Speed(seconds={1: 0.01, 256: 0.05})
 """What both say."""
 
 
@@ -30,7 +30,7 @@ def test_a_batch_is_shared_by_default_and_the_next_one_by_what_was_measured(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both servers announce the same; one of them is slow."""
-    monkeypatch.setattr("swarm.server.tenure.measure_speed", lambda span: SPEED)
+    monkeypatch.setattr("swarm.server.tenure.measure_speed", lambda *_: SPEED)
     path = str(tiny_model("llama"))
     ids = random_ids(8, 128)
 
