@@ -19,6 +19,7 @@ from torch import Tensor
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import AdapterListing
 from swarm.codec import optional, pack, torch_dtype
+from swarm.commitments import KEY_BYTES, max_step_tokens
 from swarm.errors import PeerError, PeerUnavailable, ProtocolError, SwarmError
 from swarm.model.adapters import ModelAdapter, of_blocks
 from swarm.ranges import BlockRange
@@ -55,6 +56,8 @@ class ChainConfig:
     """What is changed in the blocks of the model."""
     hosted: AdapterListing | None = None
     """The hosted adapter to use instead."""
+    commits: bool = False
+    """Whether every hop commits to what enters and leaves it, for audits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,16 @@ class Tickets:
     """(peer id, blocks) -> session id."""
     epoch: int = 0
     """Grows with each chain of a session."""
+    commitment_keys: Mapping[BlockRange, bytes] = field(default_factory=dict)
+    """Blocks -> what the hop that runs them commits under."""
 
     def following(self, hops: Sequence[Hop]) -> Tickets:
-        """The tickets of the next chain: the same ids where it takes the same hops."""
+        """The tickets of the next chain: the same ids and keys where it takes the same hops."""
         keys = [(hop.peer_id, hop.blocks) for hop in hops]
         ids = {key: self.session_ids.get(key) or secrets.token_bytes(16) for key in keys}
-        return Tickets(ids, self.epoch + 1)
+        known = self.commitment_keys
+        under = {hop.blocks: known.get(hop.blocks) or secrets.token_bytes(KEY_BYTES) for hop in hops}
+        return Tickets(ids, self.epoch + 1, under)
 
     def session_id(self, hop: Hop) -> bytes:
         return self.session_ids[hop.peer_id, hop.blocks]
@@ -84,6 +91,8 @@ class StepOutput:
     """The wanted positions; None if none were."""
     hop_us: Sequence[int]
     """How long each hop had the step, microseconds, as they say; empty: not all of them said it."""
+    commitments: Sequence[pb.Commitment]
+    """What the hops commit to, unchecked."""
 
 
 class Chain:
@@ -223,6 +232,7 @@ class Chain:
             data=packed.data,
             adapters=names_of(of_blocks(config.adapters, hop.blocks)),
             hosted_adapter=b"" if config.hosted is None else config.hosted.digest_bytes,
+            commitment_key=self._tickets.commitment_keys[hop.blocks] if config.commits else b"",
         )
         if index + 1 < len(self.hops):
             opening.next.CopyFrom(self.hops[index + 1].address.to_wire())
@@ -232,7 +242,7 @@ class Chain:
     async def open(self, owned: AsyncExitStack) -> None:
         """Open all hops at once; `owned` gets what must be closed at the end."""
         self._calls = [None] * len(self.hops)
-        self.max_step_tokens = 1 << 30
+        self.max_step_tokens = max_step_tokens(len(self.hops)) if self._config.commits else 1 << 30
         leases = await owned.enter_async_context(AsyncExitStack())
         openings = [asyncio.create_task(self._open_hop(index, leases)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, openings)
@@ -271,7 +281,8 @@ class Chain:
         (y_BLD,) = await read_tensors(call.read, specs, wire.data, max_bytes=max_bytes)
         result = self._results.pop(wire.step_id, None)
         if result is not None and not result.done():
-            result.set_result(StepOutput(y_BLD, list(wire.hop_us) if len(wire.hop_us) == len(self.hops) else []))
+            hop_us = list(wire.hop_us) if len(wire.hop_us) == len(self.hops) else []
+            result.set_result(StepOutput(y_BLD, hop_us, wire.commitments))
 
     async def finish(self) -> None:
         """End the streams in order, so that the servers free their caches at once and keep none for a while.

@@ -55,6 +55,10 @@ class ClientConfig:
     use_direct: bool = True
     """Whether servers are dialled directly where they can be; False: always through the tunnel."""
 
+    audit_fraction: float = 0.0
+    """Share of steps and batches after which servers are audited, and of their time that audits may take; 0: never. An
+    audit sends what was sent to one server to another one as well, see docs/security.md."""
+
     @property
     def codec(self) -> pb.Codec:
         return pb.CODEC_INT8_PER_ROW if self.compression == "int8" else pb.CODEC_RAW
@@ -75,6 +79,8 @@ class ClientConfig:
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
+        if not 0 <= self.audit_fraction <= 1:
+            raise BadRequest(f"audit_fraction is a share between 0 and 1, not {self.audit_fraction}")
         for name in ("allowed_servers", "blocked_servers"):
             object.__setattr__(self, name, _peer_ids(name, getattr(self, name)))
 

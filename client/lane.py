@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swarm.errors import ProtocolError
 from swarm.streams import Step
 
 from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
 from .hedging import StepTimes
-from .network import Attempt, Network
+from .network import Attempt, Network, blame
 from .parts import part_length
 from .record import Record
 from .routing import Hop, Needs
 from .tasks import cancel_and_wait
+from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,17 @@ class Lane:
 
     Args:
         on_draining: called when a hop says that it is about to leave.
+        audited: the lane whose hops this one recomputes; it commits under the same keys then.
     """
 
     def __init__(
-        self, network: Network, needs: Needs, config: ChainConfig, on_draining: Callable[[Lane], None]
+        self,
+        network: Network,
+        needs: Needs,
+        config: ChainConfig,
+        on_draining: Callable[[Lane], None],
+        *,
+        audited: Lane | None = None,
     ) -> None:
         self.times = StepTimes()
         self._network = network
@@ -50,7 +59,9 @@ class Lane:
         self._hops: Sequence[Hop] = ()
         self._chain_length = 0
         """Leading tokens of the record that the caches of the chain are known to hold."""
-        self._tickets = Tickets()
+        self._tickets = Tickets() if audited is None else Tickets(commitment_keys=audited._tickets.commitment_keys)
+        self.transcript: Transcript | None = None
+        """What the hops have committed to; None before the first step, and where they do not."""
         self._valid_length = 0
         """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
         self._unchanged = 0
@@ -72,6 +83,11 @@ class Lane:
     def draining(self) -> frozenset[str]:
         """Peers among them that are about to leave."""
         return frozenset() if self._chain is None else frozenset(self._chain.draining)
+
+    @property
+    def num_held(self) -> int:
+        """Leading tokens of the record that its caches are known to hold."""
+        return self._chain_length
 
     def num_tokens_for(self, step: Step) -> int:
         """Tokens per sequence that feeding a step takes, of the record's."""
@@ -130,14 +146,15 @@ class Lane:
         batch_size = self._config.batch_size
         length = part_length(record.length - start, batch_size, len(chain.hops), chain.max_step_tokens)
         began_s = time.monotonic()
-        pending: list[asyncio.Future[StepOutput]] = []
+        pending: list[tuple[Step, asyncio.Future[StepOutput]]] = []
         for begin in range(start, record.length, length):
             end = min(begin + length, record.length)
             part = record.part(begin, end)
             num_outputs = min(end - begin, max(0, step.num_outputs - (record.length - end)))
             beam_idx = step.beam_idx if begin == start else ()
-            pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
-        outputs = [await chain.receive(result) for result in pending]
+            sent = replace(part, num_outputs=num_outputs, beam_idx=beam_idx)
+            pending.append((sent, await chain.send(sent)))
+        outputs = [await self._receive(chain, sent, result) for sent, result in pending]
         wanted = [output.y_BLD for output in outputs if output.y_BLD is not None]
         if not step.num_outputs:
             wanted.append(step.x_BLD[:, :0])
@@ -151,10 +168,26 @@ class Lane:
             self._network.took(chain.hops, outputs[0].hop_us, batch_size, seconds)
         return wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=1)
 
+    async def _receive(self, chain: Chain, sent: Step, result: asyncio.Future[StepOutput]) -> StepOutput:
+        """Wait for a step's result and take note of what the hops commit to. Raises: PeerError."""
+        output = await chain.receive(result)
+        if output.y_BLD is not None:
+            chain.check_outputs([output.y_BLD], sent.num_outputs)
+        if self.transcript is not None:
+            try:
+                self.transcript.add(sent, output.commitments, output.y_BLD)
+            except ProtocolError as exc:
+                raise blame(exc, chain.hops[-1]) from exc
+        return output
+
     async def _open_chain(self, hops: Sequence[Hop]) -> Chain:
         self._hops = hops
         began_s = time.monotonic()
         self._tickets = self._tickets.following(hops)
+        config = self._config
+        if config.commits and (self.transcript is None or not self.transcript.follows(hops)):
+            keys = self._tickets.commitment_keys
+            self.transcript = Transcript(hops, keys, config.batch_size, config.hidden_size)
         self.times = StepTimes()
         opening = open_chain(self._network, self._config, hops, self._tickets, lambda: self._on_draining(self))
         self._chain = await self._owned.enter_async_context(opening)

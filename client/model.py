@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +28,7 @@ from .connection import Connection
 from .drafts import AdaptiveDrafts
 from .hosted import check_one_way
 from .prompts import Prompts
+from .restarts import Tainted, until_untainted
 from .routing import ExplainedRoute, Needs
 from .session import InferenceSession
 from .uploads import names_of
@@ -57,6 +58,8 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.sessions: list[InferenceSession] = []
+        self.may_restart = False
+        """Whether a generation that begins again would not be noticed."""
         self.generating: list[SessionCache] = []
         """The caches of the calls of `generate` that are under way."""
         self.num_outputs: int | None = None
@@ -147,6 +150,8 @@ class SwarmCall:
             beam_idx=cache.take_beam_idx(),
             num_outputs=num_outputs,
         )
+        if self.state.may_restart and cache.session.take_tainted():
+            raise Tainted
         if num_outputs == length:
             return y_BLD
         # The head looks at the last positions only; the others are not fetched.
@@ -240,6 +245,7 @@ class DistributedMixin:
             prompts_NBPD=None if deep is None else deep.detach().cpu().clone(),
             adapters=adapters,
             hosted=hosted,
+            commits=swarm.connection.network.config.audit_fraction > 0,
         )
         connection, needs = swarm.connection, replace(swarm.needs, session_tokens=max_tokens, adapter=hosted)
         session = _ActiveSession(
@@ -282,14 +288,44 @@ class DistributedMixin:
         session = session or (state.sessions[-1] if state.sessions else None)
         if session is not None:
             return self._continue(session, inputs, *args, **kwargs)
-        with self._own_sessions():
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+        def anew() -> Any:
+            with self._own_sessions() as sessions:
+                result = super(DistributedMixin, self).generate(inputs, *args, **kwargs)  # type: ignore[misc]
+                self._check_untainted(sessions())
+                return result
+
+        return self._untainted(anew, kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> AdaptiveDrafts:
         """The library's: what drafts tokens in assisted generation."""
         return AdaptiveDrafts(super()._get_candidate_generator(*args, **kwargs))  # type: ignore[misc]
 
+    def _untainted(self, generate: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
+        """Generate, again if a server turns out to have lied, unless a streamer has shown the tokens already."""
+        network, state = self._swarm.connection.network, self._swarm.state
+        if not network.config.audit_fraction or kwargs.get("streamer") is not None:
+            return generate()
+        outer, state.may_restart = state.may_restart, True
+        try:
+            return until_untainted(generate)
+        finally:
+            state.may_restart = outer
+
+    def _check_untainted(self, sessions: Sequence[InferenceSession]) -> None:
+        """Raise Tainted if a generation that is complete has to begin again."""
+        if self._swarm.state.may_restart:
+            for session in sessions:
+                session.settle()
+                if session.take_tainted():
+                    raise Tainted
+
     def _continue(self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Generate in a session that may hold tokens already."""
+        return self._untainted(lambda: self._continued(session, inputs, *args, **kwargs), kwargs)
+
+    def _continued(self, session: InferenceSession, inputs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         past = session.output_ids
         inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if past is None and session.position:
@@ -314,6 +350,7 @@ class DistributedMixin:
         generating.append(cache)
         try:
             result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # type: ignore[misc]
+            self._check_untainted([session])
         except BaseException:
             session.rewind(min(position, session.position))
             raise
@@ -330,12 +367,12 @@ class DistributedMixin:
         return result
 
     @contextmanager
-    def _own_sessions(self) -> Iterator[None]:
-        """Close the sessions that a `generate` opens for itself."""
+    def _own_sessions(self) -> Iterator[Callable[[], list[InferenceSession]]]:
+        """Close the sessions that a `generate` opens for itself; yield what says which they are."""
         generating = self._swarm.state.generating
         start = len(generating)
         try:
-            yield
+            yield lambda: [cache.session for cache in generating[start:]]
         finally:
             for cache in generating[start:]:
                 cache.session.close()

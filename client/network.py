@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,11 +37,12 @@ from swarm.survey import Survey
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .audits import Pace, choose_auditor
 from .config import ClientConfig
 from .hedging import StepTimes
 from .hosted import choose_adapter
 from .known_servers import KnownServers
-from .observations import FailureMemory, SpeedMemory
+from .observations import AuditMemory, FailureMemory, SpeedMemory
 from .routing import DEFAULT_TOKENS_PER_S, ExplainedRoute, Hop, Needs, Roster, View, explain, plan_route, route_costs
 from .tasks import cancel_and_wait
 from .uploads import Uploads
@@ -99,6 +101,10 @@ class Network:
         )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
+        self._audits = AuditMemory()
+        self._rng = random.Random()
+        self.pace = Pace(config.audit_fraction, self._rng)
+        """When to audit."""
         self.openings = StepTimes()
         """How long opening the chains of sessions takes."""
         self.feedings = StepTimes()
@@ -160,8 +166,10 @@ class Network:
         return plan_route(self._roster, self._permitted(needs), self.view(attempt), prefer=prefer)
 
     def _permitted(self, needs: Needs) -> Needs:
-        """The same, of the servers that the user wants."""
-        return replace(needs, allowed=self.config.allowed_servers, blocked=self.config.blocked_servers)
+        """The same, of the servers that the user wants and that were not found to be false."""
+        config = self.config
+        false = self._audits.false
+        return replace(needs, allowed=config.allowed_servers, blocked=config.blocked_servers, false=false)
 
     def view(self, attempt: Attempt | None = None) -> View:
         """What is known of the peers now."""
@@ -229,7 +237,46 @@ class Network:
     async def explain_route(self, needs: Needs) -> ExplainedRoute:
         """The route that a request would take now. Raises: NoRoute."""
         hops = await self.route(needs, Attempt())
-        return explain(hops, self._roster, self._permitted(needs), self.view())
+        explained = explain(hops, self._roster, self._permitted(needs), self.view())
+        remarks = [*explained.remarks, *self._audits.remarks()]
+        if self.config.audit_fraction:
+            auditors = zip(hops, await self.auditors(hops, needs), strict=True)
+            remarks += [f"not audited: no other server has all of {hop}" for hop, other in auditors if other is None]
+        return replace(explained, remarks=remarks)
+
+    async def auditors(
+        self, hops: Sequence[Hop], needs: Needs, *, not_these: Sequence[Hop] = ()
+    ) -> list[Hop | None]:
+        """Choose who may recompute each of these hops: none of them, and none of the others; None: nobody can."""
+        involved = self._avoided().union(hop.peer_id for hop in (*hops, *not_these))
+        chosen: list[Hop | None] = []
+        for hop in hops:
+            of_hop = self._permitted(replace(needs, blocks=hop.blocks))
+            able = [self._roster.servers[row] for row in self._roster.usable(of_hop, involved)]
+            server = choose_auditor(able, hop, self._rng)
+            chosen.append(None if server is None else Hop(server, hop.blocks))
+        return chosen
+
+    def exclude(self, hop: Hop, *, error: float, among_others: float) -> None:
+        """Use a peer no more that has computed something else than its blocks.
+
+        Args:
+            error: relative error of what it has committed to.
+            among_others: that between two others.
+        """
+        what = f"not used: {hop} computed something else: {error:.1%} from two others, which differ by {among_others:.1%}"
+        logger.warning("%s", what)
+        self._audits.found(hop.peer_id, what)
+
+    def doubt(self, hops: Sequence[Hop], error: float) -> None:
+        """Note that of these peers one has computed something else, and nobody can say which."""
+        what = f"in doubt: {' or '.join(map(str, hops))} computed something else, they differ by {error:.1%}"
+        logger.warning("%s", what)
+        self._audits.doubted([hop.peer_id for hop in hops], what)
+
+    def is_false(self, hops: Sequence[Hop]) -> bool:
+        """Whether one of these peers was found to compute something else."""
+        return any(hop.peer_id in self._audits.false for hop in hops)
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys() | (+self._silent).keys()

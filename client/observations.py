@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SLOW = 3.0
@@ -18,6 +19,9 @@ HALF_LIFE_S = 60.0
 """How fast it is forgotten that a peer was slow."""
 
 MAX_REMEMBERED = 1024
+
+MAX_DOUBTS = 64
+"""Disagreements that are remembered."""
 
 
 class FailureMemory:
@@ -47,6 +51,33 @@ class _Pace:
     seen_at_s: float
     num_slow: int
     """Slow times in a row."""
+
+
+class AuditMemory:
+    """What audits have found; kept for as long as the client runs."""
+
+    def __init__(self) -> None:
+        self._false: dict[str, str] = {}
+        self._doubts: dict[tuple[str, ...], str] = {}
+
+    @property
+    def false(self) -> frozenset[str]:
+        """Ids of peers that have computed something else than their blocks."""
+        return frozenset(self._false)
+
+    def found(self, peer_id: str, what: str) -> None:
+        """Note that a peer is false, and what shows it."""
+        self._false[peer_id] = what
+
+    def doubted(self, peer_ids: Sequence[str], what: str) -> None:
+        """Note that one of these peers is false, and nobody could say which."""
+        self._doubts[tuple(peer_ids)] = what
+        if len(self._doubts) > MAX_DOUBTS:
+            del self._doubts[next(iter(self._doubts))]
+
+    def remarks(self) -> list[str]:
+        """All of it, in sentences."""
+        return [*self._false.values(), *self._doubts.values()]
 
 
 class SpeedMemory:

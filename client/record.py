@@ -46,6 +46,14 @@ class Record:
 
         return Record(self.length, pick(self.x_BTD), pick(self.mask_BT), pick(self.position_ids_BT))
 
+    def copied(self, length: int) -> Record:
+        """Its first tokens, as no later step can change them."""
+
+        def copy(buffer: Tensor | None) -> Tensor | None:
+            return None if buffer is None else buffer[:, :length].clone()
+
+        return Record(length, copy(self.x_BTD), copy(self.mask_BT), copy(self.position_ids_BT))
+
     def part(self, start: int, end: int) -> Step:
         """The tokens [start, end) as a step that returns nothing."""
         assert self.x_BTD is not None

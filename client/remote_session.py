@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from swarm.errors import SwarmError
 from swarm.streams import Step
 
+from .auditor import SessionAuditor
 from .chain import ChainConfig
 from .hedging import Hedges
 from .lane import Lane
@@ -46,6 +48,9 @@ class RemoteSession:
         self._lane = self._new_lane()
         self._stepping = asyncio.Lock()
         """Held while the record grows, or the session changes its lane."""
+        self._auditor = SessionAuditor(network, needs, config)
+        self.is_tainted = False
+        """Whether results that were returned came from a route that has lied."""
         self._hedges = Hedges()
         self._successor: Lane | None = None
         """Where the session is moving to."""
@@ -76,8 +81,11 @@ class RemoteSession:
                 self._moving.result()  # an error would be our bug
             if self._successor is not None:
                 self._successor.changed(step)
+            self._auditor.changed(step)
+            self._leave_false_hops()
             self._leave_slow_hops()
             record = self._record.followed_by(step)
+            began_s = time.monotonic()
             self._hedges.fed(step.x_BLD.shape[1])
 
             async def attempt(attempt: Attempt) -> Tensor:
@@ -85,6 +93,7 @@ class RemoteSession:
 
             result = await self._network.retrying(attempt)
             self._record = record
+            self._auditor.stepped(self._lane, record, time.monotonic() - began_s)
         return result
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
@@ -126,6 +135,20 @@ class RemoteSession:
         for number, task in outcome.left.items():
             lanes[number].retire(task)
         return outcome.result
+
+    def _leave_false_hops(self) -> None:
+        """Give up the lane if an audit has found one of its hops to lie; the step that follows replays the record."""
+        if self._network.is_false(self.route):
+            logger.warning("leaving %s after %d tokens, some of which may be wrong", ", ".join(map(str, self.route)), self.length)
+            self.is_tainted = True
+            self._lane.retire()
+            self._lane = self._new_lane()
+
+    async def settle(self) -> None:
+        """Wait for an audit that runs, and leave a route that it has found to be false."""
+        await self._auditor.wait()
+        async with self._stepping:
+            self._leave_false_hops()
 
     def _leave_slow_hops(self) -> None:
         """Give up the lane if another route is worth the replay; the step that follows takes it."""
@@ -185,10 +208,12 @@ class RemoteSession:
         await self.aclose()
         self._record = self._record.rows(torch.tensor(rows))
         self._config = replace(self._config, batch_size=len(rows))
+        self._auditor = SessionAuditor(self._network, self._needs, self._config)
         self._lane = self._new_lane()
 
     async def aclose(self) -> None:
         """Close the streams; the servers free their caches."""
         if self._moving is not None:
             await cancel_and_wait([self._moving])
+        await self._auditor.aclose()
         await self._lane.aclose()

@@ -82,10 +82,16 @@ class Needs:
     """Peer ids of those that the user does not permit."""
     adapter: AdapterListing | None = None
     """The hosted adapter that all of them must have."""
+    false: Collection[str] = frozenset()
+    """Peer ids of those that audits have found to compute something else."""
 
     def permits(self, peer_id: str) -> bool:
-        """Whether the user lets a server be on the route."""
-        return peer_id not in self.blocked and (self.allowed is None or peer_id in self.allowed)
+        """Whether a server may be on the route: the user lets it, and it was not found to be false."""
+        return (
+            peer_id not in self.blocked
+            and peer_id not in self.false
+            and (self.allowed is None or peer_id in self.allowed)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,8 @@ def usable(server: Announcement, needs: Needs) -> str | None:
         return f"speaks protocol version {server.protocol_version} (ours is {PROTOCOL_VERSION})"
     if server.model_fingerprint != needs.fingerprint:
         return "serves another model"
+    if server.peer_id in needs.false:
+        return "was found to compute something else than its blocks"
     if not needs.permits(server.peer_id):
         return "is named in blocked_servers" if server.peer_id in needs.blocked else "is not named in allowed_servers"
     if needs.commit and server.model_commit and server.model_commit != needs.commit:

@@ -236,6 +236,20 @@ class InferenceSession:
             weakref.finalize(self, _close_soon, self._loop, self._session).atexit = False
         return self._session
 
+    def take_tainted(self) -> bool:
+        """Whether results came from a server that turned out to have lied, since this was asked last; the session goes
+        on without it, from the same record."""
+        session = self._session
+        if session is None or not session.is_tainted:
+            return False
+        session.is_tainted = False
+        return True
+
+    def settle(self) -> None:
+        """Wait for an audit of the session that runs, if one does."""
+        if self._session is not None:
+            self._loop.run(self._session.settle())
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order; a row may come several times."""
         if self._session is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swarm import PROTOCOL_VERSION, reach
 from swarm.codec import FLOAT_DTYPES
+from swarm.commitments import KEY_BYTES, MAX_BYTES, num_bytes
 from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.v1 import blocks_pb2 as pb
@@ -189,6 +190,18 @@ def check_hop_times(hop_us: Sequence[int]) -> None:
     """Raise ProtocolError if a step has come through more hops than a route can have."""
     if len(hop_us) > MAX_HOPS:
         raise ProtocolError(f"a step has come through {len(hop_us)} hops, more than {MAX_HOPS}")
+
+
+def check_commitment_key(key: bytes) -> None:
+    """Raise ProtocolError unless the key is absent or as long as one is."""
+    if len(key) not in (0, KEY_BYTES):
+        raise ProtocolError(f"a commitment key has {KEY_BYTES} bytes")
+
+
+def check_commitments(commitments: Sequence[pb.Commitment]) -> None:
+    """Raise ProtocolError if a step brings more of them than a route can make of one."""
+    if len(commitments) > MAX_HOPS or num_bytes(commitments) > MAX_BYTES:
+        raise ProtocolError(f"the commitments of a step are those of {MAX_HOPS} hops and take {MAX_BYTES} bytes at most")
 
 
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:

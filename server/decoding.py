@@ -8,12 +8,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 
 import grpc.aio
 import torch
 from torch import Tensor
 
 from swarm.codec import optional, pack
+from swarm.commitments import Sketcher
 from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolError, SessionLost
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
@@ -35,6 +38,9 @@ logger = logging.getLogger(__name__)
 # B batch, L length, D hidden, N blocks, P virtual tokens
 
 MAX_OPEN_TIMEOUT_S = 120.0
+
+FEW_TOKENS = 64
+"""So many are sketched at once, in microseconds; more of them in another thread."""
 
 Read = Callable[[], Awaitable[pb.SessionRequest]]
 
@@ -69,6 +75,7 @@ class Decoding:
         """Check what is asked for, take it in when there is room, and open the way to the next hop."""
         blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
+        checks.check_commitment_key(opening.commitment_key)
         with self._adapters.lease(opening.adapters, blocks, opening.hosted_adapter) as adapters:
             checks.check_prefix(adapters.num_prefix_tokens, opening)
             prompts = await self._read_prompts(context.read, opening, blocks)
@@ -86,6 +93,8 @@ class Decoding:
             ) as session:
                 try:
                     session.shares_machine = any(self._is_here(target) for target in opening.next.direct)
+                    if opening.commitment_key:
+                        session.sketcher = Sketcher.of_key(opening.commitment_key, self._span.hidden_size)
                     async with (
                         self._open_delivery(context, opening, session) as session.deliver,
                         self._passing_on(session),
@@ -196,7 +205,8 @@ class Decoding:
             try:
                 while True:
                     step, output = await session.under_way.get()
-                    await session.deliver(await output, step)
+                    y_BLD = await output
+                    await session.deliver(y_BLD, await _committed(session, y_BLD, step))
                     session.under_way.task_done()
             except asyncio.CancelledError:
                 raise
@@ -246,6 +256,7 @@ class Decoding:
         checks.check_position_ids(ids_BL, batch_size, length)
         checks.check_beam_idx(list(wire.beam_idx), session.batch_size)
         checks.check_hop_times(wire.hop_us)
+        checks.check_commitments(wire.commitments)
         position = session.num_prefix_tokens + wire.position
         step = StepInput(
             step_id=wire.step_id,
@@ -258,6 +269,7 @@ class Decoding:
             codec=wire.hidden_states.codec,
             arrived_s=time.monotonic(),
             hop_us=list(wire.hop_us),
+            commitments=list(wire.commitments),
         )
         session.check(step)
         return step
@@ -276,11 +288,26 @@ def _unless_counting(ids_BL: Tensor | None, position: int) -> Tensor | None:
     return ids_BL
 
 
+async def _committed(session: ServerSession, y_BLD: Tensor, step: StepInput) -> StepInput:
+    """The step with what this hop commits to, if the client asked for that."""
+    sketcher = session.sketcher
+    if sketcher is None:
+        return step
+    commit = partial(sketcher.commit, step.position - session.num_prefix_tokens, step.x_BLD, y_BLD)
+    num_tokens = y_BLD.shape[0] * y_BLD.shape[1]
+    commitment = commit() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(commit)
+    return replace(step, commitments=[*step.commitments, commitment])
+
+
 async def _reply(context: grpc.aio.ServicerContext, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
     wanted = y_BLD[:, y_BLD.shape[1] - step.num_outputs :] if step.num_outputs else None
     packed = pack(wanted, codec=step.codec)
     result = pb.StepResult(
-        step_id=step.step_id, hidden_states=packed.specs[0], data=packed.data, hop_us=step.hop_us_by_now()
+        step_id=step.step_id,
+        hidden_states=packed.specs[0],
+        data=packed.data,
+        hop_us=step.hop_us_by_now(),
+        commitments=step.commitments,
     )
     await _answer(context, session, pb.SessionResponse(result=result), packed.more)
 
@@ -299,6 +326,13 @@ async def _answer(
 async def _push(link: PushLink, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
     position = step.position - session.num_prefix_tokens
     further = Step(
-        position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
+        position,
+        step.num_outputs,
+        y_BLD,
+        step.mask_BL,
+        step.position_ids_BL,
+        step.beam_idx,
+        step.hop_us_by_now(),
+        step.commitments,
     )
     await link.send(*further.to_wire(step.step_id, step.codec))

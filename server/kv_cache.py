@@ -44,6 +44,8 @@ class StepInput:
     """On the monotonic clock."""
     hop_us: Sequence[int] = ()
     """How long each earlier hop had it, microseconds."""
+    commitments: Sequence[pb.Commitment] = ()
+    """What each earlier hop has committed to."""
 
     def hop_us_by_now(self) -> list[int]:
         """The same with this hop."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from swarm.commitments import Sketcher
 from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost, SwarmError
 from swarm.model.edits import Adapters
 from swarm.model.narrow import SpanViews
@@ -81,6 +82,8 @@ class ServerSession:
     opened_at_s: float = field(default_factory=time.monotonic)
     used_at_s: float = field(default_factory=time.monotonic)
     """When the last step came, or the session was opened."""
+    sketcher: Sketcher | None = None
+    """Makes the commitments that the client asked for; None: it did not."""
     shares_machine: bool = False
     """Whether the server before or after this one in its route is on the same machine."""
     replaced: bool = False

@@ -35,6 +35,8 @@ class Step:
     beam_idx: Sequence[int] = ()
     hop_us: Sequence[int] = ()
     """How long each earlier hop had it, microseconds."""
+    commitments: Sequence[pb.Commitment] = ()
+    """What each earlier hop has committed to."""
 
     def to_wire(self, step_id: int, codec: pb.Codec) -> tuple[pb.SessionRequest, list[bytes]]:
         """Return the message, and the parts of its tensors that did not fit into it: see `write_message`."""
@@ -49,6 +51,7 @@ class Step:
             position_ids=packed.specs[2],
             data=packed.data,
             hop_us=self.hop_us,
+            commitments=self.commitments,
         )
         return pb.SessionRequest(step=step), packed.more
 

@@ -196,7 +196,7 @@ class SessionClose(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch", "adapters", "hosted_adapter")
+    __slots__ = ("protocol_version", "model_fingerprint", "session_id", "blocks", "batch_size", "max_tokens", "timeout_ms", "next", "next_session_id", "prompts", "data", "epoch", "adapters", "hosted_adapter", "commitment_key")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,7 @@ class SessionOpen(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     HOSTED_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_KEY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     session_id: bytes
@@ -225,7 +226,16 @@ class SessionOpen(_message.Message):
     epoch: int
     adapters: _containers.RepeatedScalarFieldContainer[bytes]
     hosted_adapter: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ..., adapters: _Optional[_Iterable[bytes]] = ..., hosted_adapter: _Optional[bytes] = ...) -> None: ...
+    commitment_key: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., session_id: _Optional[bytes] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., batch_size: _Optional[int] = ..., max_tokens: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., next: _Optional[_Union[PeerAddress, _Mapping]] = ..., next_session_id: _Optional[bytes] = ..., prompts: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., epoch: _Optional[int] = ..., adapters: _Optional[_Iterable[bytes]] = ..., hosted_adapter: _Optional[bytes] = ..., commitment_key: _Optional[bytes] = ...) -> None: ...
+
+class Commitment(_message.Message):
+    __slots__ = ("sketches", "tag")
+    SKETCHES_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    sketches: bytes
+    tag: bytes
+    def __init__(self, sketches: _Optional[bytes] = ..., tag: _Optional[bytes] = ...) -> None: ...
 
 class SessionAttach(_message.Message):
     __slots__ = ("protocol_version", "session_id", "epoch")
@@ -238,7 +248,7 @@ class SessionAttach(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us")
+    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us", "commitments")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +258,7 @@ class Step(_message.Message):
     POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     HOP_US_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENTS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     position: int
     num_outputs: int
@@ -257,7 +268,8 @@ class Step(_message.Message):
     position_ids: TensorSpec
     data: bytes
     hop_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    commitments: _containers.RepeatedCompositeFieldContainer[Commitment]
+    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ..., commitments: _Optional[_Iterable[_Union[Commitment, _Mapping]]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("opened", "result", "more", "draining")
@@ -286,16 +298,18 @@ class SessionOpened(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "hidden_states", "data", "hop_us")
+    __slots__ = ("step_id", "hidden_states", "data", "hop_us", "commitments")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     HOP_US_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENTS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     hidden_states: TensorSpec
     data: bytes
     hop_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    commitments: _containers.RepeatedCompositeFieldContainer[Commitment]
+    def __init__(self, step_id: _Optional[int] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ..., commitments: _Optional[_Iterable[_Union[Commitment, _Mapping]]] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ()
