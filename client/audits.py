@@ -99,7 +99,7 @@ def compare(committed_HSXK: Tensor, recomputed_HSXK: Tensor, tolerances: Sequenc
     errors_HSX = relative_error(committed_HSXK, recomputed_HSXK)
     left_before, limit_before = 0.0, 0.0
     for index, (errors_SX, tolerated) in enumerate(zip(errors_HSX, tolerances, strict=True)):
-        entered, left = map(_size, errors_SX)
+        entered, left = map(size_of, errors_SX)
         entered = entered if index else 0.0
         if tolerated is not None and index and tolerances[index - 1] is not None:
             if entered > max(GROWTH * left_before, limit_before):
@@ -111,7 +111,7 @@ def compare(committed_HSXK: Tensor, recomputed_HSXK: Tensor, tolerances: Sequenc
     return Verdict(Finding.RIGHT)
 
 
-def _size(errors_X: Tensor) -> float:
+def size_of(errors_X: Tensor) -> float:
     """How large errors are: their mean, or what the largest one alone counts for."""
     return max(float(errors_X.mean()), float(errors_X.max()) / SINGLE_FACTOR)
 
@@ -162,6 +162,8 @@ class Pace:
         self._fraction = fraction
         self._rng = rng
         self._credit_s = 0.0
+        self.num_audits = 0
+        """Of sessions and of single calls, so far."""
         self._wait_tokens = self._drawn()
 
     def stepped(self, seconds: float) -> None:
@@ -177,11 +179,14 @@ class Pace:
     def took(self, seconds: float) -> None:
         """Note how long an audit has taken; until steps have paid for it there is no other one."""
         self._credit_s -= seconds
+        self.num_audits += 1
         self._wait_tokens = self._drawn()
 
     def is_drawn(self) -> bool:
         """Whether a call that can be audited alone is to be."""
-        return self._rng.random() < self._fraction
+        drawn = self._rng.random() < self._fraction
+        self.num_audits += drawn
+        return drawn
 
     def _drawn(self) -> float:
         return self._rng.expovariate(self._fraction) if self._fraction else math.inf

@@ -29,6 +29,7 @@ from swarm.streams import ask, read_tensors
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
+from .batch_audits import audited
 from .hedging import Hedges, StepTimes
 from .network import Attempt, Network, blame
 from .racing import race
@@ -107,6 +108,11 @@ class Gradients:
     dprompts_NBPD: Tensor | None
     dadapters: Mapping[int, Sequence[Tensor]]
     """Number of a block -> gradients of its adapter's tensors, in the order of their names, float32."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on the blocks alone."""
+        prompts = [] if self.dprompts_NBPD is None else [self.dprompts_NBPD]
+        return [self.dx_BLD, *prompts, *(each for number in sorted(self.dadapters) for each in self.dadapters[number])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,11 +207,25 @@ class RemoteCompute:
 
             needs = self._needs_of(batch, rest)
             hops = await self._network.route(needs, attempt)
-            return await self._prepared(
+            y_BLD, segment = await self._prepared(
                 batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=False)
             )
+            answer = segment.hop, Gradients(y_BLD, None, {})
+            believed, result = await self._audited(batch, *answer, None)
+            return result.dx_BLD, segment if believed is segment.hop else replace(segment, hop=believed, forward_id=b"")
 
         return await self._network.retrying(attempt)
+
+    async def _audited(
+        self, batch: Batch, hop: Hop, answer: Gradients, grad_BLD: Tensor | None
+    ) -> tuple[Hop, Gradients]:
+        """A hop's answer, or where an audit finds it to be false, that of the peer that is believed."""
+
+        async def ask(other: Hop) -> Gradients:
+            return await self._prepared(batch, other, lambda: self._call(other, batch, grad_BLD, b""))
+
+        needs = self._needs_of(batch, hop.blocks)
+        return await audited(self._network, needs, hop, answer, ask, Gradients.tensors, batch.mask_BL)
 
     async def _prepared(self, batch: Batch, hop: Hop, call: Callable[[], Awaitable[T]]) -> T:
         """Call when a hop has been sent its adapters: the time that they take is not the call's, nor is it raced."""
@@ -265,12 +285,13 @@ class RemoteCompute:
                 if len(hops) > 1:
                     return None
 
-                async def run(hop: Hop) -> Gradients:
-                    return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
+                async def run(hop: Hop) -> tuple[Hop, Gradients]:
+                    return hop, await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
-                return await self._prepared(
+                answering, result = await self._prepared(
                     batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=True)
                 )
+                return (await self._audited(replace(batch, x_BLD=segment.x_BLD), answering, result, grad))[1]
 
             result = await self._network.retrying(attempt)
             if result is None:
