@@ -2,18 +2,22 @@
 
 python benchmarks/audit_cost.py --shape 124M --copies 2 --tokens 200
 
-The ratio is that of tokens per second with audits to those without, on one machine: whatever the audits make the servers
-do, the decoding lacks. With `--audits 0`, the second client is as the first: what the difference of two clients is.
+The ratio is that of tokens per second with audits to those without, on one machine: whatever the audits make the
+servers do, the decoding lacks. `cpu_ratio` is that of tokens per second of processor time, of all processes together,
+which others on the machine disturb less. With `--audits 0`, the second client is as the first, and the ratio is noise.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHAPES, alternate, make_model, new_parser, print_result, ratios, setting_of
+from common import SHAPES, alternate, make_model, new_parser, print_result, ratios, rounded, setting_of
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.client import ClientConfig
@@ -40,12 +44,17 @@ def main() -> None:
         with LocalSwarm(directory, ranges, dtype=setting.dtype, arguments=setting.serve_flags) as servers:
             plain, auditing = (_join(directory, servers, share) for share in (0.0, arguments.audits))
 
+            cpu_s: dict[int, list[float]] = {id(plain): [], id(auditing): []}
+
             def run(model: Any) -> int:
-                length = arguments.tokens
+                length, before_s = arguments.tokens, _cpu_s(servers)
                 output = model.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=False)
+                cpu_s[id(model)].append(_cpu_s(servers) - before_s)
                 return int(output.shape[1] - PROMPT_TOKENS)
 
             rates = alternate(setting, lambda: run(plain), lambda: run(auditing))
+            used_s = [sum(cpu_s[id(model)][1:]) for model in (plain, auditing)]  # the first time was to warm up
+            num_audits = auditing._swarm.connection.network.pace.num_audits
             for model in (plain, auditing):
                 model.close()
     renamed = ratios(rates)
@@ -54,8 +63,18 @@ def main() -> None:
         "auditing_tokens_per_s": renamed.pop("swarm_tokens_per_s"),
         "samples": {"plain": renamed["samples"]["local"], "auditing": renamed["samples"]["swarm"]},
     }
+    results |= {"cpu_ratio": rounded(used_s[0] / used_s[1]), "num_audits": num_audits}
     more = {"audit_fraction": arguments.audits, "copies": arguments.copies, "num_tokens": arguments.tokens}
     print_result("audit_cost", setting, **{**renamed, **results}, **more)
+
+
+def _cpu_s(servers: LocalSwarm) -> float:
+    """Processor time of the servers and of this process so far."""
+    ticks = 0
+    for server in servers.servers:
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
 
 
 def _join(directory: str, servers: LocalSwarm, share: float) -> Any:

@@ -1,8 +1,8 @@
 """What to audit and what to make of it: pure decisions, see docs/security.md for where the numbers come from.
 
-An audit feeds a session's record to other servers and compares what both have committed to at the ends of every hop. The
-states that enter the first hop are the client's own; so the first hop that was entered by the right states and left by
-wrong ones is where somebody lies.
+An audit feeds a session's record to other servers and compares what both have committed to at the ends of every hop.
+The states that enter the first hop are the client's own; so the first hop that was entered by the right states and left
+by wrong ones is where somebody lies.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ CLEARLY = 3.0
 """One of three is false where it is so many times farther from both others than they are from each other."""
 
 
+Precision = tuple[str, str | None]
+"""dtype, and how the weights are quantized."""
+
+
 class Finding(Enum):
     """What a comparison says of one hop."""
 
@@ -77,15 +81,20 @@ def tolerance(audited: Announcement, auditor: Announcement, num_blocks: int, *, 
     Args:
         exact_wire: whether hidden states travel as they are.
     """
+    return tolerance_of(precision_of(audited), precision_of(auditor), num_blocks, exact_wire=exact_wire)
+
+
+def tolerance_of(audited: Precision, auditor: Precision, num_blocks: int, *, exact_wire: bool = True) -> float:
+    """The same, by their precisions."""
     lengthened = max(1.0, math.sqrt(num_blocks / BLOCKS_AT_THAT))
-    if precision_of(audited) == precision_of(auditor) and exact_wire:
-        return FLOAT_TOLERANCE[audited.dtype] * lengthened
-    coarse = {audited.quantization, auditor.quantization}.difference(FINE_QUANTIZATIONS)
-    same_weights = audited.quantization == auditor.quantization
-    return (COARSE_TOLERANCE if coarse and not same_weights else MIXED_TOLERANCE) * lengthened
+    (dtype, quantization), (_, other) = audited, auditor
+    if audited == auditor and exact_wire:
+        return FLOAT_TOLERANCE[dtype] * lengthened
+    coarse = {quantization, other}.difference(FINE_QUANTIZATIONS)
+    return (COARSE_TOLERANCE if coarse and quantization != other else MIXED_TOLERANCE) * lengthened
 
 
-def precision_of(server: Announcement) -> tuple[str, str | None]:
+def precision_of(server: Announcement) -> Precision:
     """What two servers must have in common for their results to be the same but for the order of sums."""
     return server.dtype, server.quantization
 
@@ -101,9 +110,9 @@ def compare(committed_HSXK: Tensor, recomputed_HSXK: Tensor, tolerances: Sequenc
     for index, (errors_SX, tolerated) in enumerate(zip(errors_HSX, tolerances, strict=True)):
         entered, left = map(size_of, errors_SX)
         entered = entered if index else 0.0
-        if tolerated is not None and index and tolerances[index - 1] is not None:
-            if entered > max(GROWTH * left_before, limit_before):
-                return Verdict(Finding.UNCLEAR, index, entered)
+        is_between = index > 0 and tolerated is not None and tolerances[index - 1] is not None
+        if is_between and entered > max(GROWTH * left_before, limit_before):
+            return Verdict(Finding.UNCLEAR, index, entered)
         limit = (tolerated or 0.0) + GROWTH * entered
         if tolerated is not None and left > limit:
             return Verdict(Finding.WRONG, index, left)
@@ -128,7 +137,7 @@ def settle(errors: tuple[float, float, float]) -> int | None:
 
 
 def choose_auditor(servers: Collection[Announcement], hop: Hop, rng: random.Random) -> Announcement | None:
-    """Choose by chance who recomputes a hop: elsewhere if possible, then with the same precision; None: there is nobody.
+    """Choose by chance who recomputes a hop: elsewhere if possible, then of the same precision; None: there is nobody.
 
     Args:
         servers: those that may be used for some of the hop's blocks.

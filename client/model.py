@@ -289,7 +289,6 @@ class DistributedMixin:
         if session is not None:
             return self._continue(session, inputs, *args, **kwargs)
 
-
         def anew() -> Any:
             with self._own_sessions() as sessions:
                 result = super(DistributedMixin, self).generate(inputs, *args, **kwargs)  # type: ignore[misc]

@@ -244,9 +244,7 @@ class Network:
             remarks += [f"not audited: no other server has all of {hop}" for hop, other in auditors if other is None]
         return replace(explained, remarks=remarks)
 
-    async def auditors(
-        self, hops: Sequence[Hop], needs: Needs, *, not_these: Sequence[Hop] = ()
-    ) -> list[Hop | None]:
+    async def auditors(self, hops: Sequence[Hop], needs: Needs, *, not_these: Sequence[Hop] = ()) -> list[Hop | None]:
         """Choose who may recompute each of these hops: none of them, and none of the others; None: nobody can."""
         involved = self._avoided().union(hop.peer_id for hop in (*hops, *not_these))
         chosen: list[Hop | None] = []
@@ -264,7 +262,9 @@ class Network:
             error: relative error of what it has committed to.
             among_others: that between two others.
         """
-        what = f"not used: {hop} computed something else: {error:.1%} from two others, which differ by {among_others:.1%}"
+        what = (
+            f"not used: {hop} computed something else, {error:.1%} from two others, which differ by {among_others:.1%}"
+        )
         logger.warning("%s", what)
         self._audits.found(hop.peer_id, what)
 

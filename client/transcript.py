@@ -28,7 +28,9 @@ class Transcript:
         keys: what each hop commits under, by its blocks.
     """
 
-    def __init__(self, hops: Sequence[Hop], keys: Mapping[BlockRange, bytes], batch_size: int, hidden_size: int) -> None:
+    def __init__(
+        self, hops: Sequence[Hop], keys: Mapping[BlockRange, bytes], batch_size: int, hidden_size: int
+    ) -> None:
         self.hops = hops
         self._sketchers = [Sketcher.of_key(keys[hop.blocks], hidden_size) for hop in hops]
         self._sketches_HSBTK = torch.empty(len(hops), 2, batch_size, 0, NUM_SUMS, dtype=torch.bfloat16)

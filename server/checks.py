@@ -201,7 +201,7 @@ def check_commitment_key(key: bytes) -> None:
 def check_commitments(commitments: Sequence[pb.Commitment]) -> None:
     """Raise ProtocolError if a step brings more of them than a route can make of one."""
     if len(commitments) > MAX_HOPS or num_bytes(commitments) > MAX_BYTES:
-        raise ProtocolError(f"the commitments of a step are those of {MAX_HOPS} hops and take {MAX_BYTES} bytes at most")
+        raise ProtocolError(f"commitments to a step come from {MAX_HOPS} hops and take {MAX_BYTES} bytes at most")
 
 
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:

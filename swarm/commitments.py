@@ -1,8 +1,8 @@
-"""What a hop commits to: short sketches of the hidden states that enter and leave it, under a key that it alone is told.
+"""What a hop commits to: short sketches of the hidden states that enter and leave it, under a key of its own.
 
 A sketch is a random projection: each feature is added to, or taken from, one of a few sums, and the key says which. Any
-change of the hidden states, in one feature or in all, shows in it in proportion; who does not know the key cannot make a
-change that does not.
+change of the hidden states, in one feature or in all, shows in it in proportion; who does not know the key cannot make
+a change that does not.
 """
 
 from __future__ import annotations

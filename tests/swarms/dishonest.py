@@ -1,7 +1,7 @@
 """Servers that do not compute what they announce: only tests have them.
 
-Some tell something else than what came of their blocks; others serve a checkpoint whose tensors have the right names and
-shapes, so that its fingerprint is the right one, and which is another model.
+Some tell something else than what came of their blocks; others serve a checkpoint whose tensors have the right names
+and shapes, so that its fingerprint is the right one, and which is another model.
 """
 
 from __future__ import annotations

@@ -139,3 +139,15 @@ def test_beams_are_sequences_of_the_batch():
 def test_limits_are_positive():
     with pytest.raises(BadRequest, match="max_batch_size must be positive"):
         ServiceLimits(max_batch_size=0)
+
+
+def test_commitments_are_bounded():
+    checks.check_commitment_key(b"")
+    checks.check_commitment_key(bytes(16))
+    for size in (1, 15, 17, 1 << 20):
+        with pytest.raises(ProtocolError, match="16 bytes"):
+            checks.check_commitment_key(bytes(size))
+    checks.check_commitments([pb.Commitment(sketches=bytes(64), tag=bytes(16))] * 3)
+    for commitments in ([pb.Commitment()] * 10_000, [pb.Commitment(sketches=bytes(1 << 20), tag=bytes(16))]):
+        with pytest.raises(ProtocolError, match="at most"):
+            checks.check_commitments(commitments)
