@@ -13,12 +13,15 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from swarm.v1 import blocks_pb2 as pb
 
-# S sides: what entered, what left; B batch, L length, D hidden, K sums of a sketch
+# S sides: what entered, what left; B batch, L length, X tokens of all sequences, D hidden, N hidden and some to fill,
+# K sums of a sketch
 
 NUM_SUMS = 16
 """Of one sketch: with 2 bytes each, a hop's commitment to a token takes 64."""
@@ -30,26 +33,43 @@ BYTES_PER_TOKEN = 2 * NUM_SUMS * 2
 MAX_BYTES = 1 << 20
 """What the commitments of one step may take, all hops together: they share its first message."""
 
+MAX_ELEMENTS = 1 << 15
+"""Of hidden states that are sketched at once."""
+
+LARGEST_LEFT_OUT = 2
+"""Sums of a sketch that errors do not count: models have a few features so large that nothing else would be seen."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sketcher:
     """Makes and checks the commitments of one hop in one session."""
 
     key: bytes
-    signs_DK: Tensor
-    """float32; in each row one 1 or -1, else zeros."""
+    order_N: npt.NDArray[np.intp]
+    """The features in the order in which they are summed up, those of one sum together; one again, to fill the last."""
+    signs_N: npt.NDArray[np.float32]
+    """1 or -1; 0 for those that only fill."""
 
     @classmethod
     def of_key(cls, key: bytes, hidden_size: int) -> Sketcher:
         """The one of a key, the same on every machine."""
-        drawn = torch.frombuffer(bytearray(hashlib.shake_256(key).digest(hidden_size)), dtype=torch.uint8).long()
-        signs_DK = torch.zeros(hidden_size, NUM_SUMS)
-        signs_DK[torch.arange(hidden_size), drawn % NUM_SUMS] = (drawn >= 128).float() * 2 - 1
-        return cls(key, signs_DK)
+        drawn_D = np.frombuffer(hashlib.shake_256(key).digest(8 * hidden_size), dtype="<u8")
+        order_D = np.argsort(drawn_D, kind="stable")
+        signs_D = np.where(drawn_D[order_D] & 1, np.float32(1), np.float32(-1))
+        fill = (0, -hidden_size % NUM_SUMS)
+        return cls(key, np.pad(order_D, fill), np.pad(signs_D, fill))
 
     def sketch(self, x_BLD: Tensor) -> Tensor:
         """Sketch hidden states on the CPU: bfloat16 [B, L, K]."""
-        return (x_BLD.to(torch.float32) @ self.signs_DK).to(torch.bfloat16)
+        pieces = x_BLD.flatten(0, 1).split(max(1, MAX_ELEMENTS // x_BLD.shape[2]))
+        sums_XK = np.concatenate([self._sums(each.float().numpy()) for each in pieces])
+        return torch.from_numpy(sums_XK).to(torch.bfloat16).unflatten(0, x_BLD.shape[:2])
+
+    def _sums(self, x_XD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        # numpy, because torch would take threads that are for the blocks.
+        signed_XN = x_XD.take(self.order_N, axis=1) * self.signs_N
+        sums_XK: npt.NDArray[np.float32] = signed_XN.reshape(len(x_XD), NUM_SUMS, -1).sum(axis=2)
+        return sums_XK
 
     def commit(self, position: int, x_BLD: Tensor, y_BLD: Tensor) -> pb.Commitment:
         """Commit to what entered and left the hop at a position."""
@@ -76,10 +96,6 @@ def max_step_tokens(num_hops: int) -> int:
 def num_bytes(commitments: Sequence[pb.Commitment]) -> int:
     """What commitments take."""
     return sum(len(each.sketches) + len(each.tag) for each in commitments)
-
-
-LARGEST_LEFT_OUT = 2
-"""Sums of a sketch that errors do not count: models have a few features so large that nothing else would be seen."""
 
 
 def relative_error(a_XK: Tensor, b_XK: Tensor) -> Tensor:
