@@ -79,7 +79,7 @@ async def audited(
 def _agree(network: Network, peers: Sequence[Hop], tensors: Sequence[Sequence[Tensor]], mask_BL: Tensor | None) -> bool:
     (hop, other), exact = peers, network.config.compression == network.config.gradient_compression == "none"
     allowed = tolerance(hop.server, other.server, len(hop.blocks), exact_wire=exact)
-    return difference(*tensors, mask_BL) <= allowed
+    return difference(tensors[0], tensors[1], mask_BL) <= allowed
 
 
 def _judged(
@@ -94,7 +94,7 @@ def _judged(
     if len(peers) < 2:
         return peers[0], answers[0]
     if len(peers) == 2:
-        network.doubt(peers, difference(*tensors, mask_BL))
+        network.doubt(peers, difference(tensors[0], tensors[1], mask_BL))
         return peers[0], answers[0]
     between = [difference(tensors[one], tensors[other], mask_BL) for one, other in combinations(range(3), 2)]
     false = settle((between[2], between[1], between[0]))

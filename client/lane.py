@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarm.errors import ProtocolError
 from swarm.streams import Step
 
 from .chain import Chain, ChainConfig, StepOutput, Tickets, open_chain
 from .hedging import StepTimes
-from .network import Attempt, Network, blame
+from .network import Attempt, Network
 from .parts import part_length
 from .record import Record
 from .routing import Hop, Needs
@@ -59,7 +58,9 @@ class Lane:
         self._hops: Sequence[Hop] = ()
         self._chain_length = 0
         """Leading tokens of the record that the caches of the chain are known to hold."""
-        self._tickets = Tickets() if audited is None else Tickets(commitment_keys=audited._tickets.commitment_keys)
+        self._tickets: Tickets = (
+            Tickets() if audited is None else Tickets(commitment_keys=audited._tickets.commitment_keys)
+        )
         self.transcript: Transcript | None = None
         """What the hops have committed to; None before the first step, and where they do not."""
         self._valid_length = 0
@@ -174,10 +175,7 @@ class Lane:
         if output.y_BLD is not None:
             chain.check_outputs([output.y_BLD], sent.num_outputs)
         if self.transcript is not None:
-            try:
-                self.transcript.add(sent, output.commitments, output.y_BLD)
-            except ProtocolError as exc:
-                raise blame(exc, chain.hops[-1]) from exc
+            self.transcript.add(sent, output.commitments, output.y_BLD)
         return output
 
     async def _open_chain(self, hops: Sequence[Hop]) -> Chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from swarm.ranges import BlockRange
 from swarm.streams import Step
 from swarm.v1 import blocks_pb2 as pb
 
+from .network import blame
 from .routing import Hop
 
 # H hops, S sides: what entered, what left; B batch, T all tokens so far, L length, K sums of a sketch, D hidden
@@ -46,21 +48,26 @@ class Transcript:
 
         Args:
             y_BLD: what the last hop returned for the last tokens of the step, if anything.
-        Raises: ProtocolError: they are missing, not the hops' own, or not about what was returned.
+        Raises: ProtocolError: they are missing, not the hops' own, or not about what was returned. Whoever handed a
+            commitment on may have spoilt it, so one of those is blamed, by chance.
         """
         batch_size, length, _ = step.x_BLD.shape
         if len(commitments) != len(self.hops):
-            raise ProtocolError(f"{len(self.hops)} hops were to commit to a step, {len(commitments)} did")
+            raise self._blaming(0, f"{len(self.hops)} hops were to commit to a step, {len(commitments)} did")
         opened = [
             sketcher.open(commitment, step.position, batch_size, length)
             for sketcher, commitment in zip(self._sketchers, commitments, strict=True)
         ]
         known = [each for each in opened if each is not None]
         if len(known) < len(opened):
-            raise ProtocolError("a hop's commitment is not one that it can have made")
+            spoilt = next(index for index, each in enumerate(opened) if each is None)
+            raise self._blaming(spoilt, f"the commitment of {self.hops[spoilt]} is not one that it can have made")
         if y_BLD is not None and self._misstated(known[-1][1], y_BLD):
-            raise ProtocolError("the last hop returned something else than it has committed to")
+            raise self._blaming(-1, f"{self.hops[-1]} returned something else than it has committed to")
         self._write(step, torch.stack(known))
+
+    def _blaming(self, first: int, message: str) -> ProtocolError:
+        return blame(ProtocolError(message), random.choice(self.hops[first:]))
 
     def _misstated(self, sketches_BLK: Tensor, y_BLD: Tensor) -> bool:
         returned = self._sketchers[-1].sketch(y_BLD)

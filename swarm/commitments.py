@@ -67,8 +67,9 @@ class Sketcher:
 
     def _sums(self, x_XD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         # numpy, because torch would take threads that are for the blocks.
-        signed_XN = x_XD.take(self.order_N, axis=1) * self.signs_N
-        sums_XK: npt.NDArray[np.float32] = signed_XN.reshape(len(x_XD), NUM_SUMS, -1).sum(axis=2)
+        with np.errstate(invalid="ignore", over="ignore"):  # a peer may send anything
+            signed_XN = x_XD.take(self.order_N, axis=1) * self.signs_N
+            sums_XK: npt.NDArray[np.float32] = signed_XN.reshape(len(x_XD), NUM_SUMS, -1).sum(axis=2)
         return sums_XK
 
     def commit(self, position: int, x_BLD: Tensor, y_BLD: Tensor) -> pb.Commitment:

@@ -94,7 +94,7 @@ class Route:
     """Hops that commit to what passes through them."""
 
     def __init__(self, num_hops: int = 3) -> None:
-        self.hops = [Hop(announcement(f"p{at}", at, at + 1), BlockRange(at, at + 1)) for at in range(num_hops)]
+        self.hops = [Hop(announcement("abc"[at], at, at + 1), BlockRange(at, at + 1)) for at in range(num_hops)]
         self.keys = {hop.blocks: secrets.token_bytes(16) for hop in self.hops}
         self.transcript = Transcript(self.hops, self.keys, 1, HIDDEN)
 
@@ -120,25 +120,29 @@ def test_commitments_that_are_missing_foreign_or_not_about_the_result_are_refuse
     route = Route()
     step = Step(0, 1, states(1, 4))
     good = route.commit(step)
-    for commitments, y_BLD, match in (
-        ([], None, "3 hops were to commit"),
-        ([*good[:2], good[1]], None, "not one that it can have made"),
-        (good, step.x_BLD[:, -1:] * 1.5, "returned something else"),
+    for commitments, y_BLD, match, at_fault in (
+        ([], None, "3 hops were to commit", {0, 1, 2}),
+        ([good[0], good[0], good[2]], None, "not one that it can have made", {1, 2}),
+        (good, step.x_BLD[:, -1:] * 1.5, "returned something else", {2}),
     ):
-        with pytest.raises(ProtocolError, match=match):
-            route.transcript.add(step, commitments, y_BLD)
+        blamed = set()
+        for _ in range(64):
+            with pytest.raises(ProtocolError, match=match) as raised:
+                route.transcript.add(step, commitments, y_BLD)
+            blamed.add(raised.value.peer_id)
+        assert blamed == {route.hops[at].peer_id for at in at_fault}
     assert route.transcript.end == 0
 
 
 def errors(**at: float) -> tuple[torch.Tensor, torch.Tensor]:
     """What three hops claim of 20 tokens, and what is true; a name as `left1` says where they differ, and how much."""
     made = sketcher()
-    hops = [[made.sketch(states(20, seed=10 * hop + side)) for side in (0, 1)] for hop in range(3)]
+    hops = [[made.sketch(states(1, 20, seed=10 * hop + side))[0] for side in (0, 1)] for hop in range(3)]
     true = torch.stack([torch.stack(sides) for sides in hops])
     false = true.clone()
     for name, share in at.items():
         side, hop = int(name.startswith("left")), int(name[-1])
-        false[hop, side] += (share * made.sketch(states(20, seed=99)).float()).to(false.dtype)
+        false[hop, side] += (share * made.sketch(states(1, 20, seed=99))[0].float()).to(false.dtype)
     return false, true
 
 
@@ -188,11 +192,11 @@ def test_tolerances_know_what_differs():
 
 
 def test_an_auditor_is_elsewhere_if_possible_then_of_the_same_precision():
-    hop = Hop(announcement("a", 0, 4, direct=("192.0.2.1:1",), dtype="bfloat16"), BlockRange(0, 4))
-    near = announcement("b", 0, 4, direct=("192.0.2.7:1",), dtype="bfloat16")
-    far = announcement("c", 0, 8, direct=("198.51.100.1:1",), dtype="float32")
-    same = announcement("d", 0, 8, direct=("198.51.100.2:1",), dtype="bfloat16")
-    part = announcement("e", 0, 3, direct=("203.0.113.1:1",), dtype="bfloat16")
+    hop = Hop(announcement("a", 0, 4, direct=["192.0.2.1:1"], dtype="bfloat16"), BlockRange(0, 4))
+    near = announcement("b", 0, 4, direct=["192.0.2.7:1"], dtype="bfloat16")
+    far = announcement("c", 0, 8, direct=["198.51.100.1:1"], dtype="float32")
+    same = announcement("d", 0, 8, direct=["198.51.100.2:1"], dtype="bfloat16")
+    part = announcement("e", 0, 3, direct=["203.0.113.1:1"], dtype="bfloat16")
     rng = random.Random(0)
     assert choose_auditor([part], hop, rng) is None
     assert choose_auditor([near, part], hop, rng) == near
