@@ -33,7 +33,7 @@ def generate_command(
 
     Example: swarm generate Qwen/Qwen3-8B "Once upon a time" --join swarm://…
     """
-    link = need_join(join)
+    need_join(join)
     import torch
     import transformers
 
@@ -41,7 +41,7 @@ def generate_command(
 
     distributed = AutoDistributedModelForCausalLM.from_pretrained(
         model,
-        initial_peers=link.initial_peers,
+        join=join,
         revision=revision,
         token=token,
         quantization=quantization,

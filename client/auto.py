@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from swarm.codec import torch_dtype
 from swarm.errors import BadLink, BadRequest
-from swarm.link import JoinLink
 from swarm.model.anatomy import anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
 from swarm.model.peft_layers import adapter_reader
+from swarm.profiles import resolve_join
 from swarm.ranges import BlockRange
 
 from .config import ClientConfig
@@ -79,7 +79,7 @@ class _AutoDistributed:
 
         Args:
             name_or_path: hub repository or local directory, the same model and revision as the servers'.
-            join: a join link, swarm://…
+            join: a join link, swarm://…, or the name that `swarm join LINK --as NAME` has given to one.
             initial_peers: instead of a link: libp2p multiaddrs of peers to join through.
             client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
             allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
@@ -156,10 +156,14 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 def _client_config(join: str | None, initial_peers: Sequence[str], config: ClientConfig | None) -> ClientConfig:
     if join is not None and initial_peers:
         raise BadLink("pass either join or initial_peers, not both")
-    peers = JoinLink.parse(join).initial_peers if join is not None else tuple(initial_peers)
+    if join is not None:
+        link = resolve_join(join)
+        peers, invitation = link.initial_peers, link.invitation
+    else:
+        peers, invitation = tuple(initial_peers), config.invitation if config is not None else None
     if config is None:
-        return ClientConfig(initial_peers=peers)
-    return replace(config, initial_peers=peers) if peers else config
+        return ClientConfig(initial_peers=peers, invitation=invitation)
+    return replace(config, initial_peers=peers, invitation=invitation) if peers else config
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

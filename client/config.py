@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from swarm.announcement import is_peer_id
 from swarm.errors import BadLink, BadRequest
+from swarm.membership import Invitation
 from swarm.v1 import blocks_pb2 as pb
 
 
@@ -18,6 +19,8 @@ class ClientConfig:
 
     initial_peers: tuple[str, ...]
     """libp2p multiaddrs of peers to join through."""
+    invitation: Invitation | None = field(default=None, repr=False)
+    """What makes it a member of a private swarm, as a join link brings it; None: the swarm is public."""
     identity_path: Path | None = None
     """Key file; None: a new identity for each run."""
     route_timeout_s: float = 30.0

@@ -512,9 +512,14 @@ def blame(error: E, hop: Hop) -> E:
 
 @asynccontextmanager
 async def open_network(config: ClientConfig) -> AsyncIterator[Network]:
-    """Join the swarm. Raises: PeerUnavailable: none of the initial peers answers."""
+    """Join the swarm. Raises: PeerUnavailable: none of the initial peers answers. NotAMember: it is private."""
     async with AsyncExitStack() as owned:
-        dht_config = DhtConfig(initial_peers=config.initial_peers, identity_path=config.identity_path, client_mode=True)
+        dht_config = DhtConfig(
+            initial_peers=config.initial_peers,
+            identity_path=config.identity_path,
+            client_mode=True,
+            invitation=config.invitation,
+        )
         dht = await owned.enter_async_context(open_dht(dht_config))
         connector, _ = await owned.enter_async_context(open_connector(dht, connect_timeout_s=config.connect_timeout_s))
         network = Network(config, dht.directory, connector)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import swarm
 from swarm import PROTOCOL_VERSION
@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 class Running:
     """What a caller has of a server that is ready."""
 
-    link: str
-    """Join link for clients and further servers."""
+    link: str = field(repr=False)
+    """Join link for clients and further servers; of a member of somebody's private swarm, its addresses only."""
     peer_id: str
     model_name: str
     mover: Mover
@@ -132,7 +132,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             address = (config.metrics_host, config.metrics_port)
             owned.enter_context(serve_metrics(address, ServerCollector(lambda: mover.present)))
         certificate = dht.identity.tls_certificate()
-        port = await owned.enter_async_context(open_grpc(config, front, certificate))
+        port = await owned.enter_async_context(open_grpc(config, front, certificate, dht.gate))
         reachability = await owned.enter_async_context(
             open_reachability(dht, config, port, certificate.certificate_der, rule, connector.forget)
         )
@@ -145,7 +145,8 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         await owned.enter_async_context(reachability.telling(announcer.say))
         await mover.settle(announcer, holding)
         initial_peers = tuple(await _link_peers(config, dht))
-        link = JoinLink(initial_peers=initial_peers, model_name=public_name(checkpoint)).encode()
+        name = public_name(checkpoint) if config.invitation is None else None
+        link = JoinLink(initial_peers, name, invitation=config.guest_invitation).encode()
         on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover))
         await _until_stopped(stop, dht, announcing, mover)
         await announcer.say(state="draining")
@@ -180,6 +181,9 @@ def _dht_config(config: ServerConfig) -> DhtConfig:
         host=config.host,
         port=config.dht_port,
         announce_host=config.announce_host,
+        invitation=config.invitation,
+        revocations_path=config.revocations_path,
+        revocation_period_s=config.announce_period_s,
     )
 
 

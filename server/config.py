@@ -10,6 +10,7 @@ from pathlib import Path
 from swarm.announcement import MAX_HOSTED_ADAPTERS
 from swarm.directory import MAX_LIFETIME_S
 from swarm.errors import BadRequest
+from swarm.membership import Invitation, Role
 from swarm.model.checkpoint import CheckpointSource
 from swarm.model.hosted import AdapterSource
 from swarm.model.quantization import CHOICES
@@ -37,6 +38,12 @@ class ServerConfig:
     """Whether it goes to other blocks when the swarm needs that; never if `blocks` says which."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs to join through; empty: start a new swarm."""
+    invitation: Invitation | None = field(default=None, repr=False)
+    """What makes it a member of a private swarm; None: the swarm is public."""
+    guest_invitation: Invitation | None = field(default=None, repr=False)
+    """What its join link gives to others, in a private swarm of its own; None: the link has addresses only."""
+    revocations_path: Path | None = None
+    """Where it keeps the newest list of a private swarm's revocations; None: nowhere."""
     identity_path: Path | None = None
     """Key file that keeps this server's identity; None: a new identity for each run."""
     name: str = field(default_factory=platform.node)
@@ -84,6 +91,8 @@ class ServerConfig:
     """How often it tells the directory that it is alive; it is forgotten after PERIODS_ALIVE of silence."""
     num_threads: int | None = None
     """CPU threads of the compute thread; None: torch's default."""
+    speeds_path: Path | None = None
+    """File in which it remembers how fast blocks were on this machine; None: they are measured at each start."""
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
     """Called with (bytes loaded, bytes in all) while the blocks load."""
     on_moved: Callable[[BlockRange], None] | None = field(default=None, repr=False)
@@ -92,6 +101,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.blocks is not None and self.num_blocks is not None:
             raise BadRequest("give either blocks or num_blocks, not both")
+        if self.invitation is not None and self.invitation.member.role is not Role.SERVE:
+            raise BadRequest(
+                "this invitation is for using the swarm, not for serving in it: ask its owner for another one"
+            )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
         if self.quantization not in CHOICES:

@@ -3,7 +3,7 @@ one session at a time. Both give the same results. Runs in the compute thread.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .sessions import ServerSession
 
 # B batch, L length, T all tokens of a pass, D hidden
+
+TRIAL_PAST = 64
+"""Tokens that each sequence of a trial has before."""
 
 MAX_TWINS = 32
 """Packed twins of parts of the span that are kept; making one again takes milliseconds."""
@@ -69,6 +72,9 @@ class Executor(Protocol):
         Raises: SessionLost: a slice of a group of one cannot be placed behind what is cached.
         """
 
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        """A pass of made-up sequences, to be called while nobody uses the cache; None: it has not the room."""
+
 
 class PackedExecutor:
     """One pass for all slices that use the same blocks."""
@@ -97,6 +103,19 @@ class PackedExecutor:
         y_TD = self._twin(span)(x_TD.to(span.device, span.dtype), pieces).cpu()
         outputs = y_TD.split([each.num_tokens for each in group])
         return [y.unflatten(0, (each.session.batch_size, each.length)) for y, each in zip(outputs, group, strict=True)]
+
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        room = TRIAL_PAST + length
+        if num_rows * room > self._store.num_slots:
+            return None
+        x_TD = torch.zeros(num_rows * length, span.hidden_size, dtype=span.dtype, device=span.device)
+        pieces = [Piece(length, TRIAL_PAST, [(row * room, (row + 1) * room)]) for row in range(num_rows)]
+
+        @torch.inference_mode()
+        def run() -> None:
+            self._twin(span)(x_TD, pieces)
+
+        return run
 
     def _write_prefix(self, session: ServerSession) -> None:
         """Write what stands in front of a session's tokens, once, into pages that its sequences share."""
@@ -165,3 +184,12 @@ class SessionExecutor:
             adapters=session.adapters,
         )
         return [y_BLD.cpu()]
+
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        x_BLD = torch.zeros(num_rows, length, span.hidden_size, dtype=span.dtype, device=span.device)
+
+        @torch.inference_mode()
+        def run() -> None:
+            span(x_BLD, cache=span.new_cache(num_rows))
+
+        return run

@@ -10,9 +10,11 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from swarm.admission import Gate
 from swarm.errors import Draining, ResourceError
 from swarm.identity import TlsCertificate
 from swarm.rpc import SERVER_OPTIONS, errors_to_wire
+from swarm.rpc_members import MembersOnly
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -85,9 +87,15 @@ class Front(pb_grpc.BlocksServicer):
 
 
 @asynccontextmanager
-async def open_grpc(config: ServerConfig, front: Front, certificate: TlsCertificate) -> AsyncIterator[int]:
-    """Serve over TLS while the body runs; yield the port. Raises: ResourceError: the port is taken."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+async def open_grpc(
+    config: ServerConfig, front: Front, certificate: TlsCertificate, gate: Gate | None = None
+) -> AsyncIterator[int]:
+    """Serve over TLS while the body runs, members only if there is a gate; yield the port.
+
+    Raises: ResourceError: the port is taken.
+    """
+    members_only = [] if gate is None else [MembersOnly(gate, certificate.certificate_der)]
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=members_only)
     front.add_to(server)
     await front.serve(None)
     credentials = grpc.ssl_server_credentials([(certificate.private_key_pem, certificate.certificate_pem)])

@@ -155,8 +155,7 @@ class SessionTable:
         self.views = views
         self.pool = pool
         self.guard = threading.Condition()
-        self.num_releases = 0
-        """Grows whenever pages may have become free."""
+        self._num_kept_so_far = 0
         self._bytes_per_page = max(1, bytes_per_page)
         self._packed = packed
         self._grace_s = grace_s
@@ -187,7 +186,8 @@ class SessionTable:
         session = self._open_again(key, epoch, prompts_NBPD)
         if session is None:
             session = await self._open_new(key, epoch, prompts_NBPD, adapters, timeout_s)
-        self._sessions[key.session_id] = session
+        with self.guard:
+            self._sessions[key.session_id] = session
         error: BaseException | None = None
         try:
             yield session
@@ -195,7 +195,9 @@ class SessionTable:
             error = exc
             raise
         finally:
-            broke = isinstance(error, asyncio.CancelledError | PeerError) and not isinstance(error, SessionLost)
+            # Without pages there is nothing to come back to: what it has is what the others wait for.
+            lost = isinstance(error, SessionLost | CacheFull)
+            broke = isinstance(error, asyncio.CancelledError | PeerError) and not lost
             self._end(session, keep=broke)
 
     def get(self, session_id: bytes, epoch: int) -> ServerSession:
@@ -208,6 +210,27 @@ class SessionTable:
     def begun(self, session: ServerSession) -> None:
         """Note that a session takes its first pages now; called under the guard."""
         self._promised.pop(session, None)
+
+    @property
+    def num_releases(self) -> int:
+        """Grows whenever pages have come free, or could be had by `give_way`."""
+        return self.pool.num_releases + self._num_kept_so_far
+
+    def spare_pages(self, session: ServerSession) -> int:
+        """Pages that a session's prefill leaves for those that were here before it; called under the guard."""
+        older = [each for each in self._sessions.values() if each.opened_at_s < session.opened_at_s]
+        return min(sum(each.batch_size for each in older), self._most_headroom)
+
+    def younger_than(self, session: ServerSession) -> ServerSession | None:
+        """The youngest session that has pages, if it came after this one; called under the guard."""
+        holding = [each for each in self._sessions.values() if each.cache.length and not each.cache.closed]
+        youngest = max(holding, key=lambda each: each.opened_at_s, default=session)
+        return youngest if youngest.opened_at_s > session.opened_at_s else None
+
+    def take_from(self, session: ServerSession) -> None:
+        """Free what a session has, which cannot go on; called under the guard."""
+        self._promised.pop(session, None)
+        self._close(session.cache)
 
     def give_way(self) -> bool:
         """Free the cache that has been kept longest; called under the guard. Returns whether there was one."""
@@ -333,11 +356,16 @@ class SessionTable:
     def _room(self) -> int:
         """Pages for a session that comes now: what is free less what others are about to take."""
         running = sum(session.batch_size for session in self._sessions.values())
-        headroom = min(running, self.pool.num_pages // 16)
-        return self.pool.num_free - sum(self._promised.values()) - headroom
+        return self.pool.num_free - sum(self._promised.values()) - min(running, self._most_headroom)
+
+    @property
+    def _most_headroom(self) -> int:
+        return self.pool.num_pages // 16
 
     def _fits(self, num_pages: int) -> bool:
         with self.guard:
+            if self._room() + sum(kept.session.cache.num_pages for kept in self._kept.values()) < num_pages:
+                return False  # all that is kept would go in vain
             while self._room() < num_pages:
                 if not self.give_way():
                     return False
@@ -379,8 +407,9 @@ class SessionTable:
     # Ending.
 
     def _end(self, session: ServerSession, *, keep: bool) -> None:
-        if self._sessions.get(session.key.session_id) is session:
-            del self._sessions[session.key.session_id]
+        with self.guard:
+            if self._sessions.get(session.key.session_id) is session:
+                del self._sessions[session.key.session_id]
         keep = keep and not session.cache.broken and session.cache.length > 0 and self._grace_s > 0
         # The server before this one hears of it through its Push; it keeps its cache if we do.
         session.fail(PeerUnavailable("its connection broke") if keep else SessionLost("the session was closed"))
@@ -390,6 +419,8 @@ class SessionTable:
             if keep:
                 timer = asyncio.get_running_loop().call_later(self._grace_s, self._end_kept, session)
                 self._kept[session.key.session_id] = _Kept(session, timer)
+                self._num_kept_so_far += 1
+                self.guard.notify_all()
                 if session.cache.adapters is not None:
                     session.cache.adapters.rest(lambda: self._end_kept(session))
             else:
@@ -409,5 +440,4 @@ class SessionTable:
 
     def _close(self, cache: SessionCache) -> None:
         cache.close()
-        self.num_releases += 1
         self.guard.notify_all()

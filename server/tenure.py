@@ -32,15 +32,18 @@ from .config import ServerConfig
 from .cores import Cores, cores_path
 from .engine import Engine
 from .execution import Executor, PackedExecutor, SessionExecutor
-from .hardware import SPEED_TOKENS, Speed, measure_speed
+from .hardware import lack_of_memory
 from .pages import PagePool
 from .placement import MemoryPlan
 from .precision import Precision
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
-from .timing import CostModel
+from .speed import Speed, SpeedFile, describe, measure_speed
 
 logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 256
+"""In so many tokens at once the speed of batches is announced."""
 
 PAGE_TOKENS = 16
 """Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway."""
@@ -87,7 +90,7 @@ class Tenure:
             "end": self.blocks.end,
             "cache_free_tokens": self.sessions.cache_free_tokens,
             "decode_tokens_per_s": 1 / self.engine.costs.iteration_s(1),
-            "forward_tokens_per_s": SPEED_TOKENS / self.engine.costs.iteration_s(SPEED_TOKENS),
+            "forward_tokens_per_s": BATCH_TOKENS / self.engine.costs.iteration_s(BATCH_TOKENS),
         }
 
     async def drain(self, timeout_s: float) -> None:
@@ -123,12 +126,18 @@ async def open_tenure(
         uses_cores = holding.device.type == "cpu"
         thread = owned.enter_context(ComputeThread(num_threads=config.num_threads, uses_cores=uses_cores))
         logger.info("loading blocks %s of %s", holding.blocks, checkpoint.name)
-        span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
-        speed = await thread.run(lambda: measure_speed(span))
-        targets = await thread.run(lambda: find_targets(span))
-        sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
+        with lack_of_memory(f"blocks {holding.blocks} and their cache"):
+            span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
+            targets = await thread.run(lambda: find_targets(span))
+            sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
+            what = describe(span, model.fingerprint, holding.precision, num_threads)
+            speeds = SpeedFile(config.speeds_path)
+            speed = await asyncio.to_thread(speeds.find, what)
+            if speed is None:
+                speed = await thread.run(lambda: measure_speed(executor, span, cores))
+                await asyncio.to_thread(speeds.note, what, speed)
         owned.callback(sessions.drop_kept)
-        engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
+        engine = owned.enter_context(Engine(thread, cores, sessions, executor, speed.costs(), config.scheduler))
         kept = KeptActivations(config.kept_activation_bytes)
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
         for hosted in model.hosted:
@@ -177,11 +186,3 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
     if layout is None:
         return sessions, SessionExecutor()
     return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
-
-
-def _costs(speed: Speed) -> CostModel:
-    """What iterations cost, as measured at start."""
-    costs = CostModel()
-    costs.observe(1, 1 / speed.decode_tokens_per_s)
-    costs.observe(SPEED_TOKENS, SPEED_TOKENS / speed.forward_tokens_per_s)
-    return costs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,9 @@ from swarm.dht import Dht
 from swarm.dialling import Anywhere, DiallingRule
 from swarm.p2pd import finish
 from swarm.peers import Connector
+from swarm.pipes import cancel_all
 from swarm.punching import WAITS_S, Puncher
+from swarm.rpc_members import call_signer
 from swarm.tunnel import Way, open_tunnel
 
 
@@ -34,10 +37,24 @@ async def open_connector(
         lambda peer_id, multiaddrs: open_tunnel(dht, peer_id, multiaddrs, on_way=on_way, puncher=puncher),
         rule=rule,
         connect_timeout_s=connect_timeout_s,
+        sign=None if dht.gate is None else call_signer(dht.gate, dht.identity),
     )
     puncher.renew = connector.renew
+    cutting: set[asyncio.Task[None]] = set()
+
+    def cut_off_revoked() -> None:
+        assert dht.gate is not None
+        task = asyncio.create_task(connector.cut_off(dht.gate.was_revoked))
+        cutting.add(task)
+        task.add_done_callback(cutting.discard)
+
+    if dht.gate is not None:
+        dht.gate.on_revoked.append(cut_off_revoked)
     try:
         yield connector, puncher
     finally:
+        if dht.gate is not None:
+            dht.gate.on_revoked.remove(cut_off_revoked)
+        await finish(cancel_all(cutting))
         await finish(puncher.aclose())
         await finish(connector.aclose())

@@ -3,13 +3,17 @@
 A bucket is a hivemind dictionary under the bucket's key. Of each record in it:
 
     subkey       the peer's Ed25519 public key (32 bytes): a reader derives the peer id from it
-    value        signature (64 bytes), lifetime in hundredths of a second (2 bytes), data
+    value        signature (64 bytes), lifetime in hundredths of a second (2 bytes), data; in a private swarm, the
+                 writer's credential stands before the data (swarm/membership.py)
     expiration   the time of writing, by the swarm's clock, plus RECORD_LIFETIME_S
 
 The signature covers key, subkey, expiration and all of the value but itself. Nobody can write for another peer, nor
 copy a record into another bucket or another time. The DHT keeps of two records of a peer the one with the later
 expiration, so the last write wins; how long it counts for readers is its own affair (swarm/listing.py). A lifetime of
 0 takes an entry back.
+
+In a private swarm, records of those who never were members are treated like unsigned ones. Those of members that no
+longer are, are left out one by one (`read_record`): hivemind takes a bucket as a whole, or not at all.
 
 Every node refuses to store or to return anything else (`RecordValidator`), and more records in one bucket than there
 is room for (`BucketStorage`). This module imports hivemind; only swarm/dht.py imports it, when a DHT is opened.
@@ -18,19 +22,26 @@ is room for (`BucketStorage`). This module imports hivemind; only swarm/dht.py i
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
 
+from swarm.admission import Gate
 from swarm.announcement import MAX_ANNOUNCEMENT_BYTES
-from swarm.buckets import CAPACITY
+from swarm.buckets import CAPACITY, REVOCATIONS
 from swarm.directory import MAX_LIFETIME_S
+from swarm.errors import NotAMember
 from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Identity, is_signed_by, peer_id_of
 from swarm.listing import Entry
+from swarm.membership import CREDENTIAL_BYTES, Role, read_credential
+
+logger = logging.getLogger(__name__)
 
 RECORD_LIFETIME_S = MAX_LIFETIME_S + 300.0
 
@@ -45,39 +56,66 @@ _LIFETIME_UNIT_S = 0.01
 _MAX_CACHED_CHECKS = 8192
 
 
-def sign_record(identity: Identity, key: bytes, data: bytes, *, written_at_s: float, lifetime_s: float) -> bytes:
-    """The value of a record, as the DHT keeps it."""
+def sign_record(
+    identity: Identity, key: bytes, data: bytes, *, written_at_s: float, lifetime_s: float, credential: bytes = b""
+) -> bytes:
+    """The value of a record, as the DHT keeps it; with the writer's credential in a private swarm."""
     hundredths = min(0xFFFF, max(1, round(lifetime_s / _LIFETIME_UNIT_S))) if lifetime_s else 0
-    content = hundredths.to_bytes(2, "big") + data
+    content = hundredths.to_bytes(2, "big") + credential + data
     signed = _signed_part(key, identity.public_key, content, written_at_s + RECORD_LIFETIME_S)
     packed: bytes = MSGPackSerializer.dumps(identity.sign(signed) + content)
     return packed
 
 
-def read_record(subkey: object, value: bytes, expiration_s: float) -> Entry | None:
-    """The entry in a record that was found valid; None where a node of ours returned something else."""
+def read_record(subkey: object, value: bytes, expiration_s: float, gate: Gate | None = None) -> Entry | None:
+    """The entry in a record that was found valid; None where its writer is not a member of a private swarm any more.
+
+    Also None where a node of ours returned something else.
+    """
     content = unpack_bytes(value)
     if not isinstance(subkey, bytes) or len(subkey) != PUBLIC_KEY_BYTES or content is None:
         return None
     content = content[SIGNATURE_BYTES:]
     lifetime_s = min(MAX_LIFETIME_S, int.from_bytes(content[:2], "big") * _LIFETIME_UNIT_S)
-    return Entry(peer_id_of(subkey), expiration_s - RECORD_LIFETIME_S, lifetime_s, content[2:])
+    entry = Entry(peer_id_of(subkey), expiration_s - RECORD_LIFETIME_S, lifetime_s, content[2:])
+    return entry if gate is None else _member_entry(gate, subkey, entry)
+
+
+def _member_entry(gate: Gate, public_key: bytes, entry: Entry) -> Entry | None:
+    """The entry without its writer's credential, as long as that lets it count."""
+    try:
+        member = gate.read(entry.data[:CREDENTIAL_BYTES], public_key)
+    except NotAMember as exc:
+        logger.debug("what peer %s has written is left out: %s", entry.peer_id, exc)
+        return None
+    return replace(
+        entry,
+        data=entry.data[CREDENTIAL_BYTES:],
+        may_serve=member.role is Role.SERVE,
+        lifetime_s=max(0.0, min(entry.lifetime_s, member.expires_at_s - entry.written_at_s)),
+    )
 
 
 class RecordValidator(RecordValidatorBase):
-    """What any node of the swarm stores or believes: signed records of bounded size, nothing else."""
+    """What any node of the swarm stores or believes: signed records of bounded size, nothing else.
 
-    def __init__(self) -> None:
+    Args:
+        owner_key: of a private swarm, by whose owner the writers of records were invited.
+    """
+
+    def __init__(self, owner_key: bytes | None = None) -> None:
+        self._owner_key = owner_key
+        self._num_credential_bytes = 0 if owner_key is None else CREDENTIAL_BYTES
         self._good: set[bytes] = set()
 
     def validate(self, record: DHTRecord) -> bool:
         """Called by hivemind for each record that a peer wants stored, or returns to us."""
         public_key, content = unpack_bytes(record.subkey), None
-        if len(record.value) <= SIGNATURE_BYTES + _MAX_DATA_BYTES + 8:
+        if len(record.value) <= SIGNATURE_BYTES + self._num_credential_bytes + _MAX_DATA_BYTES + 8:
             content = unpack_bytes(record.value)
         if public_key is None or len(public_key) != PUBLIC_KEY_BYTES:
             return False
-        if content is None or len(content) < SIGNATURE_BYTES + 2:
+        if content is None or len(content) < SIGNATURE_BYTES + 2 + self._num_credential_bytes:
             return False
         signed = _signed_part(record.key, public_key, content[SIGNATURE_BYTES:], record.expiration_time)
         digest = hashlib.sha256(content[:SIGNATURE_BYTES] + signed).digest()
@@ -85,9 +123,20 @@ class RecordValidator(RecordValidatorBase):
             return True
         if not is_signed_by(public_key, content[:SIGNATURE_BYTES], signed):
             return False
+        if self._owner_key is not None and not self._was_invited(public_key, content[SIGNATURE_BYTES + 2 :]):
+            return False
         if len(self._good) >= _MAX_CACHED_CHECKS:
             self._good.clear()
         self._good.add(digest)
+        return True
+
+    def _was_invited(self, public_key: bytes, shown: bytes) -> bool:
+        assert self._owner_key is not None
+        try:
+            read_credential(shown[:CREDENTIAL_BYTES], self._owner_key, public_key)
+        except NotAMember as exc:
+            logger.info("a record of peer %s is refused: %s", peer_id_of(public_key), exc)
+            return False
         return True
 
 
@@ -96,16 +145,21 @@ class BucketStorage(DHTLocalStorage):
 
     Args:
         now_s: the swarm's time.
+        gate: of a private swarm, where it keeps members' records only.
     """
 
-    def __init__(self, now_s: Callable[[], float]) -> None:
+    def __init__(self, now_s: Callable[[], float], gate: Gate | None = None) -> None:
         super().__init__()
         self._now_s = now_s
+        self._gate = gate
+        self._revocations_key = DHTID.generate(REVOCATIONS.key)
 
     def store_subkey(self, key: DHTID, subkey: object, value: bytes, expiration_time: float) -> bool:
         """Keep a record if there is room, or if there is after one was forgotten that has ended."""
         if expiration_time > self._now_s() + RECORD_LIFETIME_S + CLOCK_TOLERANCE_S:
             return False
+        if self._gate is not None and not self._counts(self._gate, key, subkey, value, expiration_time):
+            return True  # it is dropped; hivemind stores the rest of a bucket that it is part of
         found = self.get(key)
         if found is None:
             return len(self) < MAX_BUCKETS_HELD and bool(super().store_subkey(key, subkey, value, expiration_time))
@@ -116,9 +170,22 @@ class BucketStorage(DHTLocalStorage):
             return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
+    def _counts(self, gate: Gate, key: DHTID, subkey: object, value: bytes, expiration_s: float) -> bool:
+        """Whether a record in a private swarm is a member's and, of a list of revocations, as new as any we know."""
+        entry = read_record(subkey, value, expiration_s, gate)
+        if entry is None or key != self._revocations_key or not entry.lifetime_s:
+            return entry is not None
+        try:
+            if gate.adopt(entry.data):
+                del self[key]  # older ones, which must not take the room
+        except NotAMember as exc:
+            logger.info("peer %s wants a list of revocations stored: %s", entry.peer_id, exc)
+            return False
+        return entry.data == gate.revocations.data
+
     def _make_room(self, bucket: DictionaryDHTValue) -> bool:
         for subkey, (value, expiration_s) in list(bucket.items()):
-            entry = read_record(subkey, value, expiration_s)
+            entry = read_record(subkey, value, expiration_s, self._gate)
             if entry is None or entry.written_at_s + entry.lifetime_s < self._now_s():
                 del bucket[subkey]
                 return True

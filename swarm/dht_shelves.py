@@ -20,6 +20,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from swarm.admission import Gate
 from swarm.buckets import Bucket
 from swarm.dht_contacts import Contacts
 from swarm.dht_records import RECORD_LIFETIME_S, read_record, sign_record
@@ -69,6 +70,7 @@ class DhtShelves:
 
     Args:
         keep_time: done before each write, whose time others will judge.
+        gate: of a private swarm.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class DhtShelves:
         clock: SwarmClock,
         contacts: Contacts,
         keep_time: Callable[[], Awaitable[None]],
+        gate: Gate | None = None,
     ) -> None:
         self._node = node
         self._protocol = node.protocol
@@ -85,6 +88,7 @@ class DhtShelves:
         self._clock = clock
         self._contacts = contacts
         self._keep_time = keep_time
+        self._gate = gate
         self._last_write_s = 0.0
         self._near_by_key: dict[DHTID, _Near] = {}
 
@@ -94,7 +98,12 @@ class DhtShelves:
         key = DHTID.generate(bucket.key)
         self._last_write_s = max(self._clock.now_s(), self._last_write_s + 1e-3)
         value = sign_record(
-            self._identity, key.to_bytes(), data, written_at_s=self._last_write_s, lifetime_s=lifetime_s
+            self._identity,
+            key.to_bytes(),
+            data,
+            written_at_s=self._last_write_s,
+            lifetime_s=lifetime_s,
+            credential=b"" if self._gate is None else self._gate.credential,
         )
         expiration_s = self._last_write_s + RECORD_LIFETIME_S
         try:
@@ -111,7 +120,7 @@ class DhtShelves:
         key = DHTID.generate(bucket.key)
         found = await self._reaching_somebody(lambda: self._read_from_holder(key))
         await self._contacts.get_to_know(self._remembered(key).nodes.values())
-        own = _page(self._protocol.storage.get(key))
+        own = self._page(self._protocol.storage.get(key))
         return Page(_latest(found.entries + own.entries), found.num_bytes)
 
     async def _write_to_holders(self, key: DHTID, value: bytes, expiration_s: float) -> list[bool]:
@@ -184,7 +193,7 @@ class DhtShelves:
                 continue
             found, neighbours = answer[key]
             known |= {each: peer_id for each, peer_id in neighbours.items() if each != self._node.node_id}
-            page = _page(found)
+            page = self._page(found)
             num_bytes += page.num_bytes + NEIGHBOUR_BYTES * len(neighbours)
             entries = _latest(entries + page.entries)
             if node_id in sorted(known, key=key.xor_distance)[:REPLICAS]:
@@ -200,6 +209,15 @@ class DhtShelves:
         if len(self._near_by_key) > MAX_REMEMBERED:
             del self._near_by_key[next(iter(self._near_by_key))]
         return near
+
+    def _page(self, found: ValueWithExpiration | None) -> Page:
+        """The entries of a bucket that hivemind returned or keeps."""
+        if found is None or not isinstance(found.value, DictionaryDHTValue):
+            return Page()
+        records = [(subkey, value, expiration_s) for subkey, (value, expiration_s) in found.value.items()]
+        entries = (read_record(*record, self._gate) for record in records)
+        num_bytes = sum(RECORD_BYTES + len(value) for _, value, _ in records)
+        return Page(tuple(entry for entry in entries if entry is not None), num_bytes)
 
     async def _reaching_somebody(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do it over newly made contacts if nobody answered: hivemind takes such silence for an empty swarm.
@@ -223,13 +241,3 @@ def _latest(entries: Iterable[Entry]) -> tuple[Entry, ...]:
         if entry.peer_id not in latest or entry.written_at_s > latest[entry.peer_id].written_at_s:
             latest[entry.peer_id] = entry
     return tuple(latest.values())
-
-
-def _page(found: ValueWithExpiration | None) -> Page:
-    """The entries of a bucket that hivemind returned or keeps."""
-    if found is None or not isinstance(found.value, DictionaryDHTValue):
-        return Page()
-    records = [(subkey, value, expiration_s) for subkey, (value, expiration_s) in found.value.items()]
-    entries = (read_record(*record) for record in records)
-    num_bytes = sum(RECORD_BYTES + len(value) for _, value, _ in records)
-    return Page(tuple(entry for entry in entries if entry is not None), num_bytes)

@@ -7,6 +7,7 @@
     │   ├── BadLink                a join link that is malformed, expired or not of this swarm
     │   ├── BadCheckpoint          a model path or checkpoint that cannot be read
     │   ├── UnsupportedModel       an architecture that cannot be cut into blocks
+    │   ├── NotAMember             a private swarm, of which the caller is no member (any more)
     │   └── ResourceError          a port in use, no memory for one block, ...
     ├── PeerError                  one peer failed; another may do better
     │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
@@ -67,6 +68,15 @@ class UnsupportedModel(UserError):
     """An architecture that cannot be cut into blocks; the message names what is missing."""
 
     code = pb.ERROR_CODE_UNSUPPORTED
+
+
+class NotAMember(UserError):
+    """The swarm is private, and whoever asks is no member, no longer one, or not for this.
+
+    What a peer is told is one neutral sentence (`NOT_A_MEMBER`): the reason is in the log of the one that refuses.
+    """
+
+    code = pb.ERROR_CODE_NOT_A_MEMBER
 
 
 class ResourceError(UserError):

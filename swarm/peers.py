@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -19,6 +20,7 @@ from swarm.dialling import Anywhere, DiallingRule
 from swarm.errors import PeerUnavailable, ProtocolError
 from swarm.identity import TLS_NAME, certificate_pem
 from swarm.rpc import open_channel
+from swarm.rpc_members import CallSigner
 from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class Connector:
         open_tunnel: how to reach a peer that cannot be dialled; None: such peers are unavailable.
         rule: which of a peer's addresses may be dialled at all.
         connect_timeout_s: for each of the two ways.
+        sign: of a private swarm, says what calls to a server carry.
     """
 
     def __init__(
@@ -88,7 +91,9 @@ class Connector:
         *,
         rule: DiallingRule | None = None,
         connect_timeout_s: float = 3.0,
+        sign: CallSigner | None = None,
     ) -> None:
+        self._sign = sign
         self._open_tunnel = open_tunnel
         self._rule = rule or Anywhere()
         self._connect_timeout_s = connect_timeout_s
@@ -114,6 +119,12 @@ class Connector:
         """Let the next call to this peer connect anew; calls in progress go on over their link."""
         for address in [each for each, task in self._links.items() if each.peer_id == peer_id and task.done()]:
             await self._retire(self._links.pop(address))
+
+    async def cut_off(self, unwanted: Callable[[str], bool]) -> None:
+        """End the calls in progress to peers with these ids, and their links."""
+        for address in [each for each in self._links if unwanted(each.peer_id)]:
+            if (task := self._links.pop(address, None)) is not None:
+                await self._retire(task, force=True)
 
     async def renew(self, peer_id: str) -> bool:
         """Connect to a peer once more, for new calls; calls in progress go on over their link.
@@ -175,20 +186,24 @@ class Connector:
             pem = certificate_pem(address.tls_certificate)
         except ValueError as exc:
             raise _blamed(ProtocolError(f"the certificate of peer {address.peer_id} cannot be read"), address) from exc
+        open_to = partial(self._open, pem, address.tls_certificate)
         targets = await self._rule.targets(address.direct)
-        if targets and (link := await self._dial(targets, pem)) is not None:
+        if targets and (link := await self._dial(targets, open_to)) is not None:
             return link
         if self._open_tunnel is not None and address.multiaddrs:
             try:
                 multiaddrs = tuple(await self._rule.multiaddrs(address.multiaddrs))
-                return await self._tunnel(self._open_tunnel(address.peer_id, multiaddrs), pem)
+                return await self._tunnel(self._open_tunnel(address.peer_id, multiaddrs), open_to)
             except PeerUnavailable as exc:
                 raise _blamed(exc, address) from exc
         raise _blamed(PeerUnavailable(f"peer {address.peer_id} cannot be reached"), address)
 
-    async def _dial(self, targets: list[str], pem: bytes) -> _Link | None:
+    def _open(self, pem: bytes, certificate_der: bytes, target: str) -> grpc.aio.Channel:
+        return open_channel(target, pem, TLS_NAME, self._sign(certificate_der) if self._sign is not None else None)
+
+    async def _dial(self, targets: list[str], open_to: Callable[[str], grpc.aio.Channel]) -> _Link | None:
         """Dial all targets at once; the first that connects is the link."""
-        channels = [open_channel(target, pem, TLS_NAME) for target in targets]
+        channels = [open_to(target) for target in targets]
         attempts = {asyncio.create_task(_becomes_ready(each, self._connect_timeout_s)): each for each in channels}
         winner: grpc.aio.Channel | None = None
         try:
@@ -211,10 +226,12 @@ class Connector:
         owned.push_async_callback(winner.close)
         return _Link(winner, owned)
 
-    async def _tunnel(self, opening: AbstractAsyncContextManager[str], pem: bytes) -> _Link:
+    async def _tunnel(
+        self, opening: AbstractAsyncContextManager[str], open_to: Callable[[str], grpc.aio.Channel]
+    ) -> _Link:
         async with AsyncExitStack() as owned:
             target = await owned.enter_async_context(opening)
-            channel = open_channel(target, pem, TLS_NAME)
+            channel = open_to(target)
             owned.push_async_callback(channel.close)
             if not await _becomes_ready(channel, 2 * self._connect_timeout_s):
                 raise PeerUnavailable("the peer does not answer through the tunnel")

@@ -50,8 +50,8 @@ WAITS_S = (0.0, 5.0, 60.0)
 """Before each attempt to reach one peer."""
 PAUSE_S, PAUSE_AFTER_SUCCESS_S = 600.0, 10.0
 """How long nothing is tried with a peer after so many attempts, and after one that succeeded."""
-MAX_TRIED = 64
-"""Peers that are tried, or waited for, at a time: strangers may name any number."""
+MAX_TRIED, MAX_WAITING = 64, 1024
+"""Peers that are tried at a time, and those besides with whom it is not time yet: strangers may name any number."""
 MAX_MEETINGS = 8
 """How many a server takes part in at once."""
 
@@ -179,6 +179,7 @@ class Puncher:
         self._waits_s = waits_s
         self._introductions = Introductions(rule)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._trying = asyncio.Semaphore(MAX_TRIED)
         self._connections: dict[str, Stream] = {}
         self._not_before_s: dict[str, float] = {}
         self.renew: Renew | None = None
@@ -186,7 +187,7 @@ class Puncher:
 
     def begin(self, peer_id: str, relay_id: str) -> None:
         """Try to reach a peer that this relay carries us to; later, if it was tried lately."""
-        if peer_id not in self._tasks and len(self._tasks) < MAX_TRIED:
+        if peer_id not in self._tasks and len(self._tasks) < MAX_WAITING:
             self._tasks[peer_id] = asyncio.create_task(self._reach(peer_id, relay_id))
 
     def take(self, peer_id: str) -> Stream | None:
@@ -208,7 +209,8 @@ class Puncher:
             for wait_s in self._waits_s:
                 await asyncio.sleep(wait_s)
                 try:
-                    self._connections[peer_id] = await self._meet(peer_id, relay_id)
+                    async with self._trying:
+                        self._connections[peer_id] = await self._meet(peer_id, relay_id)
                 except PeerError as exc:
                     logger.debug("no direct connection to peer %s: %s", peer_id, exc)
                     continue

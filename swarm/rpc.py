@@ -67,6 +67,7 @@ _STATUS = {
     pb.ERROR_CODE_DRAINING: grpc.StatusCode.UNAVAILABLE,
     pb.ERROR_CODE_PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
     pb.ERROR_CODE_ADAPTER_MISSING: grpc.StatusCode.NOT_FOUND,
+    pb.ERROR_CODE_NOT_A_MEMBER: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 _CLASSES: dict[int, type[SwarmError]] = {
@@ -80,6 +81,7 @@ _CLASSES: dict[int, type[SwarmError]] = {
     pb.ERROR_CODE_DRAINING: errors.Draining,
     pb.ERROR_CODE_PROTOCOL: ProtocolError,
     pb.ERROR_CODE_ADAPTER_MISSING: errors.AdapterMissing,
+    pb.ERROR_CODE_NOT_A_MEMBER: errors.NotAMember,
 }
 
 _MAX_ERROR_TEXT = 1000
@@ -180,7 +182,16 @@ def pinned_credentials(certificate_pem: bytes) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(root_certificates=certificate_pem)
 
 
-def open_channel(target: str, certificate_pem: bytes, tls_name: str) -> grpc.aio.Channel:
-    """Return a channel to `target` that talks only to the holder of the certificate's key."""
+def open_channel(
+    target: str, certificate_pem: bytes, tls_name: str, signed: grpc.CallCredentials | None = None
+) -> grpc.aio.Channel:
+    """Return a channel to `target` that talks only to the holder of the certificate's key.
+
+    Args:
+        signed: what each call carries in a private swarm, see swarm/rpc_members.py.
+    """
     options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls_name)]
-    return grpc.aio.secure_channel(target, pinned_credentials(certificate_pem), options=options)
+    credentials = pinned_credentials(certificate_pem)
+    if signed is not None:
+        credentials = grpc.composite_channel_credentials(credentials, signed)
+    return grpc.aio.secure_channel(target, credentials, options=options)

@@ -34,6 +34,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_PROTOCOL: _ClassVar[ErrorCode]
     ERROR_CODE_ADAPTER_MISSING: _ClassVar[ErrorCode]
+    ERROR_CODE_NOT_A_MEMBER: _ClassVar[ErrorCode]
 
 class Retry(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -60,6 +61,7 @@ ERROR_CODE_CACHE_FULL: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_PROTOCOL: ErrorCode
 ERROR_CODE_ADAPTER_MISSING: ErrorCode
+ERROR_CODE_NOT_A_MEMBER: ErrorCode
 RETRY_UNSPECIFIED: Retry
 RETRY_NEVER: Retry
 RETRY_SAME_PEER: Retry

@@ -229,6 +229,43 @@ async def test_nobody_opens_the_session_of_another_or_of_another_epoch():
         assert table.get(key.session_id, 1).cache.length == 7
 
 
+async def test_a_session_that_ends_for_want_of_pages_keeps_none():
+    table = make_table(8)
+    visitor = Visitor(table, make_key())
+    await settle()
+    assert visitor.session is not None
+    fill(table, visitor.session, 9)
+    await visitor.break_off(CacheFull("no pages"))
+    assert table.pool.num_used == 0 and table.statistics().num_kept == 0
+
+
+async def test_kept_caches_do_not_give_way_in_vain():
+    table = make_table(8)
+    async with visiting(table, make_key(), 16):
+        kept = Visitor(table, make_key())
+        await settle()
+        assert kept.session is not None
+        fill(table, kept.session, 8)
+        await kept.break_off()
+        newcomer = Visitor(table, make_key(batch_size=5, max_tokens=4), timeout_s=0.0)
+        await settle()
+        assert newcomer.task.done() and isinstance(newcomer.task.exception(), CacheFull)
+        assert table.statistics().num_kept == 1
+    table.drop_kept()
+
+
+async def test_what_is_kept_is_news_for_a_step_that_waits_for_pages():
+    table = make_table(8)
+    visitor = Visitor(table, make_key())
+    await settle()
+    assert visitor.session is not None
+    fill(table, visitor.session, 9)
+    before = table.num_releases
+    await visitor.break_off()
+    assert table.num_releases > before and table.statistics().num_kept == 1
+    table.drop_kept()
+
+
 async def test_kept_caches_give_way_to_who_needs_their_pages_oldest_first():
     table = make_table(4)
     keys = [make_key(max_tokens=8), make_key(max_tokens=8)]
