@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import print_plain, say
+from common import make_model, print_plain, rounded, say
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -36,6 +36,7 @@ from swarm.ranges import BlockRange
 
 SPANS = [BlockRange(0, 2), BlockRange(2, 4), BlockRange(4, 6)]
 PRECISIONS = [("float32", None), ("bfloat16", None), ("float32", "int8"), ("bfloat16", "int8")]
+COARSE = ("bfloat16", "int4")
 PROMPT_TOKENS, NUM_STEPS, AUDIT_FRACTION = 8, 200, 0.05
 BATCH_SIZES = (64, 1, 64, 8, 64, 3, 64, 16)
 AUDIT_STEPS, AUDIT_STEPS_PER_TOKEN, OPENING_STEPS = 1.0, 0.06, 2.0
@@ -193,6 +194,33 @@ def audits(rng: random.Random) -> Iterator[tuple[int, int]]:
             start, opening = end, 0.0
 
 
+def differences(model: Model, rng: random.Random) -> dict[str, list[float]]:
+    """By how much two honest servers of the first span differ, and two liars from one: mean and largest of a token."""
+    ids = torch.tensor([[rng.randrange(3, model.embeddings.num_embeddings) for _ in range(88)] for _ in range(4)])
+    x_BTD, one_by_one, by_twenty = (
+        model.embeddings(ids).detach(),
+        [PROMPT_TOKENS, *[1] * 80],
+        [PROMPT_TOKENS, *[20] * 4],
+    )
+    spans = {each: model.spans[each][0] for each in PRECISIONS}
+    spans[COARSE] = model.load(COARSE, SPANS[0])
+    decoded = {each: run_span(span, x_BTD, one_by_one) for each, span in spans.items()}
+    recomputed = {each: run_span(span, x_BTD, by_twenty) for each, span in spans.items()}
+    pairs = {f"{_name(a)} / {_name(b)}": (decoded[a], recomputed[b]) for a in spans for b in spans}
+    true = decoded[PRECISIONS[0]]
+    pairs["noise of 10%"] = noise(0.1)(model, 0, x_BTD, true), true
+    pairs["last layer dropped"] = run_span(model.dropped[0], x_BTD, one_by_one), true
+    sketcher = Sketcher.of_key(rng.randbytes(KEY_BYTES), x_BTD.shape[-1])
+    errors = {
+        name: relative_error(sketcher.sketch(one), sketcher.sketch(other)) for name, (one, other) in pairs.items()
+    }
+    return {name: [rounded(float(each.mean())), rounded(float(each.max()))] for name, each in errors.items()}
+
+
+def _name(precision: Precision) -> str:
+    return " ".join(filter(None, precision))
+
+
 def liars(model: Model, batches: Sequence[Batch], num_runs: int) -> dict[str, Any]:
     """Who is found, for each lie."""
     rows = [(batch, row) for batch in batches for row in range(batch.decoded[PRECISIONS[0]][0].shape[0])]
@@ -219,7 +247,9 @@ def liars(model: Model, batches: Sequence[Batch], num_runs: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("embedded", "fragile"), default="embedded", help="fragile: random weights")
+    parser.add_argument(
+        "--model", choices=("embedded", "fragile", "124M"), default="embedded", help="the latter two: random"
+    )
     parser.add_argument("--runs", type=int, default=100, help="of each lie")
     parser.add_argument("--honest-runs", type=int, default=1000)
     arguments = parser.parse_args()
@@ -227,7 +257,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         if arguments.model == "fragile":
             _save_fragile(directory)
-        model = Model(directory if arguments.model == "fragile" else EMBEDDED_MODEL)
+        elif arguments.model == "124M":
+            make_model("124M", "float32", directory)
+        model = Model(EMBEDDED_MODEL if arguments.model == "embedded" else directory)
+    differ = differences(model, random.Random(1))
+    say(f"differences: {differ}")
     rng, batches, counts = random.Random(0), [], collections.Counter[str]()
     while counts["runs"] < arguments.honest_runs:
         size = BATCH_SIZES[len(batches) % len(BATCH_SIZES)]
@@ -240,8 +274,9 @@ def main() -> None:
         say(f"honest: {dict(counts)}")
         if len(batches) > len(BATCH_SIZES):
             batches[-1] = Batch({}, {})
-    found = liars(model, batches[: len(BATCH_SIZES)], arguments.runs)
-    print_plain("audits", model=arguments.model, honest={**counts}, lies=found, audit_fraction=AUDIT_FRACTION)
+    found = liars(model, batches[: len(BATCH_SIZES)], arguments.runs) if batches else {}
+    more = {"honest": {**counts}, "lies": found, "differences": differ, "audit_fraction": AUDIT_FRACTION}
+    print_plain("audits", model=arguments.model, **more)
 
 
 def _save_fragile(directory: str) -> None:

@@ -64,6 +64,7 @@ class _AutoDistributed:
         client_config: ClientConfig | None = None,
         allowed_servers: Collection[str] | None = None,
         blocked_servers: Collection[str] = (),
+        audit_fraction: float | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
         active_adapter: str | None = None,
@@ -84,6 +85,7 @@ class _AutoDistributed:
             client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
             allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
             blocked_servers: peer ids of servers that are not used.
+            audit_fraction: share of the work that other servers recompute, see ClientConfig; 0.05 among strangers.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
             active_adapter: name of an adapter that servers host, as `swarm status` shows it; see `use_adapter`.
             dtype: of the client's weights; None or "auto": that of the checkpoint.
@@ -99,6 +101,8 @@ class _AutoDistributed:
             config = replace(config, allowed_servers=allowed_servers)
         if blocked_servers:
             config = replace(config, blocked_servers=blocked_servers)
+        if audit_fraction is not None:
+            config = replace(config, audit_fraction=audit_fraction)
         checkpoint = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir))
         anatomy = anatomy_of(checkpoint.config)
         needs = Needs(BlockRange(0, anatomy.num_blocks), checkpoint.fingerprint, checkpoint.commit)
