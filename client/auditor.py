@@ -143,7 +143,7 @@ class SessionAuditor:
         if verdict.finding is Finding.RIGHT:
             self._done = max(self._done, self._lanes[0].num_held)
         elif verdict.finding is Finding.UNCLEAR:
-            self._network.doubt(account.hops[at - 1 : at + 1], verdict.error)
+            self._network.audits.doubt(account.hops[at - 1 : at + 1], verdict.error)
             self._retire()
         else:
             await self._settle(account, hops, at, committed, recomputed)
@@ -180,7 +180,7 @@ class SessionAuditor:
         parties = [account.hops[at], hops[at]]
         (third,) = await self._network.auditors([account.hops[at]], self._needs, not_these=parties)
         if third is None:
-            self._network.doubt(parties, float(relative_error(committed[at, 1], recomputed[at, 1]).mean()))
+            self._network.audits.doubt(parties, float(relative_error(committed[at, 1], recomputed[at, 1]).mean()))
             self._retire()
             return
         lane = self._lane_like(account.lane)
@@ -191,10 +191,10 @@ class SessionAuditor:
         errors = [float(relative_error(accounts[one], accounts[other]).mean()) for one, other in pairs]
         false = settle((errors[0], errors[1], errors[2]))
         if false is None:
-            self._network.doubt(parties, errors[2])
+            self._network.audits.doubt(parties, errors[2])
         else:
             true = errors[false]
-            self._network.exclude((*parties, third)[false], error=errors[(false + 1) % 3], among_others=true)
+            self._network.audits.exclude((*parties, third)[false], error=errors[(false + 1) % 3], among_others=true)
         self._retire()
 
 

@@ -94,12 +94,12 @@ def _judged(
     if len(peers) < 2:
         return peers[0], answers[0]
     if len(peers) == 2:
-        network.doubt(peers, difference(tensors[0], tensors[1], mask_BL))
+        network.audits.doubt(peers, difference(tensors[0], tensors[1], mask_BL))
         return peers[0], answers[0]
     between = [difference(tensors[one], tensors[other], mask_BL) for one, other in combinations(range(3), 2)]
     false = settle((between[2], between[1], between[0]))
     if false is None:
-        network.doubt(peers[:2], between[0])
+        network.audits.doubt(peers[:2], between[0])
         return peers[0], answers[0]
-    network.exclude(peers[false], error=between[0] if false < 2 else between[1], among_others=between[2 - false])
+    network.audits.exclude(peers[false], error=between[0] if false < 2 else between[1], among_others=between[2 - false])
     return (peers[1], answers[1]) if false == 0 else (peers[0], answers[0])

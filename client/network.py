@@ -101,7 +101,8 @@ class Network:
         )
         self._failures = FailureMemory(config.avoid_s, config.max_avoid_s)
         self._speeds = SpeedMemory()
-        self._audits = AuditMemory()
+        self.audits = AuditMemory()
+        """What audits have found."""
         self._rng = random.Random()
         self.pace = Pace(config.audit_fraction, self._rng)
         """When to audit."""
@@ -168,7 +169,7 @@ class Network:
     def _permitted(self, needs: Needs) -> Needs:
         """The same, of the servers that the user wants and that were not found to be false."""
         config = self.config
-        false = self._audits.false
+        false = self.audits.false
         return replace(needs, allowed=config.allowed_servers, blocked=config.blocked_servers, false=false)
 
     def view(self, attempt: Attempt | None = None) -> View:
@@ -238,7 +239,7 @@ class Network:
         """The route that a request would take now. Raises: NoRoute."""
         hops = await self.route(needs, Attempt())
         explained = explain(hops, self._roster, self._permitted(needs), self.view())
-        remarks = [*explained.remarks, *self._audits.remarks()]
+        remarks = [*explained.remarks, *self.audits.remarks()]
         if self.config.audit_fraction:
             auditors = zip(hops, await self.auditors(hops, needs), strict=True)
             remarks += [f"not audited: no other server has all of {hop}" for hop, other in auditors if other is None]
@@ -254,29 +255,6 @@ class Network:
             server = choose_auditor(able, hop, self._rng)
             chosen.append(None if server is None else Hop(server, hop.blocks))
         return chosen
-
-    def exclude(self, hop: Hop, *, error: float, among_others: float) -> None:
-        """Use a peer no more that has computed something else than its blocks.
-
-        Args:
-            error: relative error of what it has committed to.
-            among_others: that between two others.
-        """
-        what = (
-            f"not used: {hop} computed something else, {error:.1%} from two others, which differ by {among_others:.1%}"
-        )
-        logger.warning("%s", what)
-        self._audits.found(hop.peer_id, what)
-
-    def doubt(self, hops: Sequence[Hop], error: float) -> None:
-        """Note that of these peers one has computed something else, and nobody can say which."""
-        what = f"in doubt: {' or '.join(map(str, hops))} computed something else, they differ by {error:.1%}"
-        logger.warning("%s", what)
-        self._audits.doubted([hop.peer_id for hop in hops], what)
-
-    def is_false(self, hops: Sequence[Hop]) -> bool:
-        """Whether one of these peers was found to compute something else."""
-        return any(hop.peer_id in self._audits.false for hop in hops)
 
     def _avoided(self) -> set[str]:
         return self._failures.avoided(time.monotonic()) | self._missing.keys() | (+self._silent).keys()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .routing import Hop
+
+logger = logging.getLogger(__name__)
 
 SLOW = 3.0
 """From so many times the announced time on a peer counts as slow; below it is taken at its word, for every machine has
@@ -65,13 +70,28 @@ class AuditMemory:
         """Ids of peers that have computed something else than their blocks."""
         return frozenset(self._false)
 
-    def found(self, peer_id: str, what: str) -> None:
-        """Note that a peer is false, and what shows it."""
-        self._false[peer_id] = what
+    def is_false(self, hops: Sequence[Hop]) -> bool:
+        """Whether one of these peers was found to compute something else."""
+        return any(hop.peer_id in self._false for hop in hops)
 
-    def doubted(self, peer_ids: Sequence[str], what: str) -> None:
-        """Note that one of these peers is false, and nobody could say which."""
-        self._doubts[tuple(peer_ids)] = what
+    def exclude(self, hop: Hop, *, error: float, among_others: float) -> None:
+        """Let a peer be used no more that has computed something else than its blocks.
+
+        Args:
+            error: relative error of what it has committed to.
+            among_others: that between two others.
+        """
+        what = (
+            f"not used: {hop} computed something else, {error:.1%} from two others, which differ by {among_others:.1%}"
+        )
+        logger.warning("%s", what)
+        self._false[hop.peer_id] = what
+
+    def doubt(self, hops: Sequence[Hop], error: float) -> None:
+        """Note that one of these peers has computed something else, and nobody can say which."""
+        what = f"in doubt: {' or '.join(map(str, hops))} computed something else, they differ by {error:.1%}"
+        logger.warning("%s", what)
+        self._doubts[tuple(hop.peer_id for hop in hops)] = what
         if len(self._doubts) > MAX_DOUBTS:
             del self._doubts[next(iter(self._doubts))]
 

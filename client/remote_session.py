@@ -138,7 +138,7 @@ class RemoteSession:
 
     def _leave_false_hops(self) -> None:
         """Give up the lane if an audit has found one of its hops to lie; the step that follows replays the record."""
-        if self._network.is_false(self.route):
+        if self._network.audits.is_false(self.route):
             hops = ", ".join(map(str, self.route))
             logger.warning("leaving %s after %d tokens, some of which may be wrong", hops, self.length)
             self.is_tainted = True

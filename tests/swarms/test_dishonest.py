@@ -77,7 +77,7 @@ def dislike(model: Any, servers: list[Any]) -> None:
 
 
 def false_peers(model: Any) -> frozenset[str]:
-    return model._swarm.connection.network._audits.false
+    return model._swarm.connection.network.audits.false
 
 
 def generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -217,6 +217,6 @@ def test_honest_servers_of_any_precision_are_not_accused(honest, join, path, dty
         x_BLD = remote.get_input_embeddings()(ids).detach().requires_grad_()
         remote(inputs_embeds=x_BLD, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         network = remote._swarm.connection.network
-        assert not network._audits.remarks()
+        assert not network.audits.remarks()
         assert network.pace.num_audits > 3
     wait_idle(honest)
