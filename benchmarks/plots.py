@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit("plots need matplotlib: pip install '.[benchmarks]'")
     matplotlib.use("Agg")
     results = read_results(arguments.results)
-    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak, draw_placement):
+    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak, draw_placement, draw_together):
         draw(results, arguments.into)
 
 
@@ -127,6 +127,21 @@ def draw_placement(results: list[Result], into: Path) -> None:
                 panel.set_xscale("log")
         _name(axes[0], scenario, "servers", "throughput / optimum, mean over time")
         _name(axes[1], scenario, "servers", "moves")
+
+
+def draw_together(results: list[Result], into: Path) -> None:
+    """Losses of those that train together and of a single one, by update; a panel for each example."""
+    names = {
+        "train_together": "LoRA, one of three peers killed, one joins",
+        "pretrain_together": "from nothing, three peers",
+    }
+    newest = {each["benchmark"]: each for name in names for each in _of(results, name)}
+    for axes, name in _panels(into / "train_together.png", list(newest)):
+        for who, style in (("together", "-"), ("alone", "--")):
+            for sample in newest[name]["samples"]:
+                losses = sample["losses"][who]
+                axes[0].plot(range(1, len(losses) + 1), losses, style, label=f"{who}, seed {sample['seed']}")
+        _name(axes[0], names[name], "update", "loss of its own batches (nats per token)")
 
 
 def _of(results: list[Result], benchmark: str) -> list[Result]:

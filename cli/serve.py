@@ -6,7 +6,7 @@ import asyncio
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -16,6 +16,7 @@ from swarm.files import default_config_dir, write_atomically
 from swarm.link import JoinLink
 from swarm.ownership import OwnedSwarm, revocations_path
 from swarm.ranges import BlockRange
+from swarm.server.limits import LimitsConfig
 
 from .common import (
     JoinOption,
@@ -32,6 +33,14 @@ from .private import AsOption, PrivateOption, free_usual_port, name_for, own_swa
 if TYPE_CHECKING:
     from swarm.server.app import Running
     from swarm.server.config import ServerConfig
+
+
+LIMITS = LimitsConfig()
+
+
+def limit(what: str) -> Any:
+    """A flag for how much callers may have."""
+    return typer.Option(help=what, rich_help_panel="Limits")
 
 
 def serve_command(
@@ -64,6 +73,21 @@ def serve_command(
         int, typer.Option(help="Clients' adapters; 0: none; default: from free memory.", show_default=False)
     ] = -1,
     max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
+    max_connections: Annotated[int, limit("TCP connections in all.")] = LIMITS.max_connections,
+    caller_connections: Annotated[int, limit("TCP connections of one caller.")] = LIMITS.max_connections_per_caller,
+    max_calls: Annotated[int, limit("Calls at a time, in all.")] = LIMITS.max_calls,
+    caller_calls: Annotated[int, limit("Calls of one caller.")] = LIMITS.max_calls_per_caller,
+    max_sessions: Annotated[int, limit("Sessions at a time, in all.")] = LIMITS.max_sessions,
+    caller_sessions: Annotated[int, limit("Sessions of one caller.")] = LIMITS.max_sessions_per_caller,
+    max_batches: Annotated[int, limit("Batches of training at a time, in all.")] = LIMITS.max_batches,
+    caller_batches: Annotated[int, limit("Batches of one caller.")] = LIMITS.max_batches_per_caller,
+    caller_messages: Annotated[float, limit("Messages of one caller per second.")] = LIMITS.messages_per_s,
+    caller_mbit: Annotated[float, limit("Megabits of one caller per second.")] = LIMITS.bytes_per_s * 8 / 1e6,
+    message_mib: Annotated[int, limit("Room for messages; 0: as much as two of the largest.")] = 0,
+    room_share: Annotated[float, limit("Share of it that one caller may have.")] = LIMITS.room_share,
+    cache_share: Annotated[float, limit("Share of the cache that one keeps if others wait.")] = LIMITS.cache_share,
+    work_share: Annotated[float, limit("Share of the time that one may take from others.")] = LIMITS.work_share,
+    limit_loopback: Annotated[bool, limit("Programs of this machine are callers, too.")] = False,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
     kept_mib: Annotated[int, typer.Option(help="Activations kept for backward; 0: computed again.")] = 1024,
     metrics_port: Annotated[int, typer.Option(help="TCP port for Prometheus; 0: none.")] = 0,
@@ -117,6 +141,23 @@ def serve_command(
         cache_bytes=cache_mib << 20 or None,
         adapter_bytes=None if adapter_mib < 0 else adapter_mib << 20,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),
+        quotas=LimitsConfig(
+            max_connections=max_connections,
+            max_connections_per_caller=caller_connections,
+            max_calls=max_calls,
+            max_calls_per_caller=caller_calls,
+            max_sessions=max_sessions,
+            max_sessions_per_caller=caller_sessions,
+            max_batches=max_batches,
+            max_batches_per_caller=caller_batches,
+            messages_per_s=caller_messages,
+            bytes_per_s=caller_mbit * 1e6 / 8,
+            message_bytes=message_mib << 20 or None,
+            room_share=room_share,
+            cache_share=cache_share,
+            work_share=work_share,
+            loopback_is_caller=limit_loopback,
+        ),
         session_grace_s=session_grace,
         kept_activation_bytes=kept_mib << 20,
         metrics_port=metrics_port or None,

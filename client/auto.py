@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from swarm.codec import torch_dtype
 from swarm.errors import BadLink, BadRequest
-from swarm.model.anatomy import anatomy_of
+from swarm.model.anatomy import Anatomy, anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
 from swarm.model.peft_layers import adapter_reader
@@ -67,6 +68,7 @@ class _AutoDistributed:
         audit_fraction: float | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
+        prompts: str | Path | None = None,
         active_adapter: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
@@ -87,6 +89,7 @@ class _AutoDistributed:
             blocked_servers: peer ids of servers that are not used.
             audit_fraction: share of the work that other servers recompute, see ClientConfig; 0.05 among strangers.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
+            prompts: instead: a directory that `model.swarm_prompts.save_pretrained` wrote, to begin with those.
             active_adapter: name of an adapter that servers host, as `swarm status` shows it; see `use_adapter`.
             dtype: of the client's weights; None or "auto": that of the checkpoint.
             device: where the client's part lies.
@@ -122,15 +125,9 @@ class _AutoDistributed:
             model.__class__ = _distributed_class(type(model))
             model.__dict__["_swarm"] = call  # not a submodule: it holds no weights
             call.adapters = adapter_reader(model)
-            if tuning_mode is not None:
+            if (tuned := _prompts(tuning_mode, pre_seq_len, prompts, anatomy)) is not None:
                 model.requires_grad_(False)
-                prompts = Prompts(tuning_mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32).to(
-                    device
-                )
-                model.swarm_prompts = prompts
-                call.prompts = prompts
-            elif pre_seq_len:
-                raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+                model.swarm_prompts = call.prompts = tuned.to(device)
             model.use_adapter(active_adapter)
         except BaseException:
             connection.close()
@@ -168,6 +165,21 @@ def _client_config(join: str | None, initial_peers: Sequence[str], config: Clien
     if config is None:
         return ClientConfig(initial_peers=peers, invitation=invitation)
     return replace(config, initial_peers=peers, invitation=invitation) if peers else config
+
+
+def _prompts(
+    mode: TuningMode | None, pre_seq_len: int, directory: str | Path | None, anatomy: Anatomy
+) -> Prompts | None:
+    """New prompts, or saved ones, or none. Raises: BadRequest: the arguments contradict one another."""
+    if directory is not None:
+        if mode is not None or pre_seq_len:
+            raise BadRequest("prompts= has a tuning_mode and a pre_seq_len of its own: leave these out")
+        return Prompts.from_pretrained(directory, anatomy.num_blocks, anatomy.hidden_size)
+    if mode is not None:
+        return Prompts(mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32)
+    if pre_seq_len:
+        raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+    return None
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

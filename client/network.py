@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
@@ -29,6 +30,7 @@ from swarm.errors import (
     PromptTooLong,
     SessionLost,
     SwarmError,
+    TooManyRequests,
     UserError,
 )
 from swarm.peers import Connector
@@ -290,9 +292,11 @@ class Network:
     async def retrying(self, work: Callable[[Attempt], Awaitable[T]]) -> T:
         """Call `work` until it succeeds: peers that fail are avoided, a missing route is waited for.
 
-        A peer's refusal counts for that peer alone; it is raised when nobody is left who has not refused.
+        A peer's refusal counts for that peer alone; it is raised when nobody is left who has not refused. One that has
+        too many requests has not failed: others are asked, or else it is asked again when it said.
 
         Raises: NoRoute: none appeared for route_timeout_s. PeerError: max_attempts peers failed one after another.
+            TooManyRequests: that was all they said for route_timeout_s.
             UserError: ours at once, the servers' after all were asked. Any other error at once: it is our bug.
         """
         loop = asyncio.get_running_loop()
@@ -310,6 +314,12 @@ class Network:
                     raise NoRoute(f"{exc}{f'; the last failure was: {last_failure}' if last_failure else ''}") from exc
                 await asyncio.sleep(min(0.5, max(0.0, deadline_s - loop.time())))
                 attempt = replace(attempt, max_age_s=FRESH_S)
+            except TooManyRequests as exc:
+                last_failure = str(exc)
+                deadline_s = loop.time() + self.config.route_timeout_s if deadline_s is None else deadline_s
+                if loop.time() >= deadline_s:
+                    raise
+                await self.note_failure(exc)
             except (UserError, PeerError) as exc:
                 if isinstance(exc, UserError) and not exc.peer_id:
                     raise
@@ -331,20 +341,27 @@ class Network:
         timeout_s: float,
         *,
         progress: Callable[[], int] = lambda: 0,
+        stall_s: float = math.inf,
     ) -> T:
         """Wait for what these hops are doing for us; whenever it takes long, ask them whether they are alive.
 
         Args:
             progress: how far the work is; while it moves on, nobody is asked: the answer would have to wait behind it.
-        Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s.
+            stall_s: how long it may stay where it is although they are alive.
+        Raises: PeerUnavailable: one does not answer, or all do and there is still no result after timeout_s, or no
+            progress for stall_s.
         """
+        now_s = asyncio.get_running_loop().time
         task = asyncio.ensure_future(work)
-        before = progress()
+        before, moved_at_s = progress(), now_s()
         try:
             async with asyncio.timeout(timeout_s):
                 while not (await asyncio.wait({task}, timeout=self.config.silence_s))[0]:
                     if before != (before := progress()):
+                        moved_at_s = now_s()
                         continue
+                    if now_s() - moved_at_s > stall_s:
+                        raise blame(PeerUnavailable(f"peer {hops[0]} takes nothing for {stall_s:.0f} s"), hops[0])
                     try:
                         await self._probe(hops)
                     except PeerUnavailable:
@@ -408,6 +425,8 @@ class Network:
             async with self.connector.lease(hop.address) as channel, errors_from_wire(hop.peer_id):
                 request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
                 await pb_grpc.BlocksStub(channel).Describe(request, timeout=PROBE_TIMEOUT_S)
+        except TooManyRequests:
+            return True  # that is an answer
         except PeerError as exc:
             logger.debug("%s does not answer: %s", hop, exc)
             return False
@@ -436,6 +455,9 @@ class Network:
             return
         assert error.peer_id, f"an error of a peer does not say which: {error!r}"
         if isinstance(error, SessionLost | AdapterMissing):
+            return
+        if isinstance(error, TooManyRequests):
+            self._failures.busy(error.peer_id, error.retry_after_s, time.monotonic())
             return
         self._failures.failed(error.peer_id, time.monotonic())
         if isinstance(error, PeerUnavailable):

@@ -28,6 +28,9 @@ MAX_REMEMBERED = 1024
 MAX_DOUBTS = 64
 """Disagreements that are remembered."""
 
+LEAST_BUSY_S = 0.1
+"""A peer that has too many requests is left alone at least so long, whatever it says."""
+
 
 class FailureMemory:
     """Peers that failed lately, and until when they are avoided."""
@@ -40,6 +43,11 @@ class FailureMemory:
     def failed(self, peer_id: str, now_s: float) -> None:
         count = self._failures.get(peer_id, (0, 0.0))[0] + 1
         self._failures[peer_id] = (count, now_s + min(self._max_avoid_s, self._avoid_s * 2 ** min(count - 1, 30)))
+
+    def busy(self, peer_id: str, retry_after_s: float, now_s: float) -> None:
+        """Leave a peer alone for as long as it says; it has not failed, so its failures stay as many as they are."""
+        count, until_s = self._failures.get(peer_id, (0, 0.0))
+        self._failures[peer_id] = (count, max(until_s, now_s + max(retry_after_s, LEAST_BUSY_S)))
 
     def succeeded(self, peer_id: str) -> None:
         self._failures.pop(peer_id, None)

@@ -1,6 +1,6 @@
 """Train a small language model from nothing with several peers, each on text of its own.
 
-    python examples/pretrain_together.py                                all of it on this computer, two minutes
+    python examples/pretrain_together.py                                all of it on this computer, three minutes
     python examples/pretrain_together.py --listen /ip4/0.0.0.0/tcp/0    the first peer; it says how others join
     python examples/pretrain_together.py --listen … --peer /ip4/…       another one; --share says which text it takes
 
@@ -34,7 +34,7 @@ HELD_OUT = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=40)
+    parser = new_parser(__doc__ or "", steps=40, output="pretrained")
     parser.add_argument("--listen", help="be a peer, and let others dial it here")
     parser.add_argument("--peer", action="append", default=[], help="where a peer of the run can be dialled")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the text, of {NUM_SHARES}; -1: all")
@@ -58,8 +58,9 @@ def take_part(options: argparse.Namespace) -> None:
     dht = hivemind.DHT(start=True, host_maddrs=[options.listen], initial_peers=options.peer or None)
     say({"addresses": [str(address) for address in dht.get_visible_maddrs()]})
     optimizer = new_optimizer(
-        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE
-    )
+        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE,
+        learning_rate=LEARNING_RATE, num_updates=options.steps,
+    )  # fmt: skip
 
     def next_batch() -> dict[str, torch.Tensor]:
         ids = torch.stack([mine[number] for number in torch.randint(len(mine), (BATCH_SIZE,)).tolist()])
@@ -68,6 +69,7 @@ def take_part(options: argparse.Namespace) -> None:
     num_samples = follow(model, optimizer, next_batch, options.steps)
     optimizer.shutdown()
     dht.shutdown()
+    model.save_pretrained(options.output)
     say({"before": before, "after": loss_on(model, held_out), "num_samples": num_samples})
 
 
@@ -104,6 +106,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         def start(name: str, share: int, initial_peers: Sequence[str]) -> Peer:
             flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--share", str(share)]
             flags += ["--steps", str(options.steps), "--seed", str(options.seed)]
+            flags += ["--output", str(options.output / name)]
             peer = Peer(name, __file__, [*flags, *(flag for each in initial_peers for flag in ("--peer", each))])
             owned.callback(peer.kill)
             return peer
@@ -123,7 +126,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         "one peer with all the text": alone.outcome["after"],
     }
     show({name: {"loss on held-out text": f"{loss:.3f}"} for name, loss in losses.items()})
-    plot({"together": first.losses, "alone": alone.losses}, options.plot, "Trained from nothing, together")
+    plot({"together": first.losses, "alone": alone.losses}, options, "Trained from nothing, together")
     say({"peers": [each.said for each in (first, *others)], "alone": alone.said})
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote
 
 import torch
 from torch import Tensor
 
-from swarm import PROTOCOL_VERSION, reach
+from swarm import PROTOCOL_VERSION
 from swarm.codec import FLOAT_DTYPES
 from swarm.commitments import KEY_BYTES, MAX_BYTES, num_bytes
 from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
@@ -53,16 +52,6 @@ class ServiceLimits:
             max_batch_size=self.max_batch_size,
             max_adapter_bytes=max_adapter_bytes,
         )
-
-
-def place_of(peer: str) -> str:
-    """From where a call comes, as far as one can tell: an address, or a connection where that is this machine's.
-
-    Args:
-        peer: as gRPC writes it. Whoever comes through the tunnel has an address of this machine.
-    """
-    address = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
-    return peer if address in ("", "127.0.0.1", "::1") else reach.place_of(address)
 
 
 def check_version(version: int) -> None:
@@ -151,6 +140,11 @@ def max_message_bytes(num_tokens: int, hidden_size: int, num_blocks: int, limits
     """Bound on the tensors of one request: hidden states and their gradient, masks, positions, prompts (float32)."""
     prompts = num_blocks * limits.max_virtual_tokens * hidden_size * 4
     return 2 * num_tokens * hidden_size * 4 + 2 * num_tokens * 8 + prompts
+
+
+def room_bytes(num_input_bytes: int, num_output_bytes: int) -> int:
+    """What a step or batch takes at most beside the model: its tensors, and the answer as it is packed and sent."""
+    return num_input_bytes + 3 * num_output_bytes
 
 
 def check_mask(mask: Tensor | None, batch_size: int, length: int) -> None:

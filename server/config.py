@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swarm.announcement import MAX_HOSTED_ADAPTERS
@@ -18,6 +18,8 @@ from swarm.ranges import BlockRange
 from swarm.relaying import BESIDE_SERVING, RelayConfig
 
 from .checks import ServiceLimits
+from .hardware import pass_tokens
+from .limits import LimitsConfig
 from .scheduler import SchedulerConfig
 
 PERIODS_ALIVE = 4
@@ -71,6 +73,9 @@ class ServerConfig:
     cache_bytes: int | None = None
     """Budget of the KV cache over all sessions; None: from the free memory."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    """How large one request may be."""
+    quotas: LimitsConfig = field(default_factory=LimitsConfig)
+    """How much one caller may have at a time, and all together."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """How decoding, prefill and training share the time."""
     session_grace_s: float = 30.0
@@ -132,3 +137,14 @@ class ServerConfig:
                 f"announce_period_s must lie between 0 and {MAX_LIFETIME_S / PERIODS_ALIVE:.0f}, and drain_timeout_s "
                 "must not be negative"
             )
+
+
+def for_device(config: ServerConfig, device_type: str) -> ServerConfig:
+    """The same config, with steps and iterations of as many tokens as the device takes well, or more if it says so."""
+    num_tokens = pass_tokens(device_type)
+    limits, scheduler = config.limits, config.scheduler
+    return replace(
+        config,
+        limits=replace(limits, max_step_tokens=max(num_tokens, limits.max_step_tokens)),
+        scheduler=replace(scheduler, max_tokens=max(num_tokens, scheduler.max_tokens)),
+    )

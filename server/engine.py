@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -369,6 +370,7 @@ class Engine:
             self._counters.num_out_of_pages += 1
             logger.warning("the KV cache is full: a step waits for pages")
             job.blocked_since_s = now_s
+        self._call_soon(partial(self.sessions.reclaim, job.session.caller))
         job.blocked_at = self.sessions.num_releases
 
     def _run_iteration(self, turn: Sequence[tuple[_StepJob, Slice]]) -> None:
@@ -441,10 +443,14 @@ class Engine:
         self._settle(settled)
 
     def _settle(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        self._call_soon(partial(self._set_results, results))
+
+    def _call_soon(self, work: Callable[[], None]) -> None:
+        """Have something done in the event loop."""
         try:
-            self._loop.call_soon_threadsafe(self._set_results, results)
-        except RuntimeError:  # the loop was closed while we computed: nobody waits for the results any more
-            logger.debug("results came after their event loop was closed")
+            self._loop.call_soon_threadsafe(work)
+        except RuntimeError:  # the loop was closed while we computed: nobody waits for it any more
+            logger.debug("something came after its event loop was closed")
 
     def _set_results(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
         for future, result in results:

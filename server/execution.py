@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from swarm.model.kv_store import KVStore
+from swarm.model.paged import PAGE_TOKENS
 from swarm.model.ragged import PackedSpan, Piece
 from swarm.model.span import Span
+from swarm.model.staging import Fetch
 from swarm.ranges import BlockRange
 
 from .kv_cache import StepInput
@@ -100,22 +102,27 @@ class PackedExecutor:
         pieces = [piece for each in group for piece in _pieces(each)]
         rows_TD = [each.x_BLD.flatten(0, 1) for each in group]
         x_TD = rows_TD[0] if len(rows_TD) == 1 else torch.cat([row_TD.to(span.dtype) for row_TD in rows_TD])
-        y_TD = self._twin(span)(x_TD.to(span.device, span.dtype), pieces).cpu()
+        y_TD = Fetch(self._twin(span)(x_TD.to(span.dtype), pieces)).collect()
         outputs = y_TD.split([each.num_tokens for each in group])
         return [y.unflatten(0, (each.session.batch_size, each.length)) for y, each in zip(outputs, group, strict=True)]
 
     def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
-        room = TRIAL_PAST + length
+        num_tokens = TRIAL_PAST + length
+        room = num_tokens if span.device.type != "cuda" else -(-num_tokens // PAGE_TOKENS) * PAGE_TOKENS
         if num_rows * room > self._store.num_slots:
             return None
-        x_TD = torch.zeros(num_rows * length, span.hidden_size, dtype=span.dtype, device=span.device)
-        pieces = [Piece(length, TRIAL_PAST, [(row * room, (row + 1) * room)]) for row in range(num_rows)]
+        x_TD = torch.zeros(num_rows * length, span.hidden_size, dtype=span.dtype)
+        pieces = [Piece(length, TRIAL_PAST, [(row * room, row * room + num_tokens)]) for row in range(num_rows)]
 
         @torch.inference_mode()
         def run() -> None:
-            self._twin(span)(x_TD, pieces)
+            Fetch(self._twin(span)(x_TD, pieces)).collect()
 
         return run
+
+    def prepare(self, span: Span) -> None:
+        """Make the twin of a span now, with all that is tried out for it."""
+        self._twin(span)
 
     def _write_prefix(self, session: ServerSession) -> None:
         """Write what stands in front of a session's tokens, once, into pages that its sequences share."""

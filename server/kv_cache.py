@@ -157,7 +157,7 @@ class SessionCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages that it holds, those included that others hold as well."""
+        """Pages that it holds; those that it shares with others count as if they were its own."""
         return sum(len(table.pages) for table in (*self._tables, self._ballast))
 
     def check(self, step: StepInput) -> None:

@@ -13,6 +13,7 @@
     │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
     │   ├── SessionLost            it no longer holds the session's cache
     │   ├── CacheFull              it has no room for this session, or its adapters, now
+    │   ├── TooManyRequests        its limits are reached, for this caller or in all; it did not fail
     │   ├── AdapterMissing         it does not hold an adapter that was named; send it and ask again
     │   ├── Draining               it is about to leave, or has left these blocks for others
     │   └── ProtocolError          it sent something that the wire contract does not allow
@@ -104,6 +105,21 @@ class CacheFull(PeerError):
     """The peer has no room for this session, or its adapters, at present."""
 
     code = pb.ERROR_CODE_CACHE_FULL
+
+
+class TooManyRequests(PeerError):
+    """A limit of the peer is reached, for this caller or for all together: go elsewhere, or come back later.
+
+    The peer works as it should: it is not asked again for a while, and not blamed.
+    """
+
+    code = pb.ERROR_CODE_TOO_MANY_REQUESTS
+    retry_after_s: float = 1.0
+    """After how long it makes sense to ask this peer again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class AdapterMissing(PeerError):

@@ -112,8 +112,7 @@ async def meet(dht: Dht, relay_id: str, stream: Stream, introductions: Introduct
         if not await introductions.allow(found, relay_host):
             raise PeerUnavailable(f"relay {relay_id} names {found.host}, which is not dialled because others say so")
         connected = await _dial_until_met(found, mirror.getsockname()[1])
-    _keep_alive(connected)
-    return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES), found.host
+    return await _as_stream(connected, found.host), found.host
 
 
 def _open_socket(host: str, port: int = 0) -> socket.socket:
@@ -153,6 +152,18 @@ async def _dial_until_met(found: Introduction, local_port: int) -> socket.socket
             await asyncio.sleep(DIAL_AGAIN_S)
         else:
             return opened
+
+
+async def _as_stream(connected: socket.socket, host: str) -> Stream:
+    """Raises: PeerUnavailable: the connection has ended already."""
+    try:
+        _keep_alive(connected)
+        return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES)
+    except BaseException as exc:
+        connected.close()
+        if isinstance(exc, OSError):
+            raise PeerUnavailable(f"the connection to {host} has ended already") from exc
+        raise
 
 
 def _keep_alive(connected: socket.socket) -> None:

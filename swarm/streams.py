@@ -22,6 +22,14 @@ logger = logging.getLogger(__name__)
 PART_TIMEOUT_S = 60.0
 """How long the next part of a message that has begun may take."""
 
+LEAST_BYTES_PER_S = 64 << 10
+"""Who sends or takes the parts of a message more slowly holds room that others need."""
+
+
+def total_timeout_s(num_bytes: int) -> float:
+    """How long a message of so many bytes may take, all parts together."""
+    return PART_TIMEOUT_S + num_bytes / LEAST_BYTES_PER_S
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -92,13 +100,23 @@ async def read_tensors(
 ) -> list[Tensor | None]:
     """Return the tensors of a message whose first part is `data`, reading more parts as needed.
 
-    Raises: ProtocolError: specs that are not allowed, or parts that do not add up to them.
+    Raises: ProtocolError: specs that are not allowed, or parts that do not add up to them. PeerUnavailable: they come
+        too slowly.
     """
-    unpacker = Unpacker(specs, max_bytes=max_bytes)
+    return await fill(Unpacker(specs, max_bytes=max_bytes), read, data)
+
+
+async def fill(unpacker: Unpacker, read: Callable[[], Awaitable[Any]], data: bytes) -> list[Tensor | None]:
+    """The same where the specs have been checked before: whoever reads may have had to find room first."""
     if data:
         unpacker.feed(data)
-    while not unpacker.done:
-        unpacker.feed(await _read_part(read))
+    timeout_s = total_timeout_s(unpacker.num_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not unpacker.done:
+                unpacker.feed(await _read_part(read))
+    except TimeoutError as exc:
+        raise PeerUnavailable(f"a message of {unpacker.num_bytes} bytes did not come within {timeout_s:.0f} s") from exc
     return unpacker.tensors()
 
 

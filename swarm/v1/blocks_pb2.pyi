@@ -35,6 +35,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_PROTOCOL: _ClassVar[ErrorCode]
     ERROR_CODE_ADAPTER_MISSING: _ClassVar[ErrorCode]
     ERROR_CODE_NOT_A_MEMBER: _ClassVar[ErrorCode]
+    ERROR_CODE_TOO_MANY_REQUESTS: _ClassVar[ErrorCode]
 
 class Retry(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -62,6 +63,7 @@ ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_PROTOCOL: ErrorCode
 ERROR_CODE_ADAPTER_MISSING: ErrorCode
 ERROR_CODE_NOT_A_MEMBER: ErrorCode
+ERROR_CODE_TOO_MANY_REQUESTS: ErrorCode
 RETRY_UNSPECIFIED: Retry
 RETRY_NEVER: Retry
 RETRY_SAME_PEER: Retry
@@ -80,16 +82,18 @@ class TensorSpec(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "retry", "message", "peer_id")
+    __slots__ = ("code", "retry", "message", "peer_id", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: ErrorCode
     retry: Retry
     message: str
     peer_id: str
-    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., retry: _Optional[_Union[Retry, str]] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., retry: _Optional[_Union[Retry, str]] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class BlockRange(_message.Message):
     __slots__ = ("start", "end")

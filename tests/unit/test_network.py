@@ -24,6 +24,7 @@ from swarm.errors import (
     PeerUnavailable,
     PromptTooLong,
     SessionLost,
+    TooManyRequests,
 )
 from swarm.memory_directory import MemoryDirectory
 from swarm.peers import PeerAddress
@@ -395,6 +396,61 @@ def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_a
         assert network._avoided() == {c.peer_id}
         await asyncio.sleep(PROBE_TIMEOUT_S)
         assert c.peer_id in network._missing and a.peer_id not in network._avoided()
+        await network.aclose()
+
+    run(test)
+
+
+def test_a_peer_with_too_many_requests_is_left_alone_as_long_as_it_says_and_not_blamed():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "AB":
+            await directory.announce(announcement(name, 0, 12))
+        network = make_network(directory)
+        first = (await network.route(NEEDS, Attempt()))[0].peer_id
+        busy = TooManyRequests("come back later", 30.0)
+        busy.peer_id = first
+        assert await network.retrying(Attempts(*[busy] * 50)) == "done"  # however often: it is no failure
+        assert (await network.route(NEEDS, Attempt()))[0].peer_id != first
+        assert not network._missing
+        await network.aclose()
+
+    run(test)
+
+
+def test_a_lone_server_with_too_many_requests_is_waited_for():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory, route_timeout_s=30.0)
+        loop = asyncio.get_running_loop()
+        answers = [at_peer(TooManyRequests("come back later", 0.2), "A") for _ in range(3)]
+
+        async def ask(attempt: Attempt) -> float:
+            await network.route(NEEDS, attempt)
+            if answers:
+                raise answers.pop(0)
+            return loop.time()
+
+        began_s = loop.time()
+        assert await network.retrying(ask) - began_s > 0.5
+        assert not answers
+        await network.aclose()
+
+    asyncio.run(test())
+
+
+def test_a_lone_server_that_stays_busy_is_given_up_after_route_timeout_s():
+    async def test() -> None:
+        network = make_network(route_timeout_s=5.0)
+
+        async def ask(attempt: Attempt) -> None:
+            await asyncio.sleep(1.0)
+            raise at_peer(TooManyRequests("come back later", 1.0), "A")
+
+        with pytest.raises(TooManyRequests):
+            await network.retrying(ask)
+        assert 5.0 <= asyncio.get_running_loop().time() < 7.0
         await network.aclose()
 
     run(test)
