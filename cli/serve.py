@@ -59,7 +59,9 @@ def serve_command(
     ] = -1,
     max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
-    kept_mib: Annotated[int, typer.Option(help="Activations kept for backward; 0: computed again.")] = 1024,
+    kept_mib: Annotated[
+        int, typer.Option(help="Activations kept for backward; 0: none; default: from free memory.", show_default=False)
+    ] = -1,
     metrics_port: Annotated[int, typer.Option(help="TCP port for Prometheus; 0: none.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="IP address of the metrics port.")] = "127.0.0.1",
     drain_timeout: Annotated[float, typer.Option(help="Seconds for running sessions when stopping.")] = 20.0,
@@ -107,7 +109,7 @@ def serve_command(
         adapter_bytes=None if adapter_mib < 0 else adapter_mib << 20,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),
         session_grace_s=session_grace,
-        kept_activation_bytes=kept_mib << 20,
+        kept_activation_bytes=None if kept_mib < 0 else kept_mib << 20,
         metrics_port=metrics_port or None,
         metrics_host=metrics_host,
         drain_timeout_s=drain_timeout,
@@ -159,6 +161,8 @@ def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Or
     async def work(lifetime: Lifetime) -> None:
         def on_ready(running: Running) -> None:
             lifetime.ready = True
+            memory = running.mover.tenure.holding.memory
+            keep_freed_memory(memory.kept_bytes + memory.graph_bytes)
             progress.stop()
             _print_ready(running)
             if link_file is not None:  # whoever waits for it finds that it was said as well

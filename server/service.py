@@ -25,9 +25,10 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
+from .activations import KeptActivations
 from .adapters import AdapterStore
 from .answers import AnswerRoom, answer
-from .batches import Batch, KeptActivations, run_backward, run_forward
+from .batches import Batch, run_backward, run_forward
 from .checks import ServiceLimits
 from .decoding import Decoding
 from .engine import Engine

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,9 @@ from swarm.model.targets import find_targets
 from swarm.peers import Connector
 from swarm.ranges import BlockRange
 
+from .activations import EXPIRY_PERIOD_S, KeptActivations
 from .adapters import AdapterStore
 from .answers import LEAST_ROOM_BYTES, AnswerRoom
-from .batches import KeptActivations
 from .compute import ComputeThread
 from .config import ServerConfig
 from .cores import Cores, cores_path
@@ -129,7 +130,8 @@ async def open_tenure(
         sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
         owned.callback(sessions.drop_kept)
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
-        kept = KeptActivations(config.kept_activation_bytes)
+        kept = KeptActivations(holding.memory.kept_bytes, holding.memory.graph_bytes)
+        owned.callback(_expire_regularly(kept))
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
         for hosted in model.hosted:
             adapters.host(hosted, holding.blocks)
@@ -177,6 +179,19 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
     if layout is None:
         return sessions, SessionExecutor()
     return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
+
+
+def _expire_regularly(kept: KeptActivations) -> Callable[[], None]:
+    """Drop what is too old now and then, without traffic; returns what ends that."""
+    loop = asyncio.get_running_loop()
+
+    def expire() -> None:
+        nonlocal timer
+        kept.expire(time.monotonic())
+        timer = loop.call_later(EXPIRY_PERIOD_S, expire)
+
+    timer = loop.call_later(EXPIRY_PERIOD_S, expire)
+    return lambda: timer.cancel()
 
 
 def _costs(speed: Speed) -> CostModel:
