@@ -1,12 +1,14 @@
 """Does anything that happens to servers change what comes out? Seeded runs in which one to three things go wrong.
 
-Five server processes hold every block of a tiny model at least twice; their links are shaped. At random tokens of a
-generation, or at random moments of forward and backward, servers are killed, frozen, slowed down tenfold, cut off, or
-told to leave or to serve other blocks; every block stays with one of those that are well. The reference is the
-undisturbed local model: all tokens, and all gradients, must be equal.
+Five server processes hold every block of a model twice, in ranges that do not end at the same blocks; their links, of
+data and of the directory, are shaped. At random tokens of a generation, or at random moments of forward and backward,
+servers are killed, frozen, slowed down tenfold, cut off, or told to leave or to serve other blocks; every block stays
+with one of those that are well. The reference is the undisturbed local model: all tokens, and all gradients, must be
+equal.
 
     python benchmarks/chaos.py --runs 100 --training-runs 50
     python benchmarks/chaos.py --runs 0 --training-runs 0 --pauses 7
+    python benchmarks/chaos.py --shape 124M --runs 0 --training-runs 0 --pauses 7
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import VOCAB_SIZE, make_model, print_plain, rounded, say
+from common import SHAPES, VOCAB_SIZE, make_model, print_plain, rounded, say
 from shaper import Link, Quality, Shaper
 from tasks import TokenTimes
 from wan import OUTSIDE, free_ports
@@ -36,23 +38,32 @@ from swarm.client import ClientConfig
 from swarm.link import JoinLink
 from swarm.server import LocalSwarm
 
-RANGES = ((0, 2), (0, 2), (2, 4), (2, 4), (0, 4))
-ELSEWHERE = ((2, 4), (0, 4), (0, 2), (0, 4), (0, 2))
-"""Where servers move to."""
-NUM_BLOCKS = 4
+Range = tuple[int, int]
+
+QUARTERS = ((0, 2), (2, 4), (0, 1), (1, 3), (3, 4))
+"""Which quarters of the model's blocks servers hold."""
+ELSEWHERE = ((2, 4), (0, 2), (3, 4), (0, 2), (0, 1))
+"""Where they move to."""
 FLAGS = ("--announce-period", "3", "--cache-mib", "64", "--threads", "1", "--drain-timeout", "1")
 SLOW_PERIOD_S, SLOW_SHARE = 0.1, 0.9
 """A slowed server is frozen for this share of each period."""
 TOLERANCE = 1e-5
 
 
+def in_quarters(num_blocks: int, quarters: Sequence[Range]) -> list[Range]:
+    """Block ranges, of quarters of the model."""
+    return [(start * num_blocks // 4, end * num_blocks // 4) for start, end in quarters]
+
+
 class Victims:
     """Servers with links of their own, to which bad things are done; afterwards all are well again."""
 
-    def __init__(self, model: str, shaper: Shaper, ports: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, model: str, num_blocks: int, shaper: Shaper, ports: Sequence[tuple[int, int]]) -> None:
         self._shaper = shaper
         self._ports = ports
-        self.swarm = LocalSwarm(model, RANGES, dtype="float32", arguments=FLAGS)
+        self._num_blocks = num_blocks
+        self._ranges, self._elsewhere = (in_quarters(num_blocks, each) for each in (QUARTERS, ELSEWHERE))
+        self.swarm = LocalSwarm(model, self._ranges, dtype="float32", arguments=FLAGS)
         self._slots: dict[int, Any] = {}
         """Link -> the server behind it."""
         self._slowing: list[tuple[threading.Event, threading.Thread]] = []
@@ -63,7 +74,7 @@ class Victims:
     def start(self, slot: int) -> None:
         port, dht_port = self._ports[slot]
         flags = ("--port", str(port), "--dht-port", str(dht_port), "--announce-host", OUTSIDE)
-        self._slots[slot] = self.swarm.add(RANGES[slot], arguments=flags)
+        self._slots[slot] = self.swarm.add(self._ranges[slot], arguments=flags)
 
     def slot_of(self, hop: Any) -> int:
         ports = {int(address.rpartition(":")[2]) for address in hop.server.direct}
@@ -71,15 +82,15 @@ class Victims:
 
     def choose(self, rng: random.Random, wanted: Sequence[int]) -> int | None:
         """One of the wanted slots, or else any, to which nothing has happened yet and which is not needed."""
-        for slots in (wanted, range(len(RANGES))):
+        for slots in (wanted, range(len(self._ranges))):
             allowed = [slot for slot in slots if slot not in self._harmed and self._covered_without(slot)]
             if allowed:
                 return rng.choice(allowed)
         return None
 
     def _covered_without(self, slot: int) -> bool:
-        well = [RANGES[each] for each in self._slots if each != slot and each not in self._harmed]
-        return all(any(start <= block < end for start, end in well) for block in range(NUM_BLOCKS))
+        well = [self._ranges[each] for each in self._slots if each != slot and each not in self._harmed]
+        return all(any(start <= block < end for start, end in well) for block in range(self._num_blocks))
 
     def harm(self, event: str, slot: int) -> None:
         """Do one thing to the server of a slot."""
@@ -92,9 +103,9 @@ class Victims:
         elif event == "slow":
             self._slow_down(server)
         elif event == "cut":
-            self._shaper.set(Quality(is_cut=True), [slot])
+            self._shaper.set(Quality(is_cut=True), [slot, slot + len(self._ranges)])
         elif event == "move":
-            self._starting.append(self._pool.submit(server.move, ELSEWHERE[slot]))
+            self._starting.append(self._pool.submit(server.move, self._elsewhere[slot]))
         else:
             self._starting.append(self._pool.submit(server.stop))
 
@@ -121,12 +132,12 @@ class Victims:
         for future in self._starting:
             future.result()
         self._starting.clear()
-        self._shaper.set(Quality(), range(len(RANGES)))
+        self._shaper.set(Quality())
         for slot, server in self._slots.items():
             if server.alive:
                 server.resume()
-                if (server.blocks.start, server.blocks.end) != RANGES[slot]:
-                    self._starting.append(self._pool.submit(server.move, RANGES[slot]))
+                if (server.blocks.start, server.blocks.end) != self._ranges[slot]:
+                    self._starting.append(self._pool.submit(server.move, self._ranges[slot]))
             else:
                 self._starting.append(self._pool.submit(self.start, slot))
         for future in self._starting:
@@ -146,15 +157,15 @@ EVENTS = ("kill", "freeze", "slow", "cut", "drain", "move")
 
 
 @contextmanager
-def open_victims(model: str) -> Iterator[Victims]:
-    numbers = free_ports(2 * len(RANGES))
+def open_victims(model: str, num_blocks: int) -> Iterator[Victims]:
+    numbers = free_ports(2 * len(QUARTERS))
     ports = list(zip(numbers[::2], numbers[1::2], strict=True))
     links = [Link(OUTSIDE, port, "127.0.0.1", port) for port, _ in ports]
     links += [Link(OUTSIDE, port, "127.0.0.1", port) for _, port in ports]
     with Shaper(links) as shaper:
-        victims = Victims(model, shaper, ports)
+        victims = Victims(model, num_blocks, shaper, ports)
         try:
-            for slot in range(len(RANGES)):
+            for slot in range(len(QUARTERS)):
                 victims.start(slot)
             yield victims
         finally:
@@ -238,7 +249,8 @@ def measure_pause(victims: Victims, remote: Any, event: str, seed: int, context:
     generate(remote, ids, 2, clock)
     prefill_s = clock.times_s[0] - started
     with remote.inference_session(max_length=context + 32) as session:
-        clock = At({8: lambda: victims.harm(event, victims.slot_of(session.route[0]))})
+        hop = random.Random(seed)
+        clock = At({8: lambda: victims.harm(event, victims.slot_of(hop.choice(session.route)))})
         generate(remote, ids, 24, clock)
     after_s = clock.times_s[8:]
     return max(later - earlier for earlier, later in itertools.pairwise(after_s)), prefill_s
@@ -267,6 +279,7 @@ def repeat(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--runs", type=int, default=20, help="generations")
     parser.add_argument("--training-runs", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -276,8 +289,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of context at that")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        local = make_model("tiny", "float32", directory)
-        with open_victims(directory) as victims:
+        local = make_model(arguments.shape, "float32", directory)
+        with open_victims(directory, local.config.num_hidden_layers) as victims:
             config = ClientConfig(
                 initial_peers=JoinLink.parse(victims.swarm.link).initial_peers, silence_s=1.0, micro_batch_tokens=32
             )
@@ -300,7 +313,7 @@ def main() -> None:
                 say(f"a pause of {pauses[-1][0]:.2f} s, a prefill takes {pauses[-1][1]:.2f} s")
                 victims.heal()
             remote.close()
-    results: dict[str, Any] = {"generation": generated, "training": trained}
+    results: dict[str, Any] = {"shape": arguments.shape, "generation": generated, "training": trained}
     if pauses:
         pause_s, prefill_s = (statistics.median(values) for values in zip(*pauses, strict=True))
         results["pause"] = {

@@ -57,6 +57,13 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
 
 VOCAB_SIZE = 32000

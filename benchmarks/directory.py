@@ -40,6 +40,7 @@ from swarm.buckets import MAX_DEPTH, Bucket, path_of_server, servers_root
 from swarm.client.known_servers import KnownServers
 from swarm.coordinates import Coordinates
 from swarm.dht import DhtConfig, _import_hivemind, open_dht
+from swarm.dht_contacts import KnownPeers
 from swarm.directory import BucketDirectory, SwarmClock
 from swarm.identity import Identity
 
@@ -176,6 +177,7 @@ class NoContacts:
     """A simulated node needs no help to stay in touch."""
 
     lost = False
+    known = KnownPeers({}, "")
 
     async def ensure(self) -> None:
         """It is."""

@@ -31,7 +31,7 @@ def main() -> None:
         sys.exit("plots need matplotlib: pip install '.[benchmarks]'")
     matplotlib.use("Agg")
     results = read_results(arguments.results)
-    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak, draw_placement):
+    for draw in (draw_serve_load, draw_prefill, draw_kv_memory, draw_soak, draw_placement, draw_together):
         draw(results, arguments.into)
 
 
@@ -127,6 +127,21 @@ def draw_placement(results: list[Result], into: Path) -> None:
                 panel.set_xscale("log")
         _name(axes[0], scenario, "servers", "throughput / optimum, mean over time")
         _name(axes[1], scenario, "servers", "moves")
+
+
+def draw_together(results: list[Result], into: Path) -> None:
+    """Losses of those that train together and of a single one, by update; a panel for each example."""
+    titles = {
+        "train_together": "LoRA: one of three peers is killed, another one joins",
+        "pretrain_together": "From nothing: three peers",
+    }
+    samples = {name: [sample for each in _of(results, name) for sample in each["samples"]] for name in titles}
+    for axes, name in _panels(into / "train_together.png", [name for name in titles if samples[name]]):
+        for sample in samples[name]:
+            for who, style in (("together", "-"), ("alone", "--")):
+                losses = sample["losses"][who]
+                axes[0].plot(range(1, len(losses) + 1), losses, style, label=f"{who}, seed {sample['seed']}")
+        _name(axes[0], titles[name], "update", "loss of a peer's own batches, nats per token")
 
 
 def _of(results: list[Result], benchmark: str) -> list[Result]:

@@ -19,6 +19,7 @@ from common import print_plain, rounded
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
+from swarm.buckets import CAPACITY
 from swarm.client.routing import Graph, Needs, Roster, View, plan_route, route_costs
 from swarm.coordinates import Coordinates
 from swarm.ranges import BlockRange
@@ -67,10 +68,10 @@ def make_servers(rng: random.Random, number: int, num_blocks: int) -> list[Annou
 
 def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
     """The cost of the shortest path, found node by node."""
-    graph = Graph(roster, np.arange(len(roster.servers)), needs, view)
+    graph = Graph(roster, roster.reach(needs), needs, view)
     everyone = np.arange(len(roster.servers))
     queue = [
-        (float(graph.client_s[index] + graph.enter_s[index] + graph.block_s[index]), 1, index)
+        (float(graph.upload_s[index] + graph.enter_s[index] + graph.block_s[index]), 1, index)
         for index, server in enumerate(roster.servers)
         if server.start == 0
     ]
@@ -87,7 +88,13 @@ def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
             continue
         if block < roster.servers[index].end:
             heapq.heappush(queue, (cost_s + float(graph.block_s[index]), block + 1, index))
-        ways_s = cost_s + graph.between_s(np.array([index]), everyone)[0] + graph.enter_s + graph.block_s
+        ways_s = (
+            cost_s
+            + graph.leave_s[index]
+            + graph.between_s(np.array([index]), everyone)[0]
+            + graph.enter_s
+            + graph.block_s
+        )
         for other in np.flatnonzero((roster.start_S <= block) & (block < roster.end_S) & (everyone != index)):
             if (block + 1, int(other)) not in done:
                 heapq.heappush(queue, (float(ways_s[other]), block + 1, int(other)))
@@ -97,17 +104,24 @@ def dijkstra_s(roster: Roster, needs: Needs, view: View) -> float:
 def measure(number: int, num_blocks: int, num_samples: int, *, with_reference: bool) -> dict[str, Any]:
     rng = random.Random(number)
     servers = make_servers(rng, number, num_blocks)
+    needs = Needs(BlockRange(0, num_blocks), FINGERPRINT, session_tokens=2048)
     started = time.perf_counter()
     roster = Roster(servers)
     roster_s = time.perf_counter() - started
-    needs = Needs(BlockRange(0, num_blocks), FINGERPRINT, session_tokens=2048)
-    times_s, row = [], {}
+    times_s, refreshes_s, row = [], [], {}
     for sample in range(num_samples + 1):
+        # A refresh brings a bucket: up to 64 servers have announced themselves anew.
+        for index in rng.sample(range(number), min(number, CAPACITY)):
+            servers[index] = servers[index].model_copy()
+        started = time.perf_counter()
+        roster = Roster(servers, before=roster)
+        refreshed_s = time.perf_counter() - started
         view = View(here=Coordinates(rng.gauss(0, 0.05), rng.gauss(0, 0.05), 0.01, 0.2))
         started = time.perf_counter()
         hops = plan_route(roster, needs, view)
-        if sample:  # the first one looks at fingerprints
+        if sample:  # the first one looks at all fingerprints
             times_s.append(time.perf_counter() - started)
+            refreshes_s.append(refreshed_s + times_s[-1])
     if with_reference:
         started = time.perf_counter()
         reference_s = dijkstra_s(roster, needs, view)
@@ -119,7 +133,8 @@ def measure(number: int, num_blocks: int, num_samples: int, *, with_reference: b
         "servers": number,
         "blocks": num_blocks,
         "median_ms": rounded(1e3 * statistics.median(times_s)),
-        "roster_ms": rounded(1e3 * roster_s),
+        "first_roster_ms": rounded(1e3 * roster_s),
+        "refresh_and_route_ms": rounded(1e3 * statistics.median(refreshes_s)),
         **row,
     }
 

@@ -59,16 +59,33 @@ class _Line:
     quality: Quality
     free_at_s: float = 0.0
     """When it has carried all that was given to it."""
+    next_stall_s: float = 0.0
+    stalled_until_s: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def begin(self, quality: Quality, now_s: float) -> None:
+        """Be like this from now on."""
+        self.quality = quality
+        self.stalled_until_s = 0.0
+        self.next_stall_s = now_s + random.expovariate(quality.stalls_per_s) if quality.stalls_per_s else 0.0
 
     def arrival_s(self, num_bytes: int, now_s: float) -> float:
         """When bytes that are given to it now will be at the other end."""
         quality = self.quality
         seconds = num_bytes / quality.bytes_per_s if quality.bytes_per_s else 0.0
-        if quality.stalls_per_s and random.random() < quality.stalls_per_s * max(seconds, 1e-3):
-            seconds += quality.stall_s
         self.free_at_s = max(self.free_at_s, now_s) + seconds
+        self.free_at_s = max(self.free_at_s, self._stalled_until_s(now_s))
         return self.free_at_s + quality.delay_s + random.uniform(0, quality.jitter_s)
+
+    def _stalled_until_s(self, now_s: float) -> float:
+        """Until when nothing moves; stalls begin at random moments, as often whatever is sent."""
+        quality = self.quality
+        if not quality.stalls_per_s:
+            return 0.0
+        while self.next_stall_s <= now_s:
+            self.stalled_until_s = self.next_stall_s + quality.stall_s
+            self.next_stall_s += random.expovariate(quality.stalls_per_s)
+        return self.stalled_until_s
 
     async def healed(self) -> None:
         while self.quality.is_cut:
@@ -134,7 +151,7 @@ async def _serve(links: Sequence[Link]) -> None:
     while command := await loop.run_in_executor(None, sys.stdin.readline):
         change = json.loads(command)
         for line in lines[change["index"]]:
-            line.quality = Quality(**change["quality"])
+            line.begin(Quality(**change["quality"]), loop.time())
             line.changed.set()
         print("done", flush=True)
 

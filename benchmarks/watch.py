@@ -11,6 +11,7 @@ import psutil
 from clients import tree_cpu_s
 
 from swarm import PROTOCOL_VERSION
+from swarm.announcement import Announcement
 from swarm.client.config import ClientConfig
 from swarm.client.connection import Connection
 from swarm.client.network import Network
@@ -61,6 +62,10 @@ class Watch:
         """Processor time of all servers so far."""
         return sum(tree_cpu_s(process.pid) for process in self._processes)
 
+    def servers(self) -> list[Announcement]:
+        """What they announce, in the order of their blocks."""
+        return self._connection.loop.run(_servers(self._connection.network, self._fingerprint))
+
     def loads(self) -> list[Load]:
         """What the servers say, in the order of their blocks."""
         return self._connection.loop.run(_loads(self._connection.network, self._fingerprint))
@@ -75,8 +80,12 @@ class Watch:
         return loads
 
 
+async def _servers(network: Network, fingerprint: str) -> list[Announcement]:
+    return sorted(await network.servers(fingerprint), key=lambda each: each.start)
+
+
 async def _loads(network: Network, fingerprint: str) -> list[Load]:
-    servers = sorted(await network.servers(fingerprint), key=lambda each: each.start)
+    servers = await _servers(network, fingerprint)
     return list(await asyncio.gather(*(_load(network, Hop(server, server.blocks)) for server in servers)))
 
 

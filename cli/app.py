@@ -48,7 +48,7 @@ def version() -> None:
 
 
 def _register() -> None:
-    from . import bootstrap, demo, doctor, generate, serve, status
+    from . import bootstrap, demo, doctor, generate, private, serve, status
 
     app.command("demo")(demo.demo_command)
     app.command("serve")(serve.serve_command)
@@ -56,6 +56,10 @@ def _register() -> None:
     app.command("status")(status.status_command)
     app.command("doctor")(doctor.doctor_command)
     app.command("generate")(generate.generate_command)
+    app.command("invite")(private.invite_command)
+    app.command("members")(private.members_command)
+    app.command("revoke")(private.revoke_command)
+    app.command("join")(private.join_command)
 
 
 OPENMP_SPINS = "20000"
@@ -63,8 +67,14 @@ OPENMP_SPINS = "20000"
 whoever computes next, which on one machine is the next server; much less slows the layers of small models down."""
 
 
+OLD_TLS_CIPHERS = "ECDHE-RSA-AES128-GCM-SHA256"
+"""What gRPC may use in TLS 1.2: something for RSA keys, which no certificate of ours has, so TLS 1.3 is left. gRPC has
+no setting for the version, and reads this one when it is loaded, which it is not yet."""
+
+
 def main() -> None:
     """Run the command line; every error that Swarm raises on purpose becomes one sentence and an exit code."""
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = OLD_TLS_CIPHERS
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)  # read when torch is loaded, which it is not yet
     try:
         _register()

@@ -8,13 +8,18 @@ from typing import Annotated
 import typer
 
 from swarm.dht import DhtConfig
+from swarm.files import default_config_dir, write_atomically
 from swarm.link import JoinLink
+from swarm.ownership import MAX_ADDRESSES, revocations_path
 
-from .common import JoinOption, Lifetime, console, parse_join, run_until_signal, write_atomically
+from .common import JoinOption, Lifetime, console, parse_join, run_until_signal
+from .private import AsOption, PrivateOption, free_usual_port, own_swarm, print_link
 
 
 def dht_command(
     join: JoinOption = "",
+    private: PrivateOption = False,
+    swarm_name: AsOption = "",
     host: Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0: any.")] = 0,
     announce_host: Annotated[str, typer.Option(help="Address that others dial instead.", show_default=False)] = "",
@@ -34,12 +39,16 @@ def dht_command(
     from swarm.relaying import RelayConfig
 
     link = parse_join(join)
+    owned = own_swarm(private, swarm_name, "private", link)
+    invitation = owned.own_invitation() if owned else link.invitation if link else None
     config = DhtConfig(
         initial_peers=link.initial_peers if link else (),
-        identity_path=identity,
+        identity_path=identity or (owned.node_identity_path if owned else None),
         host=host,
-        port=port,
+        port=port or (free_usual_port(owned, host) if owned else 0),
         announce_host=announce_host or None,
+        invitation=invitation,
+        revocations_path=revocations_path(default_config_dir(), invitation.owner_key) if invitation else None,
     )
 
     relaying = RelayConfig(max_bytes_per_s=relay_mbit * 1e6 / 8, mirror_port=mirror_port) if relay else None
@@ -47,11 +56,14 @@ def dht_command(
     async def work(lifetime: Lifetime) -> None:
         def on_ready(multiaddrs: list[str]) -> None:
             lifetime.ready = True
-            text = JoinLink(initial_peers=tuple(multiaddrs[:4])).encode()
+            guests = owned.guest_invitation() if owned else None
+            text = JoinLink(tuple(multiaddrs[:MAX_ADDRESSES]), invitation=guests).encode()
+            if owned is not None:
+                owned.remember_addresses(multiaddrs)
             if link_file is not None:
-                write_atomically(link_file, text + "\n")
+                write_atomically(link_file, f"{text}\n".encode())
             console.print("The DHT node runs. Ctrl-C to stop.", highlight=False)
-            console.print(f"Join link: {text}", soft_wrap=True, highlight=False, markup=False)
+            print_link(text)
 
         await run_bootstrap(config, lifetime.stop, on_ready, relay=relaying)
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from swarm.errors import BadLink
 from swarm.link import JoinLink
+from swarm.profiles import resolve_join
 
 console = Console()
 errors = Console(stderr=True)
@@ -28,18 +29,24 @@ MAX_FILES = 10_240
 
 JoinOption = Annotated[
     str,
-    typer.Option("--join", "-j", envvar="SWARM_JOIN", help="Join link of the swarm, swarm://…", show_default=False),
+    typer.Option(
+        "--join", "-j", envvar="SWARM_JOIN", help="Join link of the swarm, swarm://…, or its name.", show_default=False
+    ),
 ]
 
 AllowOption = Annotated[
     list[str] | None, typer.Option("--allow", help="Peer id of a server to use, and no others; repeatable.")
 ]
 BlockOption = Annotated[list[str] | None, typer.Option("--block", help="Peer id of a server not to use; repeatable.")]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", help="Peer id of a server that may run the first and last blocks, no other; repeatable."),
+]
 
 
 def parse_join(text: str) -> JoinLink | None:
-    """Return the link of --join or SWARM_JOIN; None where neither is set. Raises: BadLink."""
-    return JoinLink.parse(text) if text.strip() else None
+    """Return the link of --join or SWARM_JOIN, or that they name; None where neither is set. Raises: BadLink."""
+    return resolve_join(text) if text.strip() else None
 
 
 def need_join(text: str) -> JoinLink:
@@ -50,11 +57,10 @@ def need_join(text: str) -> JoinLink:
     return link
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of it or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    partial.replace(path)
+def cache_home() -> Path:
+    """Where this user's programs keep what can be made again: $XDG_CACHE_HOME/swarm, or ~/.cache/swarm."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "swarm"
 
 
 def exit_with_parent(grace_s: float, on_line: Callable[[str], None] = lambda line: None) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest
+from swarm.link import JoinLink
 
 from .common import JoinOption, console, need_join
 
@@ -34,7 +35,7 @@ def doctor_command(
     """
     if not 0 <= port < 65536:
         raise BadRequest(f"port {port} is not between 0 and 65535")
-    report = asyncio.run(_examine(need_join(join).initial_peers, model, port))
+    report = asyncio.run(_examine(need_join(join), model, port))
     if as_json:
         typer.echo(json.dumps(_as_dict(report), indent=2))
     else:
@@ -43,10 +44,11 @@ def doctor_command(
         raise typer.Exit(1)
 
 
-async def _examine(initial_peers: tuple[str, ...], model: str, port: int) -> Report:
+async def _examine(link: JoinLink, model: str, port: int) -> Report:
     from swarm.checkup import examine
 
-    async with open_dht(DhtConfig(initial_peers=initial_peers, client_mode=True)) as dht:
+    config = DhtConfig(initial_peers=link.initial_peers, invitation=link.invitation, client_mode=True)
+    async with open_dht(config) as dht:
         return await examine(dht, model, port)
 
 

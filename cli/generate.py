@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AllowOption, BlockOption, JoinOption, need_join
+from .common import AllowOption, BlockOption, JoinOption, TrustOption, need_join
 
 
 def generate_command(
@@ -28,12 +28,13 @@ def generate_command(
     ] = "none",
     allow: AllowOption = None,
     block: BlockOption = None,
+    trust: TrustOption = None,
 ) -> None:
     """Continue a text, printing it as it comes.
 
     Example: swarm generate Qwen/Qwen3-8B "Once upon a time" --join swarm://…
     """
-    link = need_join(join)
+    need_join(join)
     import torch
     import transformers
 
@@ -41,13 +42,14 @@ def generate_command(
 
     distributed = AutoDistributedModelForCausalLM.from_pretrained(
         model,
-        initial_peers=link.initial_peers,
+        join=join,
         revision=revision,
         token=token,
         quantization=quantization,
         active_adapter=adapter,
         allowed_servers=allow or None,
         blocked_servers=block or (),
+        trusted_servers=trust or None,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, token=token)
     if seed is not None:

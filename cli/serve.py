@@ -6,28 +6,41 @@ import asyncio
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from swarm.errors import BadRequest, SwarmError
+from swarm.files import default_config_dir, write_atomically
+from swarm.link import JoinLink
+from swarm.ownership import OwnedSwarm, revocations_path
 from swarm.ranges import BlockRange
+from swarm.server.limits import LimitsConfig
 
 from .common import (
     JoinOption,
     Lifetime,
+    cache_home,
     console,
     errors,
     exit_with_parent,
     parse_join,
     run_until_signal,
-    write_atomically,
 )
+from .private import AsOption, PrivateOption, free_usual_port, name_for, own_swarm, print_link
 
 if TYPE_CHECKING:
     from swarm.server.app import Running
     from swarm.server.config import ServerConfig
+
+
+LIMITS = LimitsConfig()
+
+
+def limit(what: str) -> Any:
+    """A flag for how much callers may have."""
+    return typer.Option(help=what, rich_help_panel="Limits")
 
 
 def serve_command(
@@ -36,6 +49,8 @@ def serve_command(
     move: Annotated[bool, typer.Option(help="Go to other blocks when the swarm needs that.")] = True,
     num_blocks: Annotated[int, typer.Option(help="How many blocks; default: what fits.", show_default=False)] = 0,
     join: JoinOption = "",
+    private: PrivateOption = False,
+    swarm_name: AsOption = "",
     link_file: Annotated[Path | None, typer.Option(help="Also write the join link into this file.")] = None,
     name: Annotated[str, typer.Option(help="What people see in `swarm status`.")] = platform.node(),
     identity: Annotated[Path | None, typer.Option(help="Key file that keeps this server's identity.")] = None,
@@ -58,6 +73,21 @@ def serve_command(
         int, typer.Option(help="Clients' adapters; 0: none; default: from free memory.", show_default=False)
     ] = -1,
     max_session_tokens: Annotated[int, typer.Option(help="Longest session.")] = 8192,
+    max_connections: Annotated[int, limit("TCP connections in all.")] = LIMITS.max_connections,
+    caller_connections: Annotated[int, limit("TCP connections of one caller.")] = LIMITS.max_connections_per_caller,
+    max_calls: Annotated[int, limit("Calls at a time, in all.")] = LIMITS.max_calls,
+    caller_calls: Annotated[int, limit("Calls of one caller.")] = LIMITS.max_calls_per_caller,
+    max_sessions: Annotated[int, limit("Sessions at a time, in all.")] = LIMITS.max_sessions,
+    caller_sessions: Annotated[int, limit("Sessions of one caller.")] = LIMITS.max_sessions_per_caller,
+    max_batches: Annotated[int, limit("Batches of training at a time, in all.")] = LIMITS.max_batches,
+    caller_batches: Annotated[int, limit("Batches of one caller.")] = LIMITS.max_batches_per_caller,
+    caller_messages: Annotated[float, limit("Messages of one caller per second.")] = LIMITS.messages_per_s,
+    caller_mbit: Annotated[float, limit("Megabits of one caller per second.")] = LIMITS.bytes_per_s * 8 / 1e6,
+    message_mib: Annotated[int, limit("Room for messages; 0: as much as two of the largest.")] = 0,
+    room_share: Annotated[float, limit("Share of it that one caller may have.")] = LIMITS.room_share,
+    cache_share: Annotated[float, limit("Share of the cache that one keeps if others wait.")] = LIMITS.cache_share,
+    work_share: Annotated[float, limit("Share of the time that one may take from others.")] = LIMITS.work_share,
+    limit_loopback: Annotated[bool, limit("Programs of this machine are callers, too.")] = False,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
     kept_mib: Annotated[
         int, typer.Option(help="Activations kept for backward; 0: none; default: from free memory.", show_default=False)
@@ -80,6 +110,8 @@ def serve_command(
     if with_parent:
         exit_with_parent(drain_timeout + 5, orders.take)
     link = parse_join(join)
+    owned = own_swarm(private, swarm_name, name_for(model), link)
+    invitation = owned.own_invitation() if owned else link.invitation if link else None
     block_range = BlockRange.parse(blocks) if blocks else None
     from swarm.model.checkpoint import CheckpointSource
     from swarm.model.hosted import AdapterSource
@@ -93,14 +125,17 @@ def serve_command(
         num_blocks=num_blocks or None,
         moves=move,
         initial_peers=link.initial_peers if link else (),
-        identity_path=identity,
+        invitation=invitation,
+        guest_invitation=owned.guest_invitation() if owned else None,
+        revocations_path=revocations_path(default_config_dir(), invitation.owner_key) if invitation else None,
+        identity_path=identity or (owned.node_identity_path if owned else None),
         name=name,
         device=device,
         dtype=dtype,
         quantization=quantization,
         host=host,
         port=port,
-        dht_port=dht_port,
+        dht_port=dht_port or (free_usual_port(owned, host) if owned else 0),
         announce_host=announce_host or None,
         tunnel_only=tunnel_only,
         relay=replace(BESIDE_SERVING, max_bytes_per_s=relay_mbit * 1e6 / 8) if relay else None,
@@ -108,6 +143,23 @@ def serve_command(
         cache_bytes=cache_mib << 20 or None,
         adapter_bytes=None if adapter_mib < 0 else adapter_mib << 20,
         limits=ServiceLimits(max_session_tokens=max_session_tokens),
+        quotas=LimitsConfig(
+            max_connections=max_connections,
+            max_connections_per_caller=caller_connections,
+            max_calls=max_calls,
+            max_calls_per_caller=caller_calls,
+            max_sessions=max_sessions,
+            max_sessions_per_caller=caller_sessions,
+            max_batches=max_batches,
+            max_batches_per_caller=caller_batches,
+            messages_per_s=caller_messages,
+            bytes_per_s=caller_mbit * 1e6 / 8,
+            message_bytes=message_mib << 20 or None,
+            room_share=room_share,
+            cache_share=cache_share,
+            work_share=work_share,
+            loopback_is_caller=limit_loopback,
+        ),
         session_grace_s=session_grace,
         kept_activation_bytes=None if kept_mib < 0 else kept_mib << 20,
         metrics_port=metrics_port or None,
@@ -115,8 +167,9 @@ def serve_command(
         drain_timeout_s=drain_timeout,
         announce_period_s=announce_period,
         num_threads=threads or None,
+        speeds_path=cache_home() / "speeds.json",
     )
-    _serve_until_signal(config, link_file, orders)
+    _serve_until_signal(config, link_file, orders, owned)
 
 
 class Orders:
@@ -146,7 +199,7 @@ class Orders:
             console.print(f"Did not move: {exc}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Orders) -> None:
+def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Orders, owned: OwnedSwarm | None) -> None:
     """Run the server behind a loading bar; say, and write into `link_file`, how others join when it is ready."""
     from swarm.server.app import serve
     from swarm.server.hardware import keep_freed_memory
@@ -164,9 +217,11 @@ def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Or
             memory = running.mover.tenure.holding.memory
             keep_freed_memory(memory.kept_bytes + memory.graph_bytes)
             progress.stop()
-            _print_ready(running)
+            _print_ready(running, config)
             if link_file is not None:  # whoever waits for it finds that it was said as well
-                write_atomically(link_file, running.link + "\n")
+                write_atomically(link_file, f"{running.link}\n".encode())
+            if owned is not None:
+                owned.remember_addresses(JoinLink.parse(running.link).initial_peers)
             orders.begin(running)
 
         await serve(replace(config, on_progress=on_progress, on_moved=_print_moved), lifetime.stop, on_ready)
@@ -188,13 +243,18 @@ def _loading_bar() -> Progress:
     )
 
 
-def _print_ready(running: Running) -> None:
+def _print_ready(running: Running, config: ServerConfig) -> None:
     console.print(
         f"Serving blocks [bold]{running.blocks}[/] of [bold]{running.model_name}[/] "
         f"on {running.device} in {running.precision}. Ctrl-C to stop.",
         highlight=False,
     )
-    console.print(f"Join link: {running.link}", soft_wrap=True, highlight=False, markup=False)
+    if config.invitation is not None and config.guest_invitation is None:
+        console.print(
+            "This swarm is private: its owner invites others with `swarm invite WHO`.", highlight=False, soft_wrap=True
+        )
+    else:
+        print_link(running.link)
 
 
 def _print_moved(blocks: BlockRange) -> None:

@@ -13,9 +13,10 @@ from rich.table import Table
 from swarm.announcement import AdapterListing, Announcement, ModelListing
 from swarm.dht import DhtConfig, open_dht
 from swarm.errors import BadRequest, NoRoute
+from swarm.link import JoinLink
 from swarm.ranges import BlockRange, describe_blocks
 
-from .common import AllowOption, BlockOption, JoinOption, console, need_join
+from .common import AllowOption, BlockOption, JoinOption, TrustOption, console, need_join
 
 
 def status_command(
@@ -24,6 +25,7 @@ def status_command(
     route: Annotated[bool, typer.Option("--route", help="Also the fastest route from here, and why.")] = False,
     allow: AllowOption = None,
     block: BlockOption = None,
+    trust: TrustOption = None,
 ) -> None:
     """Show the models of a swarm and the servers that hold their blocks.
 
@@ -31,34 +33,34 @@ def status_command(
     """
     if as_json and route:
         raise BadRequest("--route is for people to read: leave out --json")
-    if (allow or block) and not route:
-        raise BadRequest("--allow and --block are about the route: add --route")
-    initial_peers = need_join(join).initial_peers
-    models = asyncio.run(_read(initial_peers))
+    if (allow or block or trust) and not route:
+        raise BadRequest("--allow, --block and --trust are about the route: add --route")
+    link = need_join(join)
+    models = asyncio.run(_read(link))
     if as_json:
         typer.echo(json.dumps([_as_dict(listing, servers) for listing, servers in models], indent=2))
         return
     if not models:
         console.print("Nobody serves a model here yet: start with `swarm serve MODEL --join …`.")
+    wanted = {"allowed_servers": allow or None, "blocked_servers": block or (), "trusted_servers": trust or None}
     for listing, servers in models:
         _print_model(listing, servers)
         if route and not _missing(listing, servers):
             console.print(
-                asyncio.run(_explain(initial_peers, listing, allow, block)),
+                asyncio.run(_explain(link, listing, wanted)),
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
 
 
-async def _explain(
-    initial_peers: tuple[str, ...], listing: ModelListing, allow: list[str] | None, block: list[str] | None
-) -> str:
+async def _explain(link: JoinLink, listing: ModelListing, wanted: dict[str, Any]) -> str:
+    """The fastest route over the servers that the options let be on it, or why there is none."""
     from swarm.client.config import ClientConfig
     from swarm.client.network import open_network
     from swarm.client.routing import Needs
 
-    config = ClientConfig(initial_peers=initial_peers, allowed_servers=allow or None, blocked_servers=block or ())
+    config = ClientConfig(initial_peers=link.initial_peers, invitation=link.invitation, **wanted)
     needs = Needs(BlockRange(0, listing.num_blocks), listing.fingerprint)
     async with open_network(config) as network:
         try:
@@ -67,8 +69,9 @@ async def _explain(
             return str(exc)
 
 
-async def _read(initial_peers: tuple[str, ...]) -> list[tuple[ModelListing, list[Announcement]]]:
-    async with open_dht(DhtConfig(initial_peers=initial_peers, client_mode=True)) as dht:
+async def _read(link: JoinLink) -> list[tuple[ModelListing, list[Announcement]]]:
+    config = DhtConfig(initial_peers=link.initial_peers, invitation=link.invitation, client_mode=True)
+    async with open_dht(config) as dht:
         listings = await dht.directory.models()
         return [(listing, await dht.directory.servers(listing.fingerprint)) for listing in listings]
 

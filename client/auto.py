@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from swarm.codec import torch_dtype
 from swarm.errors import BadLink, BadRequest
-from swarm.link import JoinLink
-from swarm.model.anatomy import anatomy_of
+from swarm.model.anatomy import Anatomy, anatomy_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
 from swarm.model.peft_layers import adapter_reader
+from swarm.profiles import resolve_join
 from swarm.ranges import BlockRange
 
 from .config import ClientConfig
@@ -64,8 +65,11 @@ class _AutoDistributed:
         client_config: ClientConfig | None = None,
         allowed_servers: Collection[str] | None = None,
         blocked_servers: Collection[str] = (),
+        trusted_servers: Collection[str] | None = None,
+        trusted_blocks: int | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 0,
+        prompts: str | Path | None = None,
         active_adapter: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
@@ -79,12 +83,16 @@ class _AutoDistributed:
 
         Args:
             name_or_path: hub repository or local directory, the same model and revision as the servers'.
-            join: a join link, swarm://…
+            join: a join link, swarm://…, or the name that `swarm join LINK --as NAME` has given to one.
             initial_peers: instead of a link: libp2p multiaddrs of peers to join through.
             client_config: timeouts and limits; its `initial_peers` count where neither of the above is given.
             allowed_servers: peer ids of the only servers to use; None: all. Names prove nothing.
             blocked_servers: peer ids of servers that are not used.
+            trusted_servers: peer ids of the only servers to run the first and the last blocks; None: all may. Without
+                one of them at each end calls fail.
+            trusted_blocks: how many blocks at each end only they run; None: all that they hold there.
             tuning_mode: "ptune" or "deep_ptune": freeze everything but `pre_seq_len` trainable virtual tokens.
+            prompts: instead: a directory that `model.swarm_prompts.save_pretrained` wrote, to begin with those.
             active_adapter: name of an adapter that servers host, as `swarm status` shows it; see `use_adapter`.
             dtype: of the client's weights; None or "auto": that of the checkpoint.
             device: where the client's part lies.
@@ -95,10 +103,13 @@ class _AutoDistributed:
         Raises: BadLink, BadRequest, BadCheckpoint, UnsupportedModel, PeerUnavailable: each says what to do.
         """
         config = _client_config(join, initial_peers, client_config)
-        if allowed_servers is not None:
-            config = replace(config, allowed_servers=allowed_servers)
-        if blocked_servers:
-            config = replace(config, blocked_servers=blocked_servers)
+        permitted: dict[str, Any] = {
+            "allowed_servers": allowed_servers,
+            "blocked_servers": blocked_servers or None,
+            "trusted_servers": trusted_servers,
+            "trusted_blocks": trusted_blocks,
+        }
+        config = replace(config, **{name: value for name, value in permitted.items() if value is not None})
         checkpoint = Checkpoint.open(CheckpointSource(str(name_or_path), revision, token, cache_dir))
         anatomy = anatomy_of(checkpoint.config)
         needs = Needs(BlockRange(0, anatomy.num_blocks), checkpoint.fingerprint, checkpoint.commit)
@@ -118,15 +129,9 @@ class _AutoDistributed:
             model.__class__ = _distributed_class(type(model))
             model.__dict__["_swarm"] = call  # not a submodule: it holds no weights
             call.adapters = adapter_reader(model)
-            if tuning_mode is not None:
+            if (tuned := _prompts(tuning_mode, pre_seq_len, prompts, anatomy)) is not None:
                 model.requires_grad_(False)
-                prompts = Prompts(tuning_mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32).to(
-                    device
-                )
-                model.swarm_prompts = prompts
-                call.prompts = prompts
-            elif pre_seq_len:
-                raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+                model.swarm_prompts = call.prompts = tuned.to(device)
             model.use_adapter(active_adapter)
         except BaseException:
             connection.close()
@@ -156,10 +161,29 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 def _client_config(join: str | None, initial_peers: Sequence[str], config: ClientConfig | None) -> ClientConfig:
     if join is not None and initial_peers:
         raise BadLink("pass either join or initial_peers, not both")
-    peers = JoinLink.parse(join).initial_peers if join is not None else tuple(initial_peers)
+    if join is not None:
+        link = resolve_join(join)
+        peers, invitation = link.initial_peers, link.invitation
+    else:
+        peers, invitation = tuple(initial_peers), config.invitation if config is not None else None
     if config is None:
-        return ClientConfig(initial_peers=peers)
-    return replace(config, initial_peers=peers) if peers else config
+        return ClientConfig(initial_peers=peers, invitation=invitation)
+    return replace(config, initial_peers=peers, invitation=invitation) if peers else config
+
+
+def _prompts(
+    mode: TuningMode | None, pre_seq_len: int, directory: str | Path | None, anatomy: Anatomy
+) -> Prompts | None:
+    """New prompts, or saved ones, or none. Raises: BadRequest: the arguments contradict one another."""
+    if directory is not None:
+        if mode is not None or pre_seq_len:
+            raise BadRequest("prompts= has a tuning_mode and a pre_seq_len of its own: leave these out")
+        return Prompts.from_pretrained(directory, anatomy.num_blocks, anatomy.hidden_size)
+    if mode is not None:
+        return Prompts(mode, pre_seq_len, anatomy.num_blocks, anatomy.hidden_size, torch.float32)
+    if pre_seq_len:
+        raise BadRequest("pre_seq_len needs a tuning_mode: pass tuning_mode='ptune' or 'deep_ptune'")
+    return None
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

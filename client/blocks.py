@@ -123,7 +123,7 @@ class RemoteBlocks(nn.Module):
         mask = None if call.mask_BL is None else call.mask_BL.cpu().to(torch.int64)
         ids = None if call.position_ids_BL is None else call.position_ids_BL.cpu().to(torch.int64)
         seed = _dropout_seed(call.adapters)
-        return Batch(x_BLD.detach().cpu(), mask, ids, prompts, call.adapters, call.hosted, seed)
+        return Batch(x_BLD.detach().cpu(), self.blocks, mask, ids, prompts, call.adapters, call.hosted, seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +145,7 @@ class _RemoteFunction(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, x_BLD: Tensor, prompts: Tensor | None, *tensors: Tensor) -> Tensor:
         blocks = call.blocks
         batch = blocks._batch(call, x_BLD, prompts)
-        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, blocks.blocks, keep=call.differentiable))
+        y_BLD, traces = blocks._loop.run(blocks._compute.forward(batch, keep=call.differentiable))
         if call.differentiable:
             ctx.blocks, ctx.batch, ctx.traces = blocks, batch, traces
             ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]

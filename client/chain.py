@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -68,12 +69,17 @@ class Tickets:
 
     def following(self, hops: Sequence[Hop]) -> Tickets:
         """The tickets of the next chain: the same ids where it takes the same hops."""
-        keys = [(hop.peer_id, hop.blocks) for hop in hops]
+        keys = [hop.place for hop in hops]
         ids = {key: self.session_ids.get(key) or secrets.token_bytes(16) for key in keys}
         return Tickets(ids, self.epoch + 1)
 
+    @property
+    def peers(self) -> frozenset[str]:
+        """Ids of the peers on whom the last chain may have left caches."""
+        return frozenset(peer_id for peer_id, _ in self.session_ids)
+
     def session_id(self, hop: Hop) -> bytes:
-        return self.session_ids[hop.peer_id, hop.blocks]
+        return self.session_ids[hop.place]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +107,8 @@ class Chain:
         self.draining: set[str] = set()
         """Peers among the hops that said that they are about to leave."""
         self.max_step_tokens = 1
-        self.position = 0
-        """Tokens that all hops have still cached from an earlier chain of the same tickets."""
+        self.positions: Sequence[int] = ()
+        """Of each hop, how many tokens it has still cached from an earlier chain of the same tickets."""
         self._tickets = tickets
         self._on_draining = on_draining
         self._network = network
@@ -125,7 +131,7 @@ class Chain:
         request, more = replace(step, x_BLD=x_BLD).to_wire(self._last_step_id, self._network.config.codec)
         result: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
         self._results[self._last_step_id] = result
-        sending = write_message(self._calls[0].write, request, more)
+        sending = self._write(request, more)
         try:
             async with self._errors_of(0):
                 if more:
@@ -139,6 +145,12 @@ class Chain:
             self._raise_failure()
             raise
         return result
+
+    async def _write(self, request: pb.SessionRequest, more: list[bytes]) -> None:
+        began_s = time.monotonic()
+        await write_message(self._calls[0].write, request, more)
+        num_bytes = len(request.step.data) + sum(map(len, more))
+        self._network.connector.throughput.sent(self.hops[0].peer_id, num_bytes, time.monotonic() - began_s)
 
     async def receive(self, result: asyncio.Future[StepOutput]) -> StepOutput:
         """Wait for a step's result, asking the hops whether they are alive when it takes long.
@@ -236,7 +248,7 @@ class Chain:
         leases = await owned.enter_async_context(AsyncExitStack())
         openings = [asyncio.create_task(self._open_hop(index, leases)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, openings)
-        self.position = min(await asyncio.gather(*openings))
+        self.positions = await asyncio.gather(*openings)
         self._listeners = [asyncio.create_task(self._listen(index)) for index in range(len(self.hops))]
         owned.push_async_callback(cancel_and_wait, self._listeners)
         self._network.farewells.add(self.finish)
@@ -283,15 +295,21 @@ class Chain:
         await asyncio.shield(self._finishing)
 
     async def _finish(self) -> None:
+        """Tell every hop that the session is over, also where others have gone."""
         try:
             async with asyncio.timeout(FINISH_TIMEOUT_S):
-                for index, call in enumerate(self._calls):
-                    async with self._errors_of(index):
-                        await call.write(pb.SessionRequest(close=pb.SessionClose()))
-                        await call.done_writing()
+                await asyncio.gather(*map(self._close_hop, range(len(self._calls))))
                 await asyncio.gather(*self._listeners)
-        except (SwarmError, TimeoutError) as exc:
-            logger.debug("a session could not be ended in order: %s", exc)
+        except TimeoutError:
+            logger.debug("a session could not be ended in order within %.0f s", FINISH_TIMEOUT_S)
+
+    async def _close_hop(self, index: int) -> None:
+        try:
+            async with self._errors_of(index):
+                await self._calls[index].write(pb.SessionRequest(close=pb.SessionClose()))
+                await self._calls[index].done_writing()
+        except SwarmError as exc:
+            logger.debug("a hop of a session could not be told that it is over: %s", exc)
 
     def cancel_calls(self) -> None:
         """Break all streams; the servers keep what they hold for us for a while."""

@@ -31,8 +31,9 @@ from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .hedging import Hedges, StepTimes
 from .network import Attempt, Network, blame
+from .parts import LEAST_TOKENS
 from .racing import race
-from .routing import Hop, Needs
+from .routing import BACKWARD_COST, Hop, Needs
 from .tasks import cancel_and_wait
 from .uploads import names_of
 
@@ -42,8 +43,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_PARALLEL = 4
-"""Micro-batches on their way at once, so that the servers of a route work at the same time."""
+LEAST_PARALLEL, MAX_PARALLEL = 4, 16
+"""Micro-batches on their way at once, so that the servers of a route work at the same time, and those of all routes."""
+
+PARTS_PER_ROUTE = 2
+"""Into so many micro-batches a batch is cut for each route that can share it: the faster one takes more of them."""
 
 MAX_EARLY = 4
 """Gradients of micro-batches that wait for those of earlier ones: they are added in one order, so that sums do not
@@ -58,6 +62,8 @@ class Batch:
     """Hidden states on their way through a range of blocks, with what belongs to them."""
 
     x_BLD: Tensor
+    through: BlockRange
+    """All the blocks that it goes through."""
     mask_BL: Tensor | None = None
     position_ids_BL: Tensor | None = None
     prompts_NBPD: Tensor | None = None
@@ -76,15 +82,18 @@ class Batch:
         """Tokens that each sequence attends to, a prefix included."""
         return self.x_BLD.shape[1] + num_prefix_tokens(self.adapters)
 
-    def split(self, max_tokens: int, max_rows: int) -> list[Batch]:
-        """Cut along the batch. Raises: PromptTooLong: one sequence alone has more tokens."""
+    def split(self, max_tokens: int, max_rows: int, wanted_tokens: int) -> list[Batch]:
+        """Cut along the batch, into parts of about the wanted tokens.
+
+        Raises: PromptTooLong: one sequence alone has more tokens than the most that are allowed.
+        """
         batch_size, length = self.x_BLD.shape[0], self.context_length
         if length > max_tokens:
             raise PromptTooLong(
                 f"a sequence of {length} tokens does not fit the {max_tokens} that servers take at once in training: "
                 "use shorter sequences (a prefix counts)"
             )
-        rows = max(1, min(max_rows, max_tokens // length))
+        rows = max(1, min(max_rows, min(max_tokens, wanted_tokens) // length))
         return [self.rows(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows)]
 
     def rows(self, start: int, end: int) -> Batch:
@@ -97,6 +106,18 @@ class Batch:
             prompts_NBPD=some_rows(self.prompts_NBPD, start, end, dim=1),
             first_row=self.first_row + start,
         )
+
+
+def shared_tokens(num_tokens: int, num_routes: int) -> int:
+    """Into parts of how many tokens a batch is cut, so that so many routes can share it by what each of them runs."""
+    if num_routes < 2:
+        return num_tokens
+    return max(LEAST_TOKENS, -(-num_tokens // (PARTS_PER_ROUTE * num_routes)))
+
+
+def num_parallel(num_routes: int) -> int:
+    """How many micro-batches are on their way at once."""
+    return min(MAX_PARALLEL, max(LEAST_PARALLEL, PARTS_PER_ROUTE * num_routes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,15 +163,19 @@ class RemoteCompute:
         """The hosted adapter that a name means. Raises: BadRequest: nobody has it."""
         return await self._network.find_adapter(wanted, self._needs)
 
-    async def forward(self, batch: Batch, blocks: BlockRange, *, keep: bool) -> tuple[Tensor, list[Trace]]:
+    async def forward(self, batch: Batch, *, keep: bool) -> tuple[Tensor, list[Trace]]:
         """Return the hidden states that leave the blocks, and one trace per micro-batch.
 
         Args:
             keep: whether a backward will follow, so that servers may keep their activations for it.
         Raises: NoRoute, PeerError: see Network.retrying.
         """
-        parts = batch.split(*await self._micro_batch_size(blocks, batch.hosted))
-        results = await _gather_bounded([partial(self._forward_part, part, blocks, keep) for part in parts])
+        max_tokens, max_rows = await self._micro_batch_size(batch.through, batch.hosted)
+        num_routes = self._network.num_routes(replace(self._needs, blocks=batch.through, adapter=batch.hosted))
+        wanted = shared_tokens(batch.x_BLD.shape[0] * batch.context_length, num_routes)
+        parts = batch.split(max_tokens, max_rows, wanted)
+        jobs = [partial(self._forward_part, part, batch.through, keep) for part in parts]
+        results = await _gather_bounded(jobs, num_parallel(num_routes))
         return torch.cat([y_BLD for y_BLD, _ in results]), [trace for _, trace in results]
 
     async def backward(self, batch: Batch, traces: Sequence[Trace], grad_BLD: Tensor) -> Gradients:
@@ -162,7 +187,9 @@ class RemoteCompute:
             for start, size, trace in zip(starts, sizes, traces, strict=True)
         ]
         sums = _Sums(prompts_of_rows=batch.prompts_NBPD is not None and batch.prompts_NBPD.shape[1] > 1)
-        await _fold(jobs, sums.add)
+        blocks = BlockRange(traces[0].segments[0].hop.blocks.start, traces[0].segments[-1].hop.blocks.end)
+        num_routes = self._network.num_routes(replace(self._needs, blocks=blocks, adapter=batch.hosted))
+        await _fold(jobs, sums.add, num_parallel(num_routes))
         return sums.gradients()
 
     async def _micro_batch_size(self, blocks: BlockRange, hosted: AdapterListing | None) -> tuple[int, int]:
@@ -179,7 +206,14 @@ class RemoteCompute:
     def _needs_of(self, batch: Batch, blocks: BlockRange) -> Needs:
         batch_size, length = batch.x_BLD.shape[0], batch.context_length
         num_tokens = batch_size * length
-        return replace(self._needs, blocks=blocks, adapter=batch.hosted, batch_size=batch_size, batch_tokens=num_tokens)
+        return replace(
+            self._needs,
+            blocks=blocks,
+            part_of=batch.through,
+            adapter=batch.hosted,
+            batch_size=batch_size,
+            batch_tokens=num_tokens,
+        )
 
     async def _forward_part(self, batch: Batch, blocks: BlockRange, keep: bool) -> tuple[Tensor, Trace]:
         x_BLD, segments = batch.x_BLD, []
@@ -209,8 +243,10 @@ class RemoteCompute:
         return await self._network.retrying(attempt)
 
     async def _prepared(self, batch: Batch, hops: Sequence[Hop], call: Callable[[], Awaitable[T]]) -> T:
-        """Call the first of some hops when all have been sent their adapters, at the same time: the time that these take
-        is not the call's, nor is it raced."""
+        """Call the first of some hops when all have been sent their adapters, at the same time.
+
+        The time that these take is not the call's, nor is it raced.
+        """
         batch_size, length, _ = batch.x_BLD.shape
         with self._network.working(hops[0], batch_size * length):
             return await self._network.uploads.calling(hops, batch.adapters, self._needs.fingerprint, call)
@@ -229,9 +265,10 @@ class RemoteCompute:
         others_asked: list[Hop] = []
 
         async def elsewhere(number: int) -> T:
-            others = await self._network.route(
-                needs, await self._network.elsewhere(attempt, [hop, *others_asked], number)
-            )
+            tried = [hop, *others_asked]
+            others = await self._network.route(needs, await self._network.elsewhere(attempt, needs, tried, number))
+            if any(others[0].peer_id == each.peer_id for each in tried):
+                raise NoRoute(f"no other server has block {needs.blocks.start}")
             if is_backward and len(others) > 1:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
@@ -240,7 +277,9 @@ class RemoteCompute:
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
-        bound_s = None if times is None else times.bound_s(size)
+        bound_s = times.bound_s(size) if times is not None else None
+        if bound_s is None:
+            bound_s = self._network.prior_s([hop], needs, needs.batch_tokens * (BACKWARD_COST if is_backward else 1))
         self._hedges.fed(size)
         outcome = await race(
             run(hop), elsewhere, lambda number: self._hedges.after_s(bound_s, size, number), self._network.note_failure
@@ -295,13 +334,16 @@ class RemoteCompute:
         adapters = of_blocks(batch.adapters, hop.blocks)
         opening, more = self._opening(hop, batch, grad_BLD, forward_id)
         batch_size, length, _ = batch.x_BLD.shape
+        expected_s = self._network.expected_batch_s(hop, self._needs_of(batch, hop.blocks))
         began_s = time.monotonic()
         tensors = await self._exchange(hop, opening, more, batch, is_backward)
         y_BLD, dprompts, *rest = tensors
         if y_BLD is None or [_shape(each) for each in tensors] != self._answer_shapes(hop, batch, is_backward):
             raise blame(ProtocolError(f"peer {hop} returned tensors of the wrong shape"), hop)
         self._network.succeeded(hop.peer_id)
-        self._took(hop, is_backward, batch_size * length * len(hop.blocks), time.monotonic() - began_s)
+        seconds = time.monotonic() - began_s
+        self._took(hop, is_backward, batch_size * length * len(hop.blocks), seconds)
+        self._network.took_batch(hop, seconds, expected_s * (BACKWARD_COST if is_backward else 1))
         gradients = iter([each for each in rest if each is not None])
         dadapters = {
             number: [next(gradients) for _ in adapter.tensors()]
@@ -418,12 +460,12 @@ def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
 
 
-async def _fold(jobs: Iterable[Callable[[], Awaitable[T]]], add: Callable[[T], None]) -> None:
-    """Run jobs, MAX_PARALLEL at a time, and add their results in the order of the jobs, whichever comes first.
+async def _fold(jobs: Iterable[Callable[[], Awaitable[T]]], add: Callable[[T], None], at_once: int) -> None:
+    """Run jobs, some at once, and add their results in the order of the jobs, whichever comes first.
 
     No more than MAX_EARLY wait for those before them, so that few are in memory. The first failure cancels the rest.
     """
-    gate = asyncio.Semaphore(MAX_PARALLEL)
+    gate = asyncio.Semaphore(at_once)
     failed = asyncio.Event()
     tasks: collections.deque[asyncio.Task[T]] = collections.deque()
 
@@ -445,7 +487,7 @@ async def _fold(jobs: Iterable[Callable[[], Awaitable[T]]], add: Callable[[T], N
     failing = asyncio.create_task(failed.wait())
     try:
         for job in jobs:
-            if len(tasks) == MAX_PARALLEL + MAX_EARLY:
+            if len(tasks) == at_once + MAX_EARLY:
                 await add_first()
             tasks.append(asyncio.create_task(bounded(job)))
             tasks[-1].add_done_callback(note)
@@ -455,9 +497,9 @@ async def _fold(jobs: Iterable[Callable[[], Awaitable[T]]], add: Callable[[T], N
         await cancel_and_wait([*tasks, failing])
 
 
-async def _gather_bounded(jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Run jobs, MAX_PARALLEL at a time; the first failure cancels the rest."""
-    gate = asyncio.Semaphore(MAX_PARALLEL)
+async def _gather_bounded(jobs: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
+    """Run jobs, some at once; the first failure cancels the rest."""
+    gate = asyncio.Semaphore(at_once)
 
     async def bounded(job: Callable[[], Awaitable[T]]) -> T:
         async with gate:

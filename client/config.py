@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from swarm.announcement import is_peer_id
 from swarm.errors import BadLink, BadRequest
+from swarm.membership import Invitation
 from swarm.v1 import blocks_pb2 as pb
+
+from .trust import Trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,8 @@ class ClientConfig:
 
     initial_peers: tuple[str, ...]
     """libp2p multiaddrs of peers to join through."""
+    invitation: Invitation | None = field(default=None, repr=False)
+    """What makes it a member of a private swarm, as a join link brings it; None: the swarm is public."""
     identity_path: Path | None = None
     """Key file; None: a new identity for each run."""
     route_timeout_s: float = 30.0
@@ -38,6 +43,10 @@ class ClientConfig:
     """Peer ids of the only servers that may be on a route; None: all may. Names prove nothing."""
     blocked_servers: Collection[str] = ()
     """Peer ids of servers that are never on a route."""
+    trusted_servers: Collection[str] | None = None
+    """Peer ids of the only servers that may be the first and the last of a route; None: all may."""
+    trusted_blocks: int | None = None
+    """How many blocks at each end only they run; None: all that the one holds which reaches furthest from there."""
     max_attempts: int = 20
     """How many peers may fail one request before it fails."""
     avoid_s: float = 1.0
@@ -54,6 +63,13 @@ class ClientConfig:
     """The same for the gradients of hidden states in Backward, there and back; "int8" above covers them too."""
     use_direct: bool = True
     """Whether servers are dialled directly where they can be; False: always through the tunnel."""
+
+    @property
+    def trust(self) -> Trust | None:
+        """Whom the ends of the model are for; None: for anybody."""
+        if self.trusted_servers is None:
+            return None
+        return Trust(servers=self.trusted_servers, num_blocks=self.trusted_blocks)
 
     @property
     def codec(self) -> pb.Codec:
@@ -75,8 +91,10 @@ class ClientConfig:
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadRequest(f"{name} must be positive")
-        for name in ("allowed_servers", "blocked_servers"):
+        for name in ("allowed_servers", "blocked_servers", "trusted_servers"):
             object.__setattr__(self, name, _peer_ids(name, getattr(self, name)))
+        if self.trusted_blocks is not None and (self.trusted_servers is None or self.trusted_blocks < 1):
+            raise BadRequest("trusted_blocks is how many blocks at each end, 1 or more, trusted_servers run: pass both")
 
 
 def _peer_ids(name: str, given: Collection[str] | None) -> frozenset[str] | None:

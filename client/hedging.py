@@ -66,14 +66,12 @@ class Hedges:
     def fed(self, num_tokens: int) -> None:
         self._fed_tokens += num_tokens
 
-    def after_s(self, bound_s: float | None, num_tokens: int, number: int = 1) -> float | None:
-        """How long to wait before so many tokens are fed elsewhere as well; None: for ever.
+    def after_s(self, bound_s: float, num_tokens: int, number: int = 1) -> float:
+        """How long to wait before so many tokens are fed elsewhere as well.
 
         Args:
             number: 1 for the first chance besides the step itself; they are counted for each step.
         """
-        if bound_s is None:
-            return None
         is_in_budget = self._spent_tokens + number * num_tokens <= self._fed_tokens
         return max(bound_s, 0.0 if is_in_budget else PATIENCE_S) * 2.0 ** min(self._num_lost + number - 1, 20)
 

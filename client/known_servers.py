@@ -107,7 +107,8 @@ class KnownServers:
 
     def _take(self, found: Sequence[Announcement]) -> None:
         self._on_found(found)
-        self.roster = Roster(found if self._use_direct else map(_without_direct, found))
+        servers = found if self._use_direct else map(_without_direct, found)
+        self.roster = Roster(servers, before=self.roster)
 
 
 def _without_direct(server: Announcement) -> Announcement:

@@ -48,8 +48,8 @@ class Lane:
         self._on_draining = on_draining
         self._chain: Chain | None = None
         self._hops: Sequence[Hop] = ()
-        self._chain_length = 0
-        """Leading tokens of the record that the caches of the chain are known to hold."""
+        self._lengths: Sequence[int] = ()
+        """Of each hop of the chain, how many leading tokens of the record its cache is known to hold."""
         self._tickets = Tickets()
         self._valid_length = 0
         """Leading tokens of the record that any cache of the newest tickets holds, as far as it reaches."""
@@ -75,25 +75,44 @@ class Lane:
 
     def num_tokens_for(self, step: Step) -> int:
         """Tokens per sequence that feeding a step takes, of the record's."""
-        return step.position + step.x_BLD.shape[1] - self._start_of(step)
+        return step.end - self._starts_of(step)[0]
 
-    def bound_s(self, step: Step) -> float | None:
-        """How long feeding a step should take at most, opening a chain included; None: nothing is known of that."""
+    def bound_s(self, step: Step, hops: Sequence[Hop]) -> float:
+        """How long feeding a step should take at most, opening a chain included.
+
+        Args:
+            hops: what `plan` has said.
+        """
         num_tokens = self.num_tokens_for(step)
-        if self._chain is not None:
-            return self.times.bound_s(num_tokens)
-        opening_s = self._network.openings.bound_s(1)
-        feeding_s = self._network.feedings.bound_s(num_tokens * self._config.batch_size)
-        return None if opening_s is None or feeding_s is None else opening_s + feeding_s
+        own_s = self.times.bound_s(num_tokens) if self._chain is not None else None
+        if own_s is not None:
+            return own_s
+        num_tokens *= self._config.batch_size
+        return self._network.bound_s(hops, self._needs, num_tokens, opens=self._chain is None)
 
-    def _start_of(self, step: Step) -> int:
-        start = min(step.position, self._chain_length)
+    def _starts_of(self, step: Step) -> list[int]:
+        """From which token of the record on each hop has to run it: from the first on that it lacks, or a later hop."""
+        starts: list[int] = []
+        start = step.position
+        for length in reversed(self._lengths or (0,)):
+            start = min(start, length)
+            starts.insert(0, start)
         # The record has its beams in order already, the chain's caches have not: unless they hold all, all is replayed.
-        return 0 if step.beam_idx and start < step.position else start
+        return [0] * len(starts) if step.beam_idx and starts[0] < step.position else starts
 
-    async def plan(self, attempt: Attempt) -> Sequence[Hop]:
-        """The hops in use; if there are none, those of a route for a new chain. Raises: NoRoute."""
-        return self._hops if self._chain is not None else await self._network.route(self._needs, attempt)
+    async def plan(self, attempt: Attempt, length: int) -> Sequence[Hop]:
+        """The hops in use; if there are none, those of a route for a new chain. Raises: NoRoute.
+
+        Args:
+            length: tokens of each sequence that it has to be fed first.
+        """
+        if self._chain is not None:
+            return self._hops
+        needs, holding = (
+            self._needs.fed(length, self._config.batch_size),
+            self._tickets.peers if self._valid_length else (),
+        )
+        return await self._network.route(needs, attempt, holding=holding)
 
     async def feed(self, step: Step, record: Record, hops: Sequence[Hop]) -> Tensor:
         """Feed a step, and before it what the caches lack of the record; open a chain first if there is none.
@@ -107,27 +126,29 @@ class Lane:
         self._unchanged = record.length
         try:
             chain = self._chain or await self._open_chain(hops)
-            start = self._start_of(step)
-            tokens = replace(step, beam_idx=()) if start == 0 else step
+            starts = self._starts_of(step)
+            tokens = replace(step, beam_idx=()) if starts[-1] == 0 else step
             # Until all is done, the caches may hold some of the old tokens from here on, or some of the new ones.
-            self._valid_length = 0 if tokens.beam_idx else min(self._valid_length, start)
-            result = await self._send(chain, tokens, record, start)
+            self._valid_length = 0 if tokens.beam_idx else min(self._valid_length, starts[-1])
+            result = await self._send(chain, tokens, record, starts)
         except BaseException:
             if not self._is_retired:
                 await self._drop()
             raise
-        self._chain_length = self._valid_length = self._unchanged
+        self._valid_length = self._unchanged
+        self._lengths = [self._unchanged] * len(chain.hops)
         return result
 
     def changed(self, step: Step) -> None:
         """Note that the record takes another step meanwhile: of what it replaces, the caches may hold either."""
         self._unchanged = 0 if step.beam_idx else min(self._unchanged, step.position)
-        self._chain_length = min(self._chain_length, self._unchanged)
+        self._lengths = [min(length, self._unchanged) for length in self._lengths]
         self._valid_length = min(self._valid_length, self._unchanged)
 
-    async def _send(self, chain: Chain, step: Step, record: Record, start: int) -> Tensor:
-        """Send the record's tokens from `start` on, in parts that every hop takes, and join the wanted outputs."""
-        batch_size = self._config.batch_size
+    async def _send(self, chain: Chain, step: Step, record: Record, starts: Sequence[int]) -> Tensor:
+        """Send the record's tokens in parts that every hop takes, to each hop from its start on, and join the wanted
+        outputs."""
+        batch_size, start = self._config.batch_size, starts[0]
         length = part_length(record.length - start, batch_size, len(chain.hops), chain.max_step_tokens)
         began_s = time.monotonic()
         pending: list[asyncio.Future[StepOutput]] = []
@@ -136,7 +157,9 @@ class Lane:
             part = record.part(begin, end)
             num_outputs = min(end - begin, max(0, step.num_outputs - (record.length - end)))
             beam_idx = step.beam_idx if begin == start else ()
-            pending.append(await chain.send(replace(part, num_outputs=num_outputs, beam_idx=beam_idx)))
+            held = starts[1:] if starts[-1] > begin else ()
+            part = replace(part, num_outputs=num_outputs, beam_idx=beam_idx, held=held)
+            pending.append(await chain.send(part))
         outputs = [await chain.receive(result) for result in pending]
         wanted = [output.y_BLD for output in outputs if output.y_BLD is not None]
         if not step.num_outputs:
@@ -159,12 +182,12 @@ class Lane:
         opening = open_chain(self._network, self._config, hops, self._tickets, lambda: self._on_draining(self))
         self._chain = await self._owned.enter_async_context(opening)
         self._network.openings.took(1, time.monotonic() - began_s)
-        self._chain_length = min(self._chain.position, self._valid_length)
+        self._lengths = [min(position, self._valid_length) for position in self._chain.positions]
         return self._chain
 
     async def _drop(self) -> None:
         """Break the streams; the servers keep what they hold for a while."""
-        self._chain, self._hops, self._chain_length = None, (), 0
+        self._chain, self._hops, self._lengths = None, (), ()
         owned, self._owned = self._owned, AsyncExitStack()
         await owned.aclose()
 

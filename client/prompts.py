@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from swarm.errors import BadRequest
+from swarm.errors import BadCheckpoint, BadRequest
 
 # B batch, D hidden, N blocks, P virtual tokens
 
 TuningMode = Literal["ptune", "deep_ptune"]
+
+CONFIG_FILE = "prompts.json"
+WEIGHTS_FILE = "prompts.safetensors"
 
 
 class Prompts(nn.Module):
@@ -51,3 +58,30 @@ class Prompts(nn.Module):
             return None
         prefix = torch.arange(self.pre_seq_len, device=position_ids_BL.device).expand(position_ids_BL.shape[0], -1)
         return torch.cat([prefix, position_ids_BL + self.pre_seq_len], dim=1)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write mode and weights, and nothing of the model; `from_pretrained(…, prompts=directory)` reads them."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_FILE).write_text(json.dumps({"tuning_mode": self.mode}) + "\n")
+        weights = {name: each.detach().cpu().contiguous() for name, each in self.state_dict().items()}
+        save_file(weights, path / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, num_blocks: int, hidden_size: int) -> Prompts:
+        """Read saved prompts of a model of this size.
+
+        Raises: BadCheckpoint: there are none in the directory, or of another model.
+        """
+        path = Path(directory)
+        try:
+            mode = json.loads((path / CONFIG_FILE).read_text())["tuning_mode"]
+            weights = load_file(path / WEIGHTS_FILE)
+            prompts = cls(mode, len(weights["embeddings_PD"]), num_blocks, hidden_size, torch.float32)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, BadRequest) as exc:
+            raise BadCheckpoint(f"there are no prompts in {str(path)!r}: {exc}") from exc
+        try:
+            prompts.load_state_dict(weights)
+        except RuntimeError as exc:
+            raise BadCheckpoint(f"the prompts in {str(path)!r} are those of another model") from exc
+        return prompts

@@ -11,12 +11,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from swarm.errors import SwarmError
+from swarm.errors import NoRoute, SwarmError
 from swarm.streams import Step
 
 from .chain import ChainConfig
@@ -89,7 +90,7 @@ class RemoteSession:
 
     async def _attempt(self, step: Step, record: Record, attempt: Attempt) -> Tensor:
         """Feed the step; the servers of a new route are sent their adapters first."""
-        hops = await self._lane.plan(attempt)
+        hops = await self._lane.plan(attempt, record.length)
         return await self._prepared(self._lane, hops, lambda: self._race(step, record, attempt, hops))
 
     async def _prepared(self, lane: Lane, hops: Sequence[Hop], call: Callable[[], Awaitable[T]]) -> T:
@@ -101,14 +102,20 @@ class RemoteSession:
     async def _race(self, step: Step, record: Record, attempt: Attempt, hops: Sequence[Hop]) -> Tensor:
         """Feed the step on these hops; while that takes longer than it should, feed it on other routes as well."""
         lanes, draining = [self._lane], self._lane.draining
-        bound_s = self._lane.bound_s(step)
+        bound_s, tried = self._lane.bound_s(step, hops), [hops]
 
         async def hedge(number: int) -> Tensor:
             lane = self._new_lane()
             lanes.append(lane)
             logger.info("a step takes long on %s", ", ".join(map(str, hops)))
             leaving = replace(attempt, refused_by=attempt.refused_by | draining)
-            others = await lane.plan(await self._network.elsewhere(leaving, hops, number))
+            stalling = list(chain.from_iterable(tried))
+            others = await lane.plan(
+                await self._network.elsewhere(leaving, self._needs, stalling, number), record.length
+            )
+            if any([hop.place for hop in others] == [hop.place for hop in each] for each in tried):
+                raise NoRoute("there is no way besides those on which the step takes long")
+            tried.append(others)
             return await self._prepared(lane, others, lambda: lane.feed(step, record, others))
 
         outcome = await race(
@@ -132,8 +139,8 @@ class RemoteSession:
         if not self._lane.hops or self.length < self._may_leave_at:
             return
         num_steps = self._config.max_tokens - self.length
-        num_tokens = self.length * self._config.batch_size
-        if self._network.is_worth_leaving(self.route, self._needs, num_tokens=num_tokens, num_steps=num_steps):
+        num_tokens, needs = self.length * self._config.batch_size, self._needs.fed(0, self._config.batch_size)
+        if self._network.is_worth_leaving(self.route, needs, num_tokens=num_tokens, num_steps=num_steps):
             logger.info("leaving %s, where a hop is slower than it says", ", ".join(map(str, self.route)))
             self._num_slow += 1
             self._may_leave_at = self.length + 2 ** min(self._num_slow + 2, 20)
@@ -158,7 +165,7 @@ class RemoteSession:
 
         async def move(attempt: Attempt) -> None:
             # The directory says who leaves; a server that only changes its range may be part of the new route.
-            hops = await successor.plan(replace(attempt, max_age_s=1.0))
+            hops = await successor.plan(replace(attempt, max_age_s=1.0), self._record.length)
             await self._prepared(successor, hops, lambda: feed(hops))
 
         try:

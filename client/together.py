@@ -43,11 +43,19 @@ def open_training_dht(
         run_id: the same for all; also the `run_id` of the optimizer.
         host_maddrs: where other peers can dial this one; loopback by default, /ip4/0.0.0.0/tcp/0 over the network.
         options: what else hivemind.DHT takes, such as announce_maddrs or use_auto_relay.
-    Raises: ResourceError: hivemind does not start. PeerUnavailable: contact with the swarm is lost.
+    Raises:
+        BadRequest: the swarm is private.
+        ResourceError: hivemind does not start.
+        PeerUnavailable: contact with the swarm is lost.
     """
     if not run_id or "." in run_id:
         raise BadRequest(f"run_id {run_id!r} must be a name without dots: choose another one")
     connection: Connection = model._swarm.connection
+    if connection.network.config.invitation is not None:
+        raise BadRequest(
+            "peers cannot train together in a private swarm: hivemind's averagers would take part with anybody who "
+            "finds them. Use a public swarm for it"
+        )
     dht = start_training_dht(host_maddrs, options)
     try:
         meeting = _Meeting(connection, run_id, dht)

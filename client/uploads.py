@@ -52,6 +52,9 @@ QUICK_S, LATE_S = 0.25, 1.0
 LEAST_BYTES_PER_S = 16 << 10
 """A slower upload is given up; servers give up at the same rate."""
 
+STALL_S = 60.0
+"""After so long without progress an upload is given up, though the server says that it is alive."""
+
 MAX_PEERS = 256
 """Servers of which it is remembered what they were sent."""
 
@@ -74,7 +77,13 @@ class WhileAlive(Protocol):
     """Network.while_alive."""
 
     async def __call__(
-        self, work: Awaitable[None], hops: Sequence[Hop], timeout_s: float, *, progress: Callable[[], int]
+        self,
+        work: Awaitable[None],
+        hops: Sequence[Hop],
+        timeout_s: float,
+        *,
+        progress: Callable[[], int],
+        stall_s: float,
     ) -> None: ...
 
 
@@ -156,7 +165,7 @@ class Uploads:
             writer = _Writer(pb_grpc.BlocksStub(channel), timeout_s)
             try:
                 writing = writer.write(adapters, fingerprint)
-                await self._while_alive(writing, [hop], timeout_s, progress=lambda: writer.num_written)
+                await self._while_alive(writing, [hop], timeout_s, progress=lambda: writer.num_written, stall_s=STALL_S)
             finally:
                 writer.call.cancel()
 

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.save_pretrained(options.output)
     columns = {"before": before, f"after {NUM_SHOTS} examples": after}
     show({name: {f"right of {NUM_HELD_OUT} new sentences": f"{found:.0%}"} for name, found in columns.items()})
-    console.print(f"The adapter is in {options.output}; loss of the last step: {losses[-1]:.3f}")
-    plot({"IA3": losses}, options.plot, "IA3 from a few examples")
+    console.print(f"The adapter is in {options.output}; loss of the last step: {losses[options.steps]:.3f}")
+    plot({"IA3": losses}, options, "IA3 from a few examples")
 
 
 def pair(example: Example, label: int) -> tuple[str, str]:

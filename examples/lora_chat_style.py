@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     again = chat.examine(PeftModel.from_pretrained(whole, options.output), NUM_ANSWERS)
     show({"before": before, "after": after, "the adapter in the whole model here": again})
-    console.print(f"The adapter is in {options.output}; loss of the last step: {losses[-1]:.3f}")
-    plot({"LoRA": losses}, options.plot, "LoRA over a swarm")
+    console.print(f"The adapter is in {options.output}; loss of the last step: {losses[options.steps]:.3f}")
+    plot({"LoRA": losses}, options, "LoRA over a swarm")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     again = examine(PeftModel.from_pretrained(whole, options.output), tokenizer, held_out)
     show({"before": before, "after": after, "the adapter in the whole model here": again})
     console.print(f"{len(ids)} words became tokens. The adapter and the tokenizer are in {options.output}")
-    plot({"LoRA and embeddings": losses}, options.plot, "A new language over a swarm")
+    plot({"LoRA and embeddings": losses}, options, "A new language over a swarm")
 
 
 def add_words(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:

@@ -22,22 +22,30 @@ from tuning import console
 
 def new_optimizer(
     dht: hivemind.DHT, run_id: str, parameters: Sequence[torch.nn.Parameter], *, samples_per_update: int,
-    learning_rate: float,
+    learning_rate: float, num_updates: int,
 ) -> hivemind.Optimizer:  # fmt: skip
-    """AdamW over all peers of a run, with the patience that suits peers near to one another.
+    """AdamW over all peers of a run, with a learning rate that falls to nothing at its end and the patience that suits
+    peers near to one another.
 
-    Between peers that are far away, hivemind's own defaults of matchmaking_time (15 s) and averaging_timeout (60 s) fit
-    better, with updates large enough that these do not matter.
+    A peer that takes no step within matchmaking_time is not in the group that averages: its gradients are lost, and it
+    loads what the others have become. So let that time be several steps of the slowest peer. Between peers that are far
+    away, hivemind's own defaults (15 s, and 60 s of averaging_timeout) fit better, with updates large enough that these
+    do not matter.
     """
     quick: dict[str, Any] = {"request_timeout": 0.5}
+
+    def new_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: max(0.0, 1 - update / num_updates))
+
     return hivemind.Optimizer(
         dht=dht,
         run_id=run_id,
         params=parameters,
         optimizer=lambda given: torch.optim.AdamW(given, lr=learning_rate),
+        scheduler=new_schedule,
         target_batch_size=samples_per_update,
-        matchmaking_time=1.0,
-        averaging_timeout=10.0,
+        matchmaking_time=3.0,
+        averaging_timeout=15.0,
         next_chunk_timeout=3.0,
         average_state_every=5,
         averager_opts=quick,
@@ -103,14 +111,14 @@ class Peer:
         self._thread.start()
 
     @property
-    def losses(self) -> list[float]:
+    def losses(self) -> dict[int, float]:
         """By update, as far as it took part."""
-        return [each["loss"] for each in self.said if "update" in each]
+        return {each["update"]: each["loss"] for each in self.said if "update" in each}
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What it has said last."""
-        return self.said[-1]
+        """What it has said last; empty if it was killed before it spoke."""
+        return self.said[-1] if self.said else {}
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Wait until it says something; return that. Raises: SystemExit: it ended before."""
@@ -132,7 +140,7 @@ class Peer:
     def wait_done(self) -> None:
         """Wait for its end. Raises: SystemExit: it failed."""
         self._thread.join()
-        if self._process.wait() or not self.said or "after" not in self.outcome:
+        if self._process.wait() or "after" not in self.outcome:
             raise SystemExit(f"{self.name} failed")
 
     def kill(self) -> None:
@@ -144,16 +152,17 @@ class Peer:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if not line.startswith("{"):
-                continue
-            words = json.loads(line)
-            with self._changed:
-                self.said.append(words)
-                self._changed.notify_all()
-            if "update" in words:
-                console.print(
-                    f"{self.name}: update {words['update']}, loss {words['loss']:.3f}, peers: {words['num_peers']}"
-                )
+            if line.startswith("{") and line.endswith("\n"):  # a peer that is killed leaves half a line
+                self._hear(json.loads(line))
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def _hear(self, words: dict[str, Any]) -> None:
+        with self._changed:
+            self.said.append(words)
+            self._changed.notify_all()
+        if "update" in words:
+            console.print(
+                f"{self.name}: update {words['update']}, loss {words['loss']:.3f}, peers: {words['num_peers']}"
+            )

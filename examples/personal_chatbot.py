@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             losses = train(model, lambda: chat.chosen(BATCH_SIZE), options.steps, LEARNING_RATE)
             show({"before": before, "after": chat.examine(model, NUM_ANSWERS)})
             model.save_pretrained(options.output)
-            console.print(f"The adapter is in {options.output}; loss of the last step: {losses[-1]:.3f}")
-            plot({"LoRA": losses}, options.plot, "A personal chatbot")
+            console.print(f"The adapter is in {options.output}; loss of the last step: {losses[options.steps]:.3f}")
+            plot({"LoRA": losses}, options, "A personal chatbot")
         if options.chat:
             talk(model, chat)
 

@@ -1,6 +1,6 @@
 """Train a small language model from nothing with several peers, each on text of its own.
 
-    python examples/pretrain_together.py                                all of it on this computer, two minutes
+    python examples/pretrain_together.py                                all of it on this computer, three minutes
     python examples/pretrain_together.py --listen /ip4/0.0.0.0/tcp/0    the first peer; it says how others join
     python examples/pretrain_together.py --listen … --peer /ip4/…       another one; --share says which text it takes
 
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import hivemind
 import torch
+from hivemind.utils import get_dht_time
 from peers import Peer, end_on_sigterm, follow, new_optimizer, say
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tuning import console, new_parser, parse, plot, show
@@ -34,10 +36,11 @@ HELD_OUT = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=40)
+    parser = new_parser(__doc__ or "", steps=40, output="pretrained")
     parser.add_argument("--listen", help="be a peer, and let others dial it here")
     parser.add_argument("--peer", action="append", default=[], help="where a peer of the run can be dialled")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the text, of {NUM_SHARES}; -1: all")
+    parser.add_argument("--wait-for", type=int, default=1, help="begin when so many peers are there (default: 1)")
     options = parse(parser, arguments)
     if options.listen is not None:
         take_part(options)
@@ -57,9 +60,11 @@ def take_part(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed + options.share)
     dht = hivemind.DHT(start=True, host_maddrs=[options.listen], initial_peers=options.peer or None)
     say({"addresses": [str(address) for address in dht.get_visible_maddrs()]})
+    wait_for_peers(dht, options.wait_for)
     optimizer = new_optimizer(
-        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE
-    )
+        dht, "pretraining", list(model.parameters()), samples_per_update=SAMPLES_PER_UPDATE,
+        learning_rate=LEARNING_RATE, num_updates=options.steps,
+    )  # fmt: skip
 
     def next_batch() -> dict[str, torch.Tensor]:
         ids = torch.stack([mine[number] for number in torch.randint(len(mine), (BATCH_SIZE,)).tolist()])
@@ -68,7 +73,15 @@ def take_part(options: argparse.Namespace) -> None:
     num_samples = follow(model, optimizer, next_batch, options.steps)
     optimizer.shutdown()
     dht.shutdown()
+    model.save_pretrained(options.output)
     say({"before": before, "after": loss_on(model, held_out), "num_samples": num_samples})
+
+
+def wait_for_peers(dht: hivemind.DHT, num_peers: int) -> None:
+    """Wait until so many are there: alone, the first would have made its updates before the others are ready."""
+    dht.store("here", subkey=str(dht.peer_id), value=True, expiration_time=get_dht_time() + 3600)
+    while len((dht.get("here", latest=True) or ({},))[0]) < num_peers:
+        time.sleep(0.5)
 
 
 def sequences() -> list[torch.Tensor]:
@@ -103,7 +116,9 @@ def demonstrate(options: argparse.Namespace) -> None:
 
         def start(name: str, share: int, initial_peers: Sequence[str]) -> Peer:
             flags = ["--listen", "/ip4/127.0.0.1/tcp/0", "--share", str(share)]
+            flags += ["--wait-for", str(1 if share < 0 else NUM_SHARES)]
             flags += ["--steps", str(options.steps), "--seed", str(options.seed)]
+            flags += ["--output", str(options.output / name)]
             peer = Peer(name, __file__, [*flags, *(flag for each in initial_peers for flag in ("--peer", each))])
             owned.callback(peer.kill)
             return peer
@@ -123,7 +138,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         "one peer with all the text": alone.outcome["after"],
     }
     show({name: {"loss on held-out text": f"{loss:.3f}"} for name, loss in losses.items()})
-    plot({"together": first.losses, "alone": alone.losses}, options.plot, "Trained from nothing, together")
+    plot({"together": first.losses, "alone": alone.losses}, options, "Trained from nothing, together")
     say({"peers": [each.said for each in (first, *others)], "alone": alone.said})
 
 

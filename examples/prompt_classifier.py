@@ -3,9 +3,10 @@
     python examples/prompt_classifier.py                                  three servers on this computer, a minute
     python examples/prompt_classifier.py --join swarm://v1.… --model …    a swarm that is there
 
-The sentences are the first ones of what Python documents about numbers and about files. Batches are padded; the head
-looks at the last token of each sentence. Trained are eight virtual tokens and the head, which both are here; the same
-is then done with the whole model in this process, from the same beginning.
+The sentences are the first ones of what Python documents about numbers and about files. Batches are padded on the left,
+for the head looks at the last position of each row, which has to be the last token of its sentence. Trained are eight
+virtual tokens and the head, which both are here; the same is then done with the whole model in this process, from the
+same beginning.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     local = task.learn(whole, options.steps, options.seed)
     columns = {"before": remote["before"], "after": remote["after"], "the whole model here": local["after"]}
     show({name: {f"right of {NUM_HELD_OUT} new sentences": f"{found:.1%}"} for name, found in columns.items()})
-    plot({"swarm": remote["losses"], "local": local["losses"]}, options.plot, "Prompt tuning of a classifier")
+    plot({"swarm": remote["losses"], "local": local["losses"]}, options, "Prompt tuning of a classifier")
 
 
 class Task:
     """Sentences as padded batches, and how many of those that are new a model gets right."""
 
     def __init__(self, model: str, seed: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.training, self.held_out = numbers_or_files(NUM_TRAINING, NUM_HELD_OUT, seed)

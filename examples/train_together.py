@@ -1,6 +1,6 @@
 """Train one LoRA adapter with several peers, each on data of its own, through blocks that other people serve.
 
-    python examples/train_together.py                                   all of it on this computer, two minutes
+    python examples/train_together.py                                   all of it on this computer, three minutes
     python examples/train_together.py --join swarm://v1.… --run NAME    one peer; others with the same NAME join it
 
 The adapter learns to say what the functions of Python's library do. The peers find one another through the swarm, and
@@ -27,7 +27,7 @@ from swarm.client import open_training_dht
 NUM_SHARES = 3
 """Parts of the data, one for each peer."""
 
-SAMPLES_PER_UPDATE, BATCH_SIZE = 24, 4
+SAMPLES_PER_UPDATE, BATCH_SIZE = 48, 4
 """An update takes so many exchanges of all peers together, and a step so many of one."""
 
 LEARNING_RATE = 5e-3
@@ -35,7 +35,7 @@ NUM_HELD_OUT = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = new_parser(__doc__ or "", steps=40, output="together-adapter")
+    parser = new_parser(__doc__ or "", steps=20, output="together-adapter")
     parser.add_argument("--run", help="name of the run, for those who train together; needs --join")
     parser.add_argument("--share", type=int, default=0, help=f"which part of the data, of {NUM_SHARES}; -1: all")
     parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0", help="where other peers can dial this one")
@@ -60,8 +60,9 @@ def take_part(options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed + options.share)
         with open_training_dht(model, options.run, host_maddrs=[options.listen]) as dht:
             optimizer = new_optimizer(
-                dht, options.run, trained(model), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE
-            )
+                dht, options.run, trained(model), samples_per_update=SAMPLES_PER_UPDATE, learning_rate=LEARNING_RATE,
+                num_updates=options.steps,
+            )  # fmt: skip
             try:
                 num_samples = follow(model, optimizer, lambda: chat.batch(some(mine, BATCH_SIZE)), options.steps)
             finally:
@@ -83,14 +84,17 @@ def demonstrate(options: argparse.Namespace) -> None:
             owned.callback(peer.kill)
             return peer
 
-        console.print("Three peers train together. One of them will be killed, and another one will come in its place.")
+        console.print("Three peers train together. Another one will come for one of them, which will be killed.")
         first, second, third = (start(f"peer-{share}", "together", share) for share in range(NUM_SHARES))
+        first.wait_update(1)
+        fourth = start("peer-3", "together", 1)
         first.wait_update(max(1, options.steps // 4))
         second.kill()
-        console.print("peer-1 was killed, peer-3 comes.")
-        fourth = start("peer-3", "together", 1)
+        console.print("peer-1 was killed, peer-3 comes in its place.")
         for peer in (first, third, fourth):
             peer.wait_done()
+        if 1 in fourth.losses:
+            raise SystemExit("peer-3 came when the others had ended: give more --steps on so busy a computer")
         console.print("Now a single peer, with all the data.")
         alone = start("alone", "alone", -1)
         alone.wait_done()
@@ -100,7 +104,7 @@ def demonstrate(options: argparse.Namespace) -> None:
         "one peer with all the data": alone.outcome["after"],
     }
     show({name: {"loss on new questions": f"{loss:.3f}"} for name, loss in losses.items()})
-    plot({"together": first.losses, "alone": alone.losses}, options.plot, "LoRA trained together")
+    plot({"together": first.losses, "alone": alone.losses}, options, "LoRA trained together")
     say({"peers": [each.said for each in (first, second, third, fourth)], "alone": alone.said})
 
 

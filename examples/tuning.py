@@ -28,7 +28,7 @@ IGNORED = -100
 console = Console()
 
 
-def new_parser(description: str, *, steps: int, output: str | None = None) -> argparse.ArgumentParser:
+def new_parser(description: str, *, steps: int, output: str) -> argparse.ArgumentParser:
     """The options that all examples have."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
@@ -36,9 +36,12 @@ def new_parser(description: str, *, steps: int, output: str | None = None) -> ar
     parser.add_argument("--join", help="join link of a swarm; default: three servers on this computer")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps (default: {steps})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="write the losses there as a PNG; needs matplotlib")
-    if output is not None:
-        parser.add_argument("--output", type=Path, default=Path(output), help=f"default: {output}")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"a folder; default: {output}")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        help="where to draw the losses as a PNG; default: loss.png in that folder",
+    )
     return parser
 
 
@@ -47,7 +50,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     options = parser.parse_args(arguments)
     if options.join is None and options.model != EMBEDDED_MODEL:
         parser.error("--model needs --join: without a link, only the model in this package is served here")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+    if options.plot is not None and not has_matplotlib():
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     torch.manual_seed(options.seed)
     random.seed(options.seed)
@@ -150,21 +153,23 @@ def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in module.parameters() if each.requires_grad]
 
 
-def train(model: Any, next_batch: Callable[[], Mapping[str, Any]], num_steps: int, learning_rate: float) -> list[float]:
-    """An ordinary training loop; returns the loss of each step."""
+def train(
+    model: Any, next_batch: Callable[[], Mapping[str, Any]], num_steps: int, learning_rate: float
+) -> dict[int, float]:
+    """An ordinary training loop; returns the loss of each step, the first of which is 1."""
     model.train()
     optimizer = torch.optim.AdamW(trained(model), lr=learning_rate)
-    losses: list[float] = []
+    losses: dict[int, float] = {}
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=num_steps)
-        for _ in range(num_steps):
+        for step in range(1, num_steps + 1):
             loss = model(**next_batch(), use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-            progress.update(task, advance=1, description=f"loss {losses[-1]:.3f}")
+            losses[step] = loss.item()
+            progress.update(task, advance=1, description=f"loss {losses[step]:.3f}")
     return losses
 
 
@@ -176,18 +181,25 @@ def show(columns: Mapping[str, Mapping[str, str]]) -> None:
     console.print(table)
 
 
-def plot(curves: Mapping[str, Sequence[float]], path: Path | None, title: str) -> None:
-    """Draw losses by step; without a path, do nothing."""
-    if path is None:
-        return
-    from matplotlib import pyplot
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+
+def plot(curves: Mapping[str, Mapping[int, float]], options: argparse.Namespace, title: str) -> None:
+    """Draw losses by step into a PNG, if matplotlib is installed."""
+    if not has_matplotlib():
+        console.print("The losses are not drawn: that takes `pip install matplotlib`")
+        return
+    from matplotlib.figure import Figure
+
+    path = options.plot or options.output / "loss.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     for name, losses in curves.items():
-        axes.plot(range(1, len(losses) + 1), losses, label=name)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+        axes.plot(list(losses), list(losses.values()), label=name)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     if len(curves) > 1:
         axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     console.print(f"The losses are drawn in {path}")

@@ -1,7 +1,7 @@
 """Room for the activations that Backward needs: what is kept of Forward calls, and what is computed again, in budgets.
 
-Room is found before a graph is built, and building ends where the room does (`graphs.build`). What a graph takes is learned
-from the last one of its kind, so that batches can be cut into slices that fit.
+Room is found before a graph is built, and building ends where the room does (`graphs.build`). What a graph takes is
+learned from the last one of its kind, so that batches can be cut into slices that fit.
 """
 
 from __future__ import annotations

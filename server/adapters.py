@@ -86,6 +86,14 @@ class Lease:
         store.count_users(entries, 1)
 
     @property
+    def num_gradient_bytes(self) -> int:
+        """What the gradients of their tensors take in an answer, float32."""
+        if self.is_hosted or self.adapters is None:
+            return 0
+        tensors = (tensor for each in self.adapters if each is not None for tensor in each.tensors().values())
+        return sum(tensor.numel() for tensor in tensors) * torch.float32.itemsize
+
+    @property
     def entries(self) -> Sequence[_Entry]:
         return [entry for entry in self._entries if entry is not None]
 
@@ -115,19 +123,20 @@ class Lease:
 
 
 class _Arrival:
-    """A file on its way here: its parts, and the room that they have taken."""
+    """A file on its way here: what has come of it, and the room that it has taken."""
 
     def __init__(self, store: AdapterStore, caller: str) -> None:
         self._store = store
         self.caller = caller
         self.num_bytes = 0
         """The room that it has."""
-        self.parts: list[bytes] = []
+        self.data = bytearray()
+        """One for all, so that many small parts take no more than their bytes."""
 
     def add(self, part: bytes) -> None:
         """Take a part, and room for it. Raises: CacheFull: there is none."""
         self._store.take_room(self, len(part))
-        self.parts.append(part)
+        self.data += part
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +207,7 @@ class AdapterStore:
                 return
             self.take_room(arrival, max(0, LEAST_BYTES - arrival.num_bytes))
             async with self._reading:
-                parsing = asyncio.create_task(asyncio.to_thread(self._parse, arrival.parts, wire.digest))
+                parsing = asyncio.create_task(asyncio.to_thread(self._parse, arrival.data, wire.digest))
                 try:
                     adapter = await asyncio.shield(parsing)
                 except asyncio.CancelledError:
@@ -307,9 +316,9 @@ class AdapterStore:
             raise ProtocolError(f"the digest of an adapter has {DIGEST_BYTES} bytes")
         self.check_request(wire.num_bytes)
 
-    def _parse(self, parts: list[bytes], digest: bytes) -> BlockAdapter:
-        data = b"".join(parts)
-        parts.clear()
+    def _parse(self, arrived: bytearray, digest: bytes) -> BlockAdapter:
+        data = bytes(arrived)
+        arrived.clear()
         if hashlib.sha256(data).digest() != digest:
             raise BadRequest("the digest of an adapter is not that of its bytes: they were changed on the way")
         try:

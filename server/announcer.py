@@ -26,6 +26,9 @@ SURVEY_BYTES = 50_000
 
 WITHDRAW_TIMEOUT_S = 5.0
 
+RETRY_S = 1.0
+"""How soon an announcement that failed is tried again; then after twice as long, up to half a period."""
+
 
 class Announcer:
     """One server's announcement; see `announced`."""
@@ -37,20 +40,26 @@ class Announcer:
         self.current = announcement
         self.measure: Callable[[], dict[str, Any]] = dict
         """Gives the fields that change by themselves, each time that they are announced."""
+        self._saying = asyncio.Lock()
+        """One announcement after the other, or an older one could be written last."""
 
-    async def say(self, **changes: Any) -> None:
-        """Announce the present state; a directory that cannot be reached is tried again with the next period.
+    async def say(self, **changes: Any) -> bool:
+        """Announce the present state; a directory that cannot be reached is tried again soon.
 
         Args:
             changes: fields of the announcement, from now on.
+        Returns: whether it is in the directory.
         """
-        expires_at_s = time.time() + PERIODS_ALIVE * self._period_s
-        update = {"expires_at_s": expires_at_s, "coordinates": self._survey.here} | self.measure() | changes
-        self.current = self.current.model_copy(update=update)
-        try:
-            await self._directory.announce(self.current)
-        except SwarmError as exc:
-            logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
+        async with self._saying:
+            expires_at_s = time.time() + PERIODS_ALIVE * self._period_s
+            update = {"expires_at_s": expires_at_s, "coordinates": self._survey.here} | self.measure() | changes
+            self.current = self.current.model_copy(update=update)
+            try:
+                await self._directory.announce(self.current)
+            except SwarmError as exc:
+                logger.warning("the directory could not be reached, clients may not find this server: %s", exc)
+                return False
+        return True
 
     async def others(self, *, max_bytes: float) -> list[Announcement]:
         """What the other servers of the model announce; see Directory.servers.
@@ -67,9 +76,13 @@ class Announcer:
             group.create_task(self._keep_looking_around())
 
     async def _keep_announcing(self) -> None:
+        wait_s = self._period_s
         while True:
-            await asyncio.sleep(self._period_s)
-            await self.say()
+            await asyncio.sleep(wait_s)
+            if await self.say():
+                wait_s = self._period_s
+            else:  # the network may be back at any moment, and clients forget this server meanwhile
+                wait_s = min(RETRY_S if wait_s == self._period_s else 2 * wait_s, self._period_s / 2)
 
     async def _keep_looking_around(self) -> None:
         """See now and then how far other servers are."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import swarm
 from swarm import PROTOCOL_VERSION
@@ -31,9 +31,10 @@ from swarm.survey import Survey
 from swarm.tunnel import serve_tunnel
 
 from .announcer import announced
-from .config import PERIODS_ALIVE, ServerConfig
+from .config import PERIODS_ALIVE, ServerConfig, for_device
 from .engine import Engine
 from .front import Front, open_grpc
+from .gate import Gate
 from .hardware import choose_device, free_bytes
 from .metrics import ServerCollector, serve_metrics
 from .moving import Mover
@@ -52,11 +53,12 @@ logger = logging.getLogger(__name__)
 class Running:
     """What a caller has of a server that is ready."""
 
-    link: str
-    """Join link for clients and further servers."""
+    link: str = field(repr=False)
+    """Join link for clients and further servers; of a member of somebody's private swarm, its addresses only."""
     peer_id: str
     model_name: str
     mover: Mover
+    gate: Gate
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead; see Mover."""
@@ -102,6 +104,7 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
     """
     checkpoint = await asyncio.to_thread(Checkpoint.open, config.source)
     anatomy = anatomy_of(checkpoint.config)
+    config = for_device(config, choose_device(config.device).type)
     if config.blocks is not None:
         config.blocks.check_inside(anatomy.num_blocks)
     hosted = [await asyncio.to_thread(read_hosted, source, checkpoint) for source in config.adapters]
@@ -120,23 +123,27 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
             num_blocks=anatomy.num_blocks,
             hosted=hosted,
         )
+        gate = Gate(config.quotas)
         front = Front()
         mover = await owned.enter_async_context(
             Mover(
-                lambda holding: open_tenure(config, checkpoint, holding, model, connector),
+                lambda holding: open_tenure(config, checkpoint, holding, model, connector, gate),
                 front,
                 config,
             )
         )
+        certificate = dht.identity.tls_certificate()
+        port, connections = await owned.enter_async_context(open_grpc(config, front, certificate, gate, dht.gate))
         if config.metrics_port is not None:
             address = (config.metrics_host, config.metrics_port)
-            owned.enter_context(serve_metrics(address, ServerCollector(lambda: mover.present)))
-        certificate = dht.identity.tls_certificate()
-        port = await owned.enter_async_context(open_grpc(config, front, certificate))
+            collector = ServerCollector(lambda: mover.present, gate.quotas, connections)
+            owned.enter_context(serve_metrics(address, collector))
         reachability = await owned.enter_async_context(
             open_reachability(dht, config, port, certificate.certificate_der, rule, connector.forget)
         )
-        await owned.enter_async_context(serve_tunnel(dht, ("127.0.0.1", port), reachability.relays, rule))
+        await owned.enter_async_context(
+            serve_tunnel(dht, ("127.0.0.1", port), reachability.relays, rule, gate.callers.entering)
+        )
         announcement = _announcement(config, checkpoint, holding, dht, certificate, reachability)
         announcement = announcement.model_copy(update={"adapters": tuple(each.listing for each in hosted)})
         announcer, announcing = await owned.enter_async_context(
@@ -145,8 +152,9 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         await owned.enter_async_context(reachability.telling(announcer.say))
         await mover.settle(announcer, holding)
         initial_peers = tuple(await _link_peers(config, dht))
-        link = JoinLink(initial_peers=initial_peers, model_name=public_name(checkpoint)).encode()
-        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover))
+        name = public_name(checkpoint) if config.invitation is None else None
+        link = JoinLink(initial_peers, name, invitation=config.guest_invitation).encode()
+        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover, gate))
         await _until_stopped(stop, dht, announcing, mover)
         await announcer.say(state="draining")
         await mover.drain()
@@ -180,6 +188,9 @@ def _dht_config(config: ServerConfig) -> DhtConfig:
         host=config.host,
         port=config.dht_port,
         announce_host=config.announce_host,
+        invitation=config.invitation,
+        revocations_path=config.revocations_path,
+        revocation_period_s=config.announce_period_s,
     )
 
 

@@ -62,14 +62,6 @@ class Batch:
         """Tokens that each sequence attends to, a prefix included."""
         return self.length + (0 if self.adapters is None else self.adapters.num_prefix_tokens)
 
-    @property
-    def num_gradient_bytes(self) -> int:
-        """What the answer to a Backward takes, uncompressed: `Gradients`."""
-        tensors = self.rows(0, self.num_rows).leaves()
-        if self.prompts_NBPD is not None:
-            tensors.append(self.prompts_NBPD)
-        return self.x_BLD.nbytes + sum(tensor.numel() for tensor in tensors) * torch.float32.itemsize
-
     def rows(self, start: int, end: int) -> Piece:
         """The sequences [start, end)."""
         return Piece(
@@ -120,9 +112,7 @@ def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _keep(
-    span: Span, batch: Batch, start: int, num_rows: int, turns: Turns, kept: KeptActivations
-) -> Graph | None:
+def _keep(span: Span, batch: Batch, start: int, num_rows: int, turns: Turns, kept: KeptActivations) -> Graph | None:
     """Run at most so many rows and keep their activations; None: there is no room for any."""
     sizes, num_blocks = kept.sizes, len(span.blocks)
     while True:
@@ -275,5 +265,6 @@ class _Slice:
     def _refusal(self, num_bytes: int) -> PromptTooLong:
         return PromptTooLong(
             f"the gradients of a sequence of {self._batch.context_length} tokens need more than {num_bytes >> 20} MiB "
-            f"for the activations of one block, this server has {self._kept.graph_bytes >> 20} MiB: use shorter sequences"
+            f"for the activations of one block, this server has {self._kept.graph_bytes >> 20} MiB: "
+            "use shorter sequences"
         )

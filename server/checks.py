@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from swarm import PROTOCOL_VERSION, reach
+from swarm import PROTOCOL_VERSION
 from swarm.codec import FLOAT_DTYPES
 from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
@@ -52,16 +52,6 @@ class ServiceLimits:
             max_batch_size=self.max_batch_size,
             max_adapter_bytes=max_adapter_bytes,
         )
-
-
-def place_of(peer: str) -> str:
-    """From where a call comes, as far as one can tell: an address, or a connection where that is this machine's.
-
-    Args:
-        peer: as gRPC writes it. Whoever comes through the tunnel has an address of this machine.
-    """
-    address = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
-    return peer if address in ("", "127.0.0.1", "::1") else reach.place_of(address)
 
 
 def check_version(version: int) -> None:
@@ -152,6 +142,11 @@ def max_message_bytes(num_tokens: int, hidden_size: int, num_blocks: int, limits
     return 2 * num_tokens * hidden_size * 4 + 2 * num_tokens * 8 + prompts
 
 
+def room_bytes(num_input_bytes: int, num_output_bytes: int) -> int:
+    """What a step or batch takes at most beside the model: its tensors, and the answer as it is packed and sent."""
+    return num_input_bytes + 3 * num_output_bytes
+
+
 def check_mask(mask: Tensor | None, batch_size: int, length: int) -> None:
     """Raise BadRequest unless the mask is int64 [B, L] of zeros and ones."""
     if mask is None:
@@ -189,6 +184,14 @@ def check_hop_times(hop_us: Sequence[int]) -> None:
     """Raise ProtocolError if a step has come through more hops than a route can have."""
     if len(hop_us) > MAX_HOPS:
         raise ProtocolError(f"a step has come through {len(hop_us)} hops, more than {MAX_HOPS}")
+
+
+def check_held(held: Sequence[int]) -> None:
+    """Raise ProtocolError unless later hops hold no less than earlier ones, of no more hops than a route can have."""
+    if len(held) > MAX_HOPS:
+        raise ProtocolError(f"a step names what {len(held)} later hops hold, more than {MAX_HOPS}")
+    if any(later < earlier for earlier, later in pairwise(held)):
+        raise ProtocolError("of a step, no hop may lack what a later one holds")
 
 
 def check_beam_idx(beam_idx: list[int], batch_size: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swarm.announcement import MAX_HOSTED_ADAPTERS
 from swarm.directory import MAX_LIFETIME_S
 from swarm.errors import BadRequest
+from swarm.membership import Invitation, Role
 from swarm.model.checkpoint import CheckpointSource
 from swarm.model.hosted import AdapterSource
 from swarm.model.quantization import CHOICES
@@ -17,6 +18,8 @@ from swarm.ranges import BlockRange
 from swarm.relaying import BESIDE_SERVING, RelayConfig
 
 from .checks import ServiceLimits
+from .hardware import pass_tokens
+from .limits import LimitsConfig
 from .scheduler import SchedulerConfig
 
 PERIODS_ALIVE = 4
@@ -37,6 +40,12 @@ class ServerConfig:
     """Whether it goes to other blocks when the swarm needs that; never if `blocks` says which."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs to join through; empty: start a new swarm."""
+    invitation: Invitation | None = field(default=None, repr=False)
+    """What makes it a member of a private swarm; None: the swarm is public."""
+    guest_invitation: Invitation | None = field(default=None, repr=False)
+    """What its join link gives to others, in a private swarm of its own; None: the link has addresses only."""
+    revocations_path: Path | None = None
+    """Where it keeps the newest list of a private swarm's revocations; None: nowhere."""
     identity_path: Path | None = None
     """Key file that keeps this server's identity; None: a new identity for each run."""
     name: str = field(default_factory=platform.node)
@@ -64,6 +73,9 @@ class ServerConfig:
     cache_bytes: int | None = None
     """Budget of the KV cache over all sessions; None: from the free memory."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    """How large one request may be."""
+    quotas: LimitsConfig = field(default_factory=LimitsConfig)
+    """How much one caller may have at a time, and all together."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """How decoding, prefill and training share the time."""
     session_grace_s: float = 30.0
@@ -73,8 +85,8 @@ class ServerConfig:
     adapter_bytes: int | None = None
     """Budget for what clients change in the blocks; None: from the free memory; 0: they may change nothing."""
     kept_activation_bytes: int | None = None
-    """Budget for activations of Forward calls that wait for their Backward; None: from the free memory; 0: always computed
-    again."""
+    """Budget for activations of Forward calls that wait for their Backward; None: from the free memory; 0: they are
+    always computed again."""
     metrics_port: int | None = None
     """TCP port where Prometheus finds this server's metrics; None: nowhere."""
     metrics_host: str = "127.0.0.1"
@@ -85,6 +97,8 @@ class ServerConfig:
     """How often it tells the directory that it is alive; it is forgotten after PERIODS_ALIVE of silence."""
     num_threads: int | None = None
     """CPU threads of the compute thread; None: torch's default."""
+    speeds_path: Path | None = None
+    """File in which it remembers how fast blocks were on this machine; None: they are measured at each start."""
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False)
     """Called with (bytes loaded, bytes in all) while the blocks load."""
     on_moved: Callable[[BlockRange], None] | None = field(default=None, repr=False)
@@ -93,6 +107,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.blocks is not None and self.num_blocks is not None:
             raise BadRequest("give either blocks or num_blocks, not both")
+        if self.invitation is not None and self.invitation.member.role is not Role.SERVE:
+            raise BadRequest(
+                "this invitation is for using the swarm, not for serving in it: ask its owner for another one"
+            )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
         if self.quantization not in CHOICES:
@@ -120,3 +138,14 @@ class ServerConfig:
                 f"announce_period_s must lie between 0 and {MAX_LIFETIME_S / PERIODS_ALIVE:.0f}, and drain_timeout_s "
                 "must not be negative"
             )
+
+
+def for_device(config: ServerConfig, device_type: str) -> ServerConfig:
+    """The same config, with steps and iterations of as many tokens as the device takes well, or more if it says so."""
+    num_tokens = pass_tokens(device_type)
+    limits, scheduler = config.limits, config.scheduler
+    return replace(
+        config,
+        limits=replace(limits, max_step_tokens=max(num_tokens, limits.max_step_tokens)),
+        scheduler=replace(scheduler, max_tokens=max(num_tokens, scheduler.max_tokens)),
+    )

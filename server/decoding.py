@@ -6,28 +6,31 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import grpc.aio
 import torch
 from torch import Tensor
 
-from swarm.codec import optional, pack
-from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolError, SessionLost
+from swarm.codec import Unpacker, optional, pack, raw_bytes
+from swarm.errors import BadRequest, PeerUnavailable, PromptTooLong, ProtocolError, SessionLost, TooManyRequests
 from swarm.model.span import Span
 from swarm.peers import Connector, PeerAddress
 from swarm.ranges import BlockRange
-from swarm.streams import PART_TIMEOUT_S, Step, read_tensors, write_message
+from swarm.streams import PART_TIMEOUT_S, Step, counting_step, fill, write_message
 from swarm.v1 import blocks_pb2 as pb
 
 from . import checks
 from .adapters import AdapterStore
+from .callers import Caller
 from .checks import ServiceLimits
 from .engine import Engine
+from .fairness import Fairness
 from .hardware import own_addresses
 from .kv_cache import StepInput
 from .pushing import PushLink, open_push_link
+from .room import SMALL_BYTES, Held, MessageRoom
 from .sessions import Deliver, ServerSession, SessionKey, SessionTable
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,9 @@ logger = logging.getLogger(__name__)
 # B batch, L length, D hidden, N blocks, P virtual tokens
 
 MAX_OPEN_TIMEOUT_S = 120.0
+
+MAX_PUSHES = 4
+"""Streams that feed a session at a time: one, and those of earlier epochs that have not ended yet."""
 
 Read = Callable[[], Awaitable[pb.SessionRequest]]
 
@@ -44,12 +50,15 @@ class Decoding:
 
     def __init__(
         self,
+        *,
         span: Span,
         engine: Engine,
         sessions: SessionTable,
         connector: Connector,
         limits: ServiceLimits,
         adapters: AdapterStore,
+        room: MessageRoom,
+        fairness: Fairness,
     ) -> None:
         self._span = span
         self._engine = engine
@@ -57,6 +66,8 @@ class Decoding:
         self._connector = connector
         self._limits = limits
         self._adapters = adapters
+        self._room = room
+        self._fairness = fairness
         self._own_addresses = own_addresses()
         self._draining = asyncio.Event()
 
@@ -65,13 +76,17 @@ class Decoding:
         self._draining.set()
 
     @asynccontextmanager
-    async def open(self, context: grpc.aio.ServicerContext, opening: pb.SessionOpen) -> AsyncIterator[ServerSession]:
+    async def open(
+        self, context: grpc.aio.ServicerContext, read: Read, opening: pb.SessionOpen, caller: Caller
+    ) -> AsyncIterator[ServerSession]:
         """Check what is asked for, take it in when there is room, and open the way to the next hop."""
         blocks = checks.check_blocks(opening.blocks, self._span.blocks, self._span.num_model_blocks)
         self._check_size(opening)
-        with self._adapters.lease(opening.adapters, blocks, opening.hosted_adapter) as adapters:
+        async with AsyncExitStack() as arriving:
+            adapters = arriving.enter_context(self._adapters.lease(opening.adapters, blocks, opening.hosted_adapter))
             checks.check_prefix(adapters.num_prefix_tokens, opening)
-            prompts = await self._read_prompts(context.read, opening, blocks)
+            room = await arriving.enter_async_context(AsyncExitStack())
+            prompts = await self._read_prompts(read, opening, blocks, caller, room)
             key = SessionKey(
                 session_id=opening.session_id,
                 blocks=blocks,
@@ -82,10 +97,11 @@ class Decoding:
             )
             timeout_s = min(opening.timeout_ms / 1000, MAX_OPEN_TIMEOUT_S)
             async with self._sessions.open(
-                key, epoch=opening.epoch, prompts_NBPD=prompts, adapters=adapters, timeout_s=timeout_s
+                key, epoch=opening.epoch, prompts_NBPD=prompts, adapters=adapters, timeout_s=timeout_s, caller=caller
             ) as session:
+                await room.aclose()  # its pages count them from now on
                 try:
-                    session.shares_machine = any(self._is_here(target) for target in opening.next.direct)
+                    session.shares_machine = caller.is_own or any(map(self._is_here, opening.next.direct))
                     async with (
                         self._open_delivery(context, opening, session) as session.deliver,
                         self._passing_on(session),
@@ -94,24 +110,31 @@ class Decoding:
                 finally:
                     self._engine.forget(session)
 
-    def attach(self, attach: pb.SessionAttach, peer: str) -> ServerSession:
-        """Return the session that a Push stream feeds.
+    @contextmanager
+    def attach(self, attach: pb.SessionAttach, peer: str) -> Iterator[ServerSession]:
+        """Let a Push stream feed its session while the body runs.
 
         Args:
             peer: the caller's address, as gRPC writes it.
-        Raises: SessionLost: there is no such session, or not any more.
+        Raises: SessionLost: there is no such session, or not any more. TooManyRequests: others feed it.
         """
         session = self._sessions.get(attach.session_id, attach.epoch)
         if session.deliver is None:
             raise SessionLost("this session is not open yet")
+        if session.num_pushes >= MAX_PUSHES:
+            raise TooManyRequests(f"{MAX_PUSHES} streams feed this session already")
         session.shares_machine |= self._is_here(peer.partition(":")[2])
-        return session
+        session.num_pushes += 1
+        try:
+            yield session
+        finally:
+            session.num_pushes -= 1
 
     def _is_here(self, target: str) -> bool:
         """Whether a "host:port" is on this machine."""
         return target.rpartition(":")[0].strip("[]") in self._own_addresses
 
-    async def serve(self, context: grpc.aio.ServicerContext, session: ServerSession) -> None:
+    async def serve(self, context: grpc.aio.ServicerContext, read: Read, session: ServerSession) -> None:
         """Run the steps of the client's own stream, and tell the client when this server is about to leave.
 
         Raises: see `run`.
@@ -126,7 +149,7 @@ class Decoding:
 
         telling = asyncio.create_task(tell())
         try:
-            await self.run(context.read, session, from_client=True)
+            await self.run(read, session, from_client=True)
         finally:
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
@@ -164,11 +187,17 @@ class Decoding:
         if len(opening.session_id) != 16:
             raise ProtocolError("a session id has 16 bytes")
 
-    async def _read_prompts(self, read: Read, opening: pb.SessionOpen, blocks: BlockRange) -> Tensor | None:
+    async def _read_prompts(
+        self, read: Read, opening: pb.SessionOpen, blocks: BlockRange, caller: Caller, room: AsyncExitStack
+    ) -> Tensor | None:
+        """Return the deep prompts, for which `room` has room from then on."""
         specs = optional(opening, "prompts")
         checks.check_prompts_spec(specs[0], blocks, opening.batch_size, self._span.hidden_size, self._limits)
         max_bytes = checks.max_message_bytes(0, self._span.hidden_size, len(blocks), self._limits)
-        (prompts,) = await read_tensors(read, specs, opening.data, max_bytes=max_bytes)
+        unpacker = Unpacker(specs, max_bytes=max_bytes)
+        if specs[0] is not None:
+            await room.enter_async_context(self._room.hold(caller, checks.room_bytes(unpacker.num_raw_bytes, 0)))
+        (prompts,) = await fill(unpacker, read, opening.data)
         return prompts
 
     @asynccontextmanager
@@ -195,8 +224,11 @@ class Decoding:
             assert session.deliver is not None
             try:
                 while True:
-                    step, output = await session.under_way.get()
-                    await session.deliver(await output, step)
+                    step, output, held = await session.under_way.get()
+                    try:
+                        await session.deliver(await output, step)
+                    finally:
+                        held.release()
                     session.under_way.task_done()
             except asyncio.CancelledError:
                 raise
@@ -209,6 +241,8 @@ class Decoding:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            while not session.under_way.empty():
+                session.under_way.get_nowait()[2].release()
 
     async def _run_steps(self, read: Read, session: ServerSession, from_client: bool) -> None:
         closed = False
@@ -217,27 +251,61 @@ class Decoding:
                 continue
             if message.WhichOneof("kind") != "step":
                 raise ProtocolError("after its first message a session's stream carries steps")
-            step = await self._read_step(read, message.step, session)
-            async with session.lock:
-                session.used_at_s = time.monotonic()
-                if step.step_id <= session.last_step_id:
-                    logger.debug("dropped a repeated step")
-                    continue
-                if step.step_id > session.last_step_id + 1:
-                    raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
-                session.last_step_id = step.step_id
-                output = self._engine.step(session, step, begins_round=from_client)
-                await session.under_way.put((step, output))
+            await self._take_step(read, message.step, session, from_client)
         await session.under_way.join()
         if from_client and not closed:
             raise PeerUnavailable("the client's stream ended without a word")
 
-    async def _read_step(self, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
+    async def _take_step(self, read: Read, wire: pb.Step, session: ServerSession, from_client: bool) -> None:
+        """Read a step and queue it, unless it was seen before. It keeps its room until its output is passed on."""
+        checks.check_held(wire.held)
+        if not wire.HasField("hidden_states"):
+            await self._queue(self._step_of_nothing(wire, session), Held(), session, from_client)
+            return
+        unpacker = self._check_step(wire, session)
+        num_bytes = checks.room_bytes(unpacker.num_raw_bytes, raw_bytes(wire.hidden_states))
+        held = await self._room.take(session.caller, num_bytes) if num_bytes > SMALL_BYTES else Held()
+        try:
+            step = await self._read_step(unpacker, read, wire, session)
+            if await self._queue(step, held, session, from_client):
+                held = Held()  # whoever passes the step on has it
+        finally:
+            held.release()
+
+    async def _queue(self, step: StepInput, held: Held, session: ServerSession, from_client: bool) -> bool:
+        """Have a step run when those before it are; False: it was seen before."""
+        async with session.lock:
+            session.used_at_s = now_s = time.monotonic()
+            if step.step_id <= session.last_step_id:
+                logger.debug("dropped a repeated step")
+                return False
+            if step.step_id > session.last_step_id + 1:
+                raise SessionLost(f"step {step.step_id} came after step {session.last_step_id}: replay the session")
+            if step.length:
+                self._fairness.step(session.caller, session, session.batch_size, step.length, now_s)
+                await self._fairness.wait(session.caller)
+            session.last_step_id = step.step_id
+            await session.under_way.put((step, self._run(session, step, from_client), held))
+        return True
+
+    def _run(self, session: ServerSession, step: StepInput, from_client: bool) -> asyncio.Future[Tensor]:
+        """Have the engine run a step; one of no tokens has its output already."""
+        if step.length:
+            return self._engine.step(session, step, begins_round=from_client)
+        nothing: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        nothing.set_result(step.x_BLD)
+        return nothing
+
+    def _check_step(self, wire: pb.Step, session: ServerSession) -> Unpacker:
+        """Check what a step claims, before any more of it is read."""
         max_tokens = max(self._limits.max_step_tokens, session.batch_size)
         specs = optional(wire, "hidden_states", "attention_mask", "position_ids")
         checks.check_batch_spec(specs[0], self._span.hidden_size, self._limits, max_tokens=max_tokens)
         max_bytes = checks.max_message_bytes(max_tokens, self._span.hidden_size, 0, self._limits)
-        x_BLD, mask_BL, ids_BL = await read_tensors(read, specs, wire.data, max_bytes=max_bytes)
+        return Unpacker(specs, max_bytes=max_bytes)
+
+    async def _read_step(self, unpacker: Unpacker, read: Read, wire: pb.Step, session: ServerSession) -> StepInput:
+        x_BLD, mask_BL, ids_BL = await fill(unpacker, read, wire.data)
         assert x_BLD is not None
         batch_size, length, _ = x_BLD.shape
         if not 0 <= wire.num_outputs <= length:
@@ -258,9 +326,25 @@ class Decoding:
             codec=wire.hidden_states.codec,
             arrived_s=time.monotonic(),
             hop_us=list(wire.hop_us),
+            held=list(wire.held),
         )
         session.check(step)
         return step
+
+    def _step_of_nothing(self, wire: pb.Step, session: ServerSession) -> StepInput:
+        """A step of which this hop holds all tokens: it only counts."""
+        x_BLD = torch.empty(session.batch_size, 0, self._span.hidden_size)
+        return StepInput(
+            step_id=wire.step_id,
+            position=0,
+            num_outputs=0,
+            beam_idx=(),
+            x_BLD=x_BLD,
+            mask_BL=None,
+            position_ids_BL=None,
+            arrived_s=time.monotonic(),
+            held=list(wire.held),
+        )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -297,8 +381,18 @@ async def _answer(
 
 
 async def _push(link: PushLink, session: ServerSession, y_BLD: Tensor, step: StepInput) -> None:
-    position = step.position - session.num_prefix_tokens
+    """Pass on what the next hop does not hold already."""
     further = Step(
-        position, step.num_outputs, y_BLD, step.mask_BL, step.position_ids_BL, step.beam_idx, step.hop_us_by_now()
-    )
-    await link.send(*further.to_wire(step.step_id, step.codec))
+        step.position - session.num_prefix_tokens,
+        step.num_outputs,
+        step.x_BLD,
+        step.mask_BL,
+        step.position_ids_BL,
+        step.beam_idx,
+        step.hop_us_by_now(),
+        step.held,
+    ).passed_on(y_BLD)
+    if further is None:
+        await link.send(counting_step(step.step_id, step.held[1:]), [])
+    else:
+        await link.send(*further.to_wire(step.step_id, step.codec))

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -67,6 +68,8 @@ class _StepJob:
     return_s: float | None
     done: int = 0
     """Tokens per sequence that have run."""
+    begun: bool = False
+    """Whether the cache is where the step begins, its beams in order: that is done once, however often it waits."""
     outputs: list[Tensor] = field(default_factory=list)
     blocked_since_s: float | None = None
     """When it first found no free pages."""
@@ -309,19 +312,20 @@ class Engine:
         return max(0.0, min(times) - now_s) + 1e-4 if times else None
 
     def _take_pages(self, planned: Sequence[scheduler.Slice], now_s: float) -> list[tuple[_StepJob, Slice]]:
-        """Take the pages of the planned slices; those for which there are none stay in the queue, marked."""
+        """Take the pages of the planned slices, for the sessions that have been here longest first.
+
+        Those for which there are none stay in the queue, marked.
+        """
         heads = {queue[0].number: queue[0] for queue in self._queues.values() if queue}
         taken = []
-        for each in planned:
+        for each in sorted(planned, key=lambda each: heads[each.number].session.opened_at_s):
             job = heads[each.number]
+            if job.session not in self._queues:
+                continue  # one before it has needed its pages
             try:
                 taken.append((job, self._begin_slice(job, each.length)))
             except OutOfPages:
-                if job.blocked_since_s is None:
-                    self._counters.num_out_of_pages += 1
-                    logger.warning("the KV cache is full: a step waits for pages")
-                job.blocked_since_s = job.blocked_since_s or now_s
-                job.blocked_at = self.sessions.num_releases
+                self._wait_for_pages(job, now_s)
             except SwarmError as exc:
                 self._queues[job.session].popleft()
                 self._settle([(job.future, exc)])
@@ -329,17 +333,17 @@ class Engine:
 
     def _begin_slice(self, job: _StepJob, length: int) -> Slice:
         session, cache = job.session, job.session.cache
-        if job.done == 0:
-            before = cache.length
+        if not job.begun:
             cache.begin(job.step)
-            if cache.length < before:
-                self.sessions.num_releases += 1
+            job.begun = True
+        goes_on = job.step.length <= self.sessions.pool.page_tokens  # a token, or a few that were guessed
+        spare_pages = 0 if goes_on else self.sessions.spare_pages(session)
         while True:
             try:
-                copies = cache.append(length)
+                copies = cache.append(length, spare_pages=spare_pages)
                 break
             except OutOfPages:
-                if not self.sessions.give_way():
+                if not self.sessions.give_way() and not (goes_on and self._send_away_after(session)):
                     raise
         self.sessions.begun(session)
         job.blocked_since_s = None
@@ -347,6 +351,27 @@ class Engine:
             self._counters.num_steps += 1
             self._counters.queued_s += time.monotonic() - job.arrived_s
         return Slice(session, job.step, job.done, length, copies)
+
+    def _send_away_after(self, session: ServerSession) -> bool:
+        """Free the pages of the youngest session, if it came after this one; called under the guard."""
+        youngest = self.sessions.younger_than(session)
+        if youngest is None:
+            return False
+        logger.warning("the KV cache is full: the session that came last is sent elsewhere")
+        error = CacheFull("the cache is full, and those that were here before need what is left of it")
+        self._settle([(job.future, error) for job in self._queues.pop(youngest, ())])
+        self._loop.call_soon_threadsafe(youngest.fail, error)
+        self._returns.forget(youngest)
+        self.sessions.take_from(youngest)
+        return True
+
+    def _wait_for_pages(self, job: _StepJob, now_s: float) -> None:
+        if job.blocked_since_s is None:
+            self._counters.num_out_of_pages += 1
+            logger.warning("the KV cache is full: a step waits for pages")
+            job.blocked_since_s = now_s
+        self._call_soon(partial(self.sessions.reclaim, job.session.caller))
+        job.blocked_at = self.sessions.num_releases
 
     def _run_iteration(self, turn: Sequence[tuple[_StepJob, Slice]]) -> None:
         began_s = time.monotonic()
@@ -405,21 +430,27 @@ class Engine:
                     whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs, dim=1)
                     settled.append((job.future, whole))
                 queue = self._queues.get(job.session)
-                if queue and queue[0] is job:
-                    queue.popleft()
-                    if not queue:
-                        del self._queues[job.session]
+                if not queue or queue[0] is not job:
+                    continue  # forgotten meanwhile: nothing is expected of this session any more
+                queue.popleft()
+                if queue:
+                    continue
+                del self._queues[job.session]
                 # Parts of a prefill that return nothing, or are followed by another, bring no decode step: one that was
                 # expected all the same would make the next part wait for it, or go in shreds before it.
-                if job.done == job.step.length and job.step.num_outputs and job.session not in self._queues:
+                if job.done == job.step.length and job.step.num_outputs:
                     self._returns.left(job.session, job.session.batch_size, now_s)
         self._settle(settled)
 
     def _settle(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+        self._call_soon(partial(self._set_results, results))
+
+    def _call_soon(self, work: Callable[[], None]) -> None:
+        """Have something done in the event loop."""
         try:
-            self._loop.call_soon_threadsafe(self._set_results, results)
-        except RuntimeError:  # the loop was closed while we computed: nobody waits for the results any more
-            logger.debug("results came after their event loop was closed")
+            self._loop.call_soon_threadsafe(work)
+        except RuntimeError:  # the loop was closed while we computed: nobody waits for it any more
+            logger.debug("something came after its event loop was closed")
 
     def _set_results(self, results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
         for future, result in results:

@@ -3,7 +3,7 @@ one session at a time. Both give the same results. Runs in the compute thread.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from swarm.model.kv_store import KVStore
+from swarm.model.paged import PAGE_TOKENS
 from swarm.model.ragged import PackedSpan, Piece
 from swarm.model.span import Span
+from swarm.model.staging import Fetch
 from swarm.ranges import BlockRange
 
 from .kv_cache import StepInput
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from .sessions import ServerSession
 
 # B batch, L length, T all tokens of a pass, D hidden
+
+TRIAL_PAST = 64
+"""Tokens that each sequence of a trial has before."""
 
 MAX_TWINS = 32
 """Packed twins of parts of the span that are kept; making one again takes milliseconds."""
@@ -69,6 +74,9 @@ class Executor(Protocol):
         Raises: SessionLost: a slice of a group of one cannot be placed behind what is cached.
         """
 
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        """A pass of made-up sequences, to be called while nobody uses the cache; None: it has not the room."""
+
 
 class PackedExecutor:
     """One pass for all slices that use the same blocks."""
@@ -94,9 +102,27 @@ class PackedExecutor:
         pieces = [piece for each in group for piece in _pieces(each)]
         rows_TD = [each.x_BLD.flatten(0, 1) for each in group]
         x_TD = rows_TD[0] if len(rows_TD) == 1 else torch.cat([row_TD.to(span.dtype) for row_TD in rows_TD])
-        y_TD = self._twin(span)(x_TD.to(span.device, span.dtype), pieces).cpu()
+        y_TD = Fetch(self._twin(span)(x_TD.to(span.dtype), pieces)).collect()
         outputs = y_TD.split([each.num_tokens for each in group])
         return [y.unflatten(0, (each.session.batch_size, each.length)) for y, each in zip(outputs, group, strict=True)]
+
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        num_tokens = TRIAL_PAST + length
+        room = num_tokens if span.device.type != "cuda" else -(-num_tokens // PAGE_TOKENS) * PAGE_TOKENS
+        if num_rows * room > self._store.num_slots:
+            return None
+        x_TD = torch.zeros(num_rows * length, span.hidden_size, dtype=span.dtype)
+        pieces = [Piece(length, TRIAL_PAST, [(row * room, row * room + num_tokens)]) for row in range(num_rows)]
+
+        @torch.inference_mode()
+        def run() -> None:
+            Fetch(self._twin(span)(x_TD, pieces)).collect()
+
+        return run
+
+    def prepare(self, span: Span) -> None:
+        """Make the twin of a span now, with all that is tried out for it."""
+        self._twin(span)
 
     def _write_prefix(self, session: ServerSession) -> None:
         """Write what stands in front of a session's tokens, once, into pages that its sequences share."""
@@ -165,3 +191,12 @@ class SessionExecutor:
             adapters=session.adapters,
         )
         return [y_BLD.cpu()]
+
+    def trial(self, span: Span, num_rows: int, length: int) -> Callable[[], object] | None:
+        x_BLD = torch.zeros(num_rows, length, span.hidden_size, dtype=span.dtype, device=span.device)
+
+        @torch.inference_mode()
+        def run() -> None:
+            span(x_BLD, cache=span.new_cache(num_rows))
+
+        return run

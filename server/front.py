@@ -10,13 +10,17 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from swarm.admission import Gate as Admission
 from swarm.errors import Draining, ResourceError
 from swarm.identity import TlsCertificate
-from swarm.rpc import SERVER_OPTIONS, errors_to_wire
+from swarm.rpc import errors_to_wire, server_options
+from swarm.rpc_members import MembersOnly
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from .config import ServerConfig
+from .connections import Connections, watch_connections
+from .gate import Gate
 from .service import BlocksService
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Blocks"].full_name
@@ -85,9 +89,20 @@ class Front(pb_grpc.BlocksServicer):
 
 
 @asynccontextmanager
-async def open_grpc(config: ServerConfig, front: Front, certificate: TlsCertificate) -> AsyncIterator[int]:
-    """Serve over TLS while the body runs; yield the port. Raises: ResourceError: the port is taken."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+async def open_grpc(
+    config: ServerConfig, front: Front, certificate: TlsCertificate, gate: Gate, members: Admission | None = None
+) -> AsyncIterator[tuple[int, Connections]]:
+    """Serve over TLS while the body runs; yield the port, and what knows of the connections to it.
+
+    Args:
+        gate: says how much may be asked for.
+        members: says who may ask; None: anybody.
+    Raises: ResourceError: the port is taken.
+    """
+    limits = gate.config
+    options = server_options(max_connections=limits.max_connections, max_streams=limits.max_calls)
+    members_only = [] if members is None else [MembersOnly(members, certificate.certificate_der)]
+    server = grpc.aio.server(options=options, interceptors=[gate, *members_only])
     front.add_to(server)
     await front.serve(None)
     credentials = grpc.ssl_server_credentials([(certificate.private_key_pem, certificate.certificate_pem)])
@@ -100,7 +115,8 @@ async def open_grpc(config: ServerConfig, front: Front, certificate: TlsCertific
         ) from exc
     await server.start()
     try:
-        yield port
+        async with watch_connections(gate, port) as connections:
+            yield port, connections
     finally:
         await front.aclose()
         await server.stop(grace=0.5)

@@ -1,11 +1,11 @@
-"""What this machine offers: devices, free memory, and how fast blocks run on it."""
+"""What this machine offers: devices, and free memory."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -16,29 +16,14 @@ from swarm.codec import torch_dtype
 from swarm.errors import ResourceError
 from swarm.model.anatomy import anatomy_of, base_class_of
 from swarm.model.quantization import Scheme, block_bytes, prepare_for_own
-from swarm.model.span import Span
 
 from .placement import MemoryNeeds
-
-SPEED_TOKENS = 256
-"""Length of the batch whose speed is measured."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names of glibc's mallopt(3)."""
 
 KEPT_FREE_BYTES = 1 << 29
 """So much free memory a process keeps at most, for the next tensors, beside what it has budgets for."""
-
-MEASURE_S = 0.4
-"""Time spent on each speed that is measured at start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens per second through a whole span."""
-
-    decode_tokens_per_s: float
-    forward_tokens_per_s: float
 
 
 def keep_freed_memory(budget_bytes: int = 0) -> None:
@@ -94,8 +79,32 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_needs(config: PretrainedConfig, dtype: torch.dtype, scheme: Scheme | None = None) -> MemoryNeeds:
-    """What one block of the model takes, from its shapes alone.
+@contextmanager
+def lack_of_memory(what: str) -> Iterator[None]:
+    """Raise what torch and Python raise without memory as what it is. Raises: ResourceError"""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise ResourceError(f"there is no memory for {what}: {exc}") from exc
+    except RuntimeError as exc:
+        if "allocate memory" not in str(exc):  # torch's words on a CPU
+            raise
+        raise ResourceError(f"there is no memory for {what}: {exc}") from exc
+
+
+def pass_tokens(device_type: str) -> int:
+    """How many tokens one pass through the blocks has at most.
+
+    With twice as many, a CPU takes twice as long. On a GPU products of few rows wait for the weights: one of today does
+    200 to 600 multiplications in the time that reading a number takes, and more where weights have to be unpacked.
+    """
+    return 2048 if device_type == "cuda" else 512
+
+
+def memory_needs(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, scheme: Scheme | None = None
+) -> MemoryNeeds:
+    """What one block of the model takes on a device, from its shapes alone.
 
     Args:
         scheme: how it is quantized; None: not at all, or as the checkpoint comes.
@@ -104,44 +113,10 @@ def memory_needs(config: PretrainedConfig, dtype: torch.dtype, scheme: Scheme | 
     with torch.device("meta"):
         base = base_class_of(config)(config)
         if scheme is None:
-            prepare_for_own(base, config, torch.device("cpu"))
+            prepare_for_own(base, config, device)
     layers = anatomy_of(config).find_layers(base)
     largest = max(block_bytes(layer, dtype, scheme) for layer in layers)
     num_heads = getattr(config, "num_attention_heads", None) or 1
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or anatomy_of(config).hidden_size // num_heads
     return MemoryNeeds(bytes_per_block=largest, cache_bytes_per_token=2 * num_kv_heads * head_dim * dtype.itemsize)
-
-
-def measure_speed(span: Span) -> Speed:
-    """Run the real blocks for a moment: single-token steps with a cache, and a batch of 256 tokens without."""
-    with torch.inference_mode():
-        x_BLD = torch.zeros(1, SPEED_TOKENS, span.hidden_size, dtype=span.dtype, device=span.device)
-        cache = span.new_cache(1)
-        span(x_BLD[:, :16], cache=cache)
-
-        def decode() -> None:
-            span(x_BLD[:, :1], cache=cache)
-
-        def forward() -> None:
-            span(x_BLD)
-
-        decode_s, forward_s = _seconds_per_call(decode, span.device), _seconds_per_call(forward, span.device)
-        return Speed(1 / decode_s, SPEED_TOKENS / forward_s)
-
-
-def _seconds_per_call(work: object, device: torch.device) -> float:
-    assert callable(work)
-    work()
-    _synchronize(device)
-    started, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - started < MEASURE_S:
-        work()
-        _synchronize(device)
-        count += 1
-    return (time.perf_counter() - started) / count
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -44,6 +44,8 @@ class StepInput:
     """On the monotonic clock."""
     hop_us: Sequence[int] = ()
     """How long each earlier hop had it, microseconds."""
+    held: Sequence[int] = ()
+    """How many leading tokens of the session each later hop holds; see Step in the wire contract."""
 
     def hop_us_by_now(self) -> list[int]:
         """The same with this hop."""
@@ -153,6 +155,11 @@ class SessionCache:
     def batch_size(self) -> int:
         return len(self._tables)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages that it holds; those that it shares with others count as if they were its own."""
+        return sum(len(table.pages) for table in (*self._tables, self._ballast))
+
     def check(self, step: StepInput) -> None:
         """Raise SessionLost unless the step follows what is cached."""
         if self.broken or step.position > self.length:
@@ -188,12 +195,15 @@ class SessionCache:
             if self.mask_BT is not None:
                 self.mask_BT = self.mask_BT[:, :length]
 
-    def append(self, num_tokens: int) -> list[PageCopy]:
+    def append(self, num_tokens: int, *, spare_pages: int = 0) -> list[PageCopy]:
         """Make room for the next tokens of every sequence, or change nothing.
 
+        Args:
+            spare_pages: how many have to be free afterwards.
         Raises: OutOfPages: there are not enough free pages.
         """
-        if sum(self._pool.pages_needed(table, num_tokens) for table in self._tables) > self._pool.num_free:
+        needed = sum(self._pool.pages_needed(table, num_tokens) for table in self._tables)
+        if needed > max(0, self._pool.num_free - spare_pages):
             raise OutOfPages
         copies = [copy for table in self._tables for copy in self._pool.append(table, num_tokens)]
         self.length += num_tokens
@@ -223,7 +233,9 @@ class SessionCache:
                     self._pool.publish(table, page, name)
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything; what was freed already is left alone."""
+        if self.closed:
+            return
         self.closed = self.broken = True
         for table in (*self._tables, self._ballast):
             self._pool.close(table)

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from swarm.errors import BadRequest, ResourceError, SwarmError
 from swarm.link import JoinLink
+from swarm.membership import Invitation, Role
 from swarm.model.checkpoint import CheckpointSource
+from swarm.ownership import OwnedSwarm, open_owned
 from swarm.ranges import BlockRange
 
 from .app import Running, serve
@@ -26,6 +28,9 @@ from .config import ServerConfig
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+
+OWNED_NAME = "local"
+"""What a private local swarm is called in its own configuration."""
 
 _SERVING = re.compile(r"[Ss]erving blocks (\d+:\d+)")
 _MOVED = re.compile(r"Now serving blocks (?P<blocks>\d+:\d+)|Did not move: .*")
@@ -70,7 +75,14 @@ class ProcessServer:
     killed ourselves.
     """
 
-    def __init__(self, model: str, blocks: BlockRange | int, join: str | None, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        blocks: BlockRange | int,
+        join: str | None,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._wanted = blocks
         self.link = ""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
@@ -79,7 +91,7 @@ class ProcessServer:
         command = [sys.executable, "-m", "swarm.cli.app", "serve", model]
         command += ["--num-blocks" if isinstance(blocks, int) else "--blocks", str(blocks)]
         command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
-        environment = {**os.environ, "SWARM_JOIN": join or ""}
+        environment = {**os.environ, "SWARM_JOIN": join or "", **(environment or {})}
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -243,6 +255,7 @@ class LocalSwarm:
         arguments: further flags for `swarm serve`; processes only.
         settings: further fields of ServerConfig; threads only.
         join: the link of a swarm to join; default: a new one.
+        private: a new swarm that takes an invitation; `link` is one, `invite` and `revoke` are its owner's.
     """
 
     def __init__(
@@ -256,7 +269,10 @@ class LocalSwarm:
         arguments: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         join: str | None = None,
+        private: bool = False,
     ) -> None:
+        if private and join is not None:
+            raise BadRequest("a private local swarm is a new one: leave out either join or private")
         if not ranges:
             raise BadRequest("a local swarm needs at least one block range, for example ranges=[(0, 4)]")
         self._model = str(model)
@@ -267,15 +283,37 @@ class LocalSwarm:
         self._settings = _THREAD_SETTINGS | dict(settings or {})
         self._join = join
         self.servers: list[ProcessServer | ThreadServer] = []
+        self._config_home: tempfile.TemporaryDirectory[str] | None = None
+        self._owned: OwnedSwarm | None = None
+        if private:
+            self._config_home = tempfile.TemporaryDirectory(prefix="swarm-local-")
+            self._owned = open_owned(Path(self._config_home.name, "swarm"), OWNED_NAME, create=True)
 
     @property
     def link(self) -> str:
         """Join link of the swarm, naming all servers that still run, so that it works after any of them died."""
+        return self._link_with(self._owned.guest_invitation() if self._owned is not None else None)
+
+    def invite(self, name: str, *, role: Literal["serve", "use"] = "serve", lifetime_s: float = 86400.0) -> str:
+        """A join link of its own for one more member of a private swarm."""
+        return self._link_with(self._owner.invite(name, Role[role.upper()], time.time() + lifetime_s))
+
+    def revoke(self, name: str) -> None:
+        """Take an invitation back: its holder is no member any more within one announce period."""
+        self._owner.revoke(name)
+
+    @property
+    def _owner(self) -> OwnedSwarm:
+        if self._owned is None:
+            raise BadRequest("this local swarm is public: make it with LocalSwarm(..., private=True)")
+        return self._owned
+
+    def _link_with(self, invitation: Invitation | None) -> str:
         links = [JoinLink.parse(server.link) for server in self.servers if server.alive and server.link]
         if not links:
             raise ResourceError("no server of this local swarm runs any more: add one with .add((start, end))")
         peers = dict.fromkeys(link.initial_peers[0] for link in links)
-        return JoinLink(initial_peers=tuple(peers), model_name=links[0].model_name).encode()
+        return JoinLink(tuple(peers), links[0].model_name, invitation=invitation).encode()
 
     def __enter__(self) -> LocalSwarm:
         try:
@@ -314,21 +352,31 @@ class LocalSwarm:
                 server.kill()
             else:
                 server.stop()
+        if self._config_home is not None:
+            self._config_home.cleanup()
 
     def _start(
         self, blocks: BlockRange | int, join: str | None, arguments: Sequence[str] = ()
     ) -> ProcessServer | ThreadServer:
         if not self._in_process:
             flags = [part for name, value in self._precision.items() for part in (f"--{name}", value)]
-            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments])
-        peers = JoinLink.parse(join).initial_peers if join else ()
+            if self._owned is not None and join is None:
+                flags += ["--private", "--as", self._owned.name]
+            home = {} if self._config_home is None else {"XDG_CONFIG_HOME": self._config_home.name}
+            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home)
+        link = JoinLink.parse(join) if join else None
+        owned = self._owned
+        own = owned.own_invitation() if owned is not None else None
         return ThreadServer(
             ServerConfig(
                 source=CheckpointSource(self._model),
                 blocks=None if isinstance(blocks, int) else blocks,
                 num_blocks=blocks if isinstance(blocks, int) else None,
                 **self._precision,
-                initial_peers=peers,
+                initial_peers=link.initial_peers if link is not None else (),
+                invitation=own or (link.invitation if link is not None else None),
+                guest_invitation=owned.guest_invitation() if owned is not None else None,
+                revocations_path=owned.revocations_path if owned is not None else None,
                 **self._settings,
             )
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -11,7 +11,9 @@ from prometheus_client.registry import Collector
 
 from swarm.errors import ResourceError
 
+from .connections import Connections
 from .engine import EngineStatistics
+from .limits import Quotas, QuotaStatistics, What
 from .sessions import SessionTableStatistics
 from .tenure import Tenure
 
@@ -24,12 +26,18 @@ class ServerCollector(Collector):
 
     Args:
         tenure: gives what is in service; None while there is nothing.
+        quotas: what callers have, and what they were refused.
+        connections: to the gRPC port.
     """
 
-    def __init__(self, tenure: Callable[[], Tenure | None]) -> None:
+    def __init__(self, tenure: Callable[[], Tenure | None], quotas: Quotas, connections: Connections) -> None:
         self._tenure = tenure
+        self._quotas = quotas
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._of_callers(self._quotas.statistics())
+        yield _gauge("connections", "TCP connections to the gRPC port.", self._connections.num_open)
         if (tenure := self._tenure()) is None:
             return
         yield from self._of_engine(tenure.engine.statistics())
@@ -40,10 +48,28 @@ class ServerCollector(Collector):
         yield _gauge("adapters_in_use", "Those that sessions and batches use now.", adapters.num_used)
         yield _gauge("adapters_arriving", "Those on their way here.", adapters.num_arriving)
         yield _gauge("adapter_bytes", "What they take, and what has come of those on their way.", adapters.used_bytes)
-        answers = tenure.answers.statistics()
-        yield _gauge("answer_bytes", "Answers of Backward, from before they are computed.", answers.used_bytes)
-        yield _gauge("answers_waiting", "Batches that wait until there is room for their answers.", answers.num_waiting)
+        room = tenure.room.statistics()
+        yield _gauge("message_bytes", "Room that steps and batches have, from before they are read.", room.used_bytes)
+        yield _gauge("messages_waiting", "Steps and batches that wait for room.", room.num_waiting)
         yield _counter("kept_activation_hits", "Slices whose Backward used kept activations.", tenure.kept.num_hits)
+
+    def _of_callers(self, statistics: QuotaStatistics) -> Iterator[Metric]:
+        yield _gauge("callers", "Callers that have something under way.", statistics.num_callers)
+        families: list[tuple[type[CounterMetricFamily | GaugeMetricFamily], str, str, Mapping[What, float]]] = [
+            (
+                GaugeMetricFamily,
+                "under_way",
+                "What callers have at a time, where that is limited.",
+                statistics.under_way,
+            ),
+            (CounterMetricFamily, "refused", "How often a limit was reached.", statistics.refused),
+            (CounterMetricFamily, "delayed_seconds", "Time that messages had to wait.", statistics.waited_s),
+        ]
+        for family, name, what, values in families:
+            metric = family(f"swarm_{name}", what, labels=["kind"])
+            for kind, value in values.items():
+                metric.add_metric([kind.value], value)
+            yield metric
 
     def _of_engine(self, statistics: EngineStatistics) -> Iterator[Metric]:
         counters = statistics.counters
@@ -70,6 +96,7 @@ class ServerCollector(Collector):
 
     def _of_sessions(self, statistics: SessionTableStatistics) -> Iterator[Metric]:
         yield _gauge("sessions", "Open sessions.", statistics.num_sessions)
+        yield _counter("reclaimed_sessions", "Sessions ended so that others get cache.", statistics.num_reclaimed)
         yield _gauge("kept_sessions", "Caches kept for clients whose connection broke.", statistics.num_kept)
         yield _gauge("oldest_session_seconds", "Age of the oldest open session.", statistics.oldest_session_s)
         cache = GaugeMetricFamily("swarm_cache_bytes", "The KV cache.", labels=["state"])

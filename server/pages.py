@@ -79,6 +79,8 @@ class PagePool:
         """Pages that no table holds; also those that can still be found by their key."""
         self.num_shared = 0
         """Pages that more than one table holds."""
+        self.num_releases = 0
+        """How often a page has come free so far."""
         self._num_holders = [0] * num_pages
         self._is_held = bytearray(num_pages)
         """1 where a page has holders: the gaps between them are found by a search for zeros."""
@@ -216,6 +218,7 @@ class PagePool:
         if not self._num_holders[page]:
             self._is_held[page] = 0
             self.num_free += 1
+            self.num_releases += 1
 
     def _unpublish(self, page: int) -> None:
         """Forget the name of a page whose content changes; it may have none."""

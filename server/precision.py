@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from swarm.codec import dtype_name
 from swarm.errors import BadRequest, ResourceError
 from swarm.model.anatomy import anatomy_of
-from swarm.model.quantization import AUTO, NONE, Scheme, check_installed, choose_scheme, own_quantization
+from swarm.model.quantization import AUTO, NONE, Scheme, check_installed, choose_scheme, dtype_of_own, own_quantization
 
 from .config import ServerConfig
 from .hardware import choose_dtype, memory_needs
@@ -50,15 +50,16 @@ def choose_precision(
     if own is not None:
         if config.quantization not in (AUTO, NONE):
             raise BadRequest(f"this checkpoint comes quantized ({own}) and stays so: leave out --quantization")
-        return Precision(dtype, None, own, memory_needs(model_config, dtype))
+        dtype = dtype_of_own(model_config, dtype, device)
+        return Precision(dtype, None, own, memory_needs(model_config, dtype, device))
     quantization = config.quantization
     if quantization == AUTO:
         quantization = _resolve(config, model_config, device, dtype, free_bytes)
     scheme = choose_scheme(quantization, device.type)
     if scheme is None:
-        return Precision(dtype, None, None, memory_needs(model_config, dtype))
+        return Precision(dtype, None, None, memory_needs(model_config, dtype, device))
     check_installed(scheme)
-    return Precision(dtype, scheme, scheme.name, memory_needs(model_config, dtype, scheme))
+    return Precision(dtype, scheme, scheme.name, memory_needs(model_config, dtype, device, scheme))
 
 
 def _resolve(
@@ -68,7 +69,7 @@ def _resolve(
         return NONE
     nf4 = choose_scheme("nf4", device.type)
     assert nf4 is not None
-    in_nf4: MemoryNeeds | None = memory_needs(model_config, dtype, nf4)
+    in_nf4: MemoryNeeds | None = memory_needs(model_config, dtype, device, nf4)
     try:
         check_installed(nf4)
     except ResourceError as exc:
@@ -77,7 +78,7 @@ def _resolve(
     wanted = len(config.blocks) if config.blocks is not None else config.num_blocks
     return choose_quantization(
         device.type,
-        memory_needs(model_config, dtype),
+        memory_needs(model_config, dtype, device),
         in_nf4,
         free_bytes=free_bytes,
         num_blocks=wanted or anatomy_of(model_config).num_blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from swarm.errors import PeerUnavailable, SwarmError
 from swarm.peers import Connector, PeerAddress
 from swarm.rpc import errors_from_wire
 from swarm.streams import write_message
+from swarm.throughput import Throughput
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
@@ -28,9 +30,11 @@ class PushLink:
         peer_id: str,
         attach: pb.SessionAttach,
         on_end: Callable[[SwarmError], None],
+        throughput: Throughput,
     ) -> None:
         self._stub = stub
         self._peer_id = peer_id
+        self._throughput = throughput
         self._attach: pb.SessionAttach | None = attach
         self._on_end = on_end
         self._call: grpc.aio.StreamUnaryCall | None = None
@@ -44,7 +48,10 @@ class PushLink:
                 if self._attach is not None:
                     attach, self._attach = self._attach, None
                     await call.write(pb.SessionRequest(attach=attach))
+                began_s = time.monotonic()
                 await write_message(call.write, first, more)
+                num_bytes = len(first.step.data) + sum(map(len, more))
+                self._throughput.sent(self._peer_id, num_bytes, time.monotonic() - began_s)
             except asyncio.InvalidStateError:  # the stream has ended: its status says why
                 await call
                 raise
@@ -81,7 +88,7 @@ async def open_push_link(
         on_end: called when the next hop ends the link, with the reason.
     """
     async with connector.lease(address) as channel:
-        link = PushLink(pb_grpc.BlocksStub(channel), address.peer_id, attach, on_end)
+        link = PushLink(pb_grpc.BlocksStub(channel), address.peer_id, attach, on_end, connector.throughput)
         try:
             yield link
         except PeerUnavailable:

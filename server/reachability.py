@@ -42,7 +42,7 @@ MAX_RELAY_ADDRESSES, MAX_ADDRESSES = 6, 16
 class Say(Protocol):
     """Changes fields of the announcement."""
 
-    async def __call__(self, **changes: Any) -> None: ...
+    async def __call__(self, **changes: Any) -> object: ...
 
 
 Forget = Callable[[str], Awaitable[None]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +15,40 @@ import grpc.aio
 
 import swarm
 from swarm import PROTOCOL_VERSION
-from swarm.codec import CHUNK_BYTES, optional, pack, wire_dtype
+from swarm.codec import CHUNK_BYTES, Unpacker, optional, pack, raw_bytes, wire_dtype
 from swarm.errors import Draining, ProtocolError
 from swarm.model.hosted import HostedAdapter
 from swarm.model.narrow import SpanViews
 from swarm.peers import Connector
 from swarm.rpc import errors_to_wire
-from swarm.streams import read_tensors
+from swarm.streams import fill
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
 from .activations import KeptActivations
-from .adapters import AdapterStore
-from .answers import AnswerRoom, answer
+from .adapters import AdapterStore, Lease
 from .batches import Batch, run_backward, run_forward
+from .callers import Caller
 from .checks import ServiceLimits
 from .decoding import Decoding
 from .engine import Engine
+from .fairness import Fairness
+from .gate import Gate
+from .limits import What
+from .room import MessageRoom, answer
 from .sessions import SessionTable
+from .waits import StepWaits
 
 logger = logging.getLogger(__name__)
 
 MESSAGE_TIMEOUT_S = 30.0
 """How long a caller may take to say what it wants."""
+
+FORWARD_PASSES, BACKWARD_PASSES = 1, 3
+"""How many passes through the blocks they take: a Backward computes the activations again where none are kept."""
+
+Read = Callable[[], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,7 @@ class BlocksService(pb_grpc.BlocksServicer):
 
     def __init__(
         self,
+        *,
         model: ServedModel,
         views: SpanViews,
         engine: Engine,
@@ -65,9 +77,12 @@ class BlocksService(pb_grpc.BlocksServicer):
         limits: ServiceLimits,
         kept: KeptActivations,
         adapters: AdapterStore,
-        answers: AnswerRoom,
+        gate: Gate,
+        room: MessageRoom,
+        fairness: Fairness,
     ) -> None:
         self._model = model
+        self._connector = connector
         self._views = views
         self._span = views.span
         self._engine = engine
@@ -75,8 +90,20 @@ class BlocksService(pb_grpc.BlocksServicer):
         self._limits = limits
         self._kept = kept
         self._adapters = adapters
-        self._answers = answers
-        self._decoding = Decoding(views.span, engine, sessions, connector, limits, adapters)
+        self._gate = gate
+        self._room = room
+        self._fairness = fairness
+        self._waits = StepWaits(engine.statistics, time.monotonic)
+        self._decoding = Decoding(
+            span=views.span,
+            engine=engine,
+            sessions=sessions,
+            connector=connector,
+            limits=limits,
+            adapters=adapters,
+            room=room,
+            fairness=fairness,
+        )
         self._can_rewind = views.span.can_rewind
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -91,6 +118,10 @@ class BlocksService(pb_grpc.BlocksServicer):
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
         await self._idle.wait()
+
+    def announced(self) -> dict[str, float]:
+        """The fields of an announcement that say how fast calls get on here."""
+        return {"queue_s": self._waits.expected_s(), "bytes_per_s": self._connector.throughput.bytes_per_s()}
 
     # The RPCs.
 
@@ -112,6 +143,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 cache_used_bytes=self._sessions.cache_used_bytes,
                 cache_total_bytes=self._sessions.cache_total_bytes,
                 queue_length=self._engine.statistics().queue_length,
+                queue_s=self._waits.expected_s(),
             ),
             can_rewind=self._can_rewind,
             clock_s=time.time(),
@@ -120,30 +152,49 @@ class BlocksService(pb_grpc.BlocksServicer):
 
     async def Session(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
+        caller = self._gate.caller(context)
         async with errors_to_wire(context, "Session"), self._counted():
-            opening = (await _next_message(context, "open")).open
+            read = self._gate.reader(context, caller)
+            opening = (await _next_message(read, "open")).open
             self._check_caller(opening)
-            async with self._decoding.open(context, opening) as session:
-                opened = pb.SessionOpened(
-                    max_tokens=session.max_tokens,
-                    max_step_tokens=self._limits.max_step_tokens,
-                    position=session.cache.length - session.num_prefix_tokens,
-                )
-                await context.write(pb.SessionResponse(opened=opened))
-                await self._decoding.serve(context, session)
+            with self._gate.hold(caller, What.SESSIONS):
+                await self._serve_session(context, read, opening, caller)
+
+    async def _serve_session(
+        self, context: grpc.aio.ServicerContext, read: Read, opening: pb.SessionOpen, caller: Caller
+    ) -> None:
+        async with self._decoding.open(context, read, opening, caller) as session:
+            opened = pb.SessionOpened(
+                max_tokens=session.max_tokens,
+                max_step_tokens=self._limits.max_step_tokens,
+                position=session.cache.length - session.num_prefix_tokens,
+            )
+            await context.write(pb.SessionResponse(opened=opened))
+            await self._decoding.serve(context, read, session)
 
     async def Push(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PushResponse:
         """See the wire contract. What goes wrong here ends the session, whose client is told on its own stream."""
+        caller = self._gate.caller(context)
         async with errors_to_wire(context, "Push"), self._counted(admit=True):
-            attach = (await _next_message(context, "attach")).attach
+            with self._gate.hold(caller, What.PUSHES):
+                attach = (await _next_message(context.read, "attach")).attach
             checks.check_version(attach.protocol_version)
-            await self._decoding.run(context.read, self._decoding.attach(attach, context.peer()), from_client=False)
+            with self._decoding.attach(attach, context.peer()) as session:
+                # From now on it is the caller who opened the session that sends.
+                read = self._gate.reader(context, session.caller)
+                await self._decoding.run(read, session, from_client=False)
         return pb.PushResponse()
 
     async def Forward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
-        async with errors_to_wire(context, "Forward"), self._counted(), self._open_batch(context) as batch:
+        caller = self._gate.caller(context)
+        async with (
+            errors_to_wire(context, "Forward"),
+            self._counted(),
+            self._open_batch(context, caller, is_backward=False) as batch,
+        ):
             span = self._views.view(batch.blocks)
+            await self._wait_turn(caller, batch, FORWARD_PASSES)
             y_BLD = await self._engine.train(
                 lambda turns: run_forward(span, batch, turns, self._kept),
                 num_rows=batch.num_rows,
@@ -155,48 +206,65 @@ class BlocksService(pb_grpc.BlocksServicer):
 
     async def Backward(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """See the wire contract."""
-        async with errors_to_wire(context, "Backward"), self._counted(), self._open_batch(context) as batch:
+        caller = self._gate.caller(context)
+        async with (
+            errors_to_wire(context, "Backward"),
+            self._counted(),
+            self._open_batch(context, caller, is_backward=True) as batch,
+        ):
             grad_BLD = checks.check_same_shape(batch.grad_BLD, batch.x_BLD)
             span = self._views.view(batch.blocks)
-            async with self._answers.hold(checks.place_of(context.peer()), batch.num_gradient_bytes):
-                gradients = await self._engine.train(
-                    lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
-                    num_rows=batch.num_rows,
-                    length=batch.context_length,
-                )
-                # An optimizer adds up the gradients of prompts and adapters: they go as they are.
-                codecs = [batch.codec, pb.CODEC_RAW]
-                packed = await asyncio.to_thread(
-                    pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=codecs, raw=gradients.dadapters
-                )
-                del gradients
-                result = pb.ComputeResult(
-                    hidden_states=packed.specs[0],
-                    prompts=packed.specs[1],
-                    adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
-                    data=packed.data,
-                )
-                await answer(context, pb.ComputeResponse(result=result), packed.more)
+            await self._wait_turn(caller, batch, BACKWARD_PASSES)
+            gradients = await self._engine.train(
+                lambda turns: run_backward(span, batch, grad_BLD, turns, self._kept),
+                num_rows=batch.num_rows,
+                length=batch.context_length,
+            )
+            # An optimizer adds up the gradients of prompts and adapters: they go as they are.
+            codecs = [batch.codec, pb.CODEC_RAW]
+            packed = await asyncio.to_thread(
+                pack, gradients.dx_BLD, gradients.dprompts_NBPD, codec=codecs, raw=gradients.dadapters
+            )
+            del gradients
+            result = pb.ComputeResult(
+                hidden_states=packed.specs[0],
+                prompts=packed.specs[1],
+                adapter_grads=[spec for spec in packed.specs[2:] if spec is not None],
+                data=packed.data,
+            )
+            await answer(context, pb.ComputeResponse(result=result), packed.more)
 
     async def PutAdapters(self, _requests: object, context: grpc.aio.ServicerContext) -> pb.PutAdaptersResponse:
         """See the wire contract."""
+        caller = self._gate.caller(context)
         async with errors_to_wire(context, "PutAdapters"), self._counted():
-            self._check_caller((await _next_message(context, "open")).open)
+            read = self._gate.reader(context, caller)
+            self._check_caller((await _next_message(read, "open")).open)
             num_bytes = 0
-            while (message := await _next_message(context, "adapter", or_end=True)) is not None:
+            while (message := await _next_message(read, "adapter", or_end=True)) is not None:
                 num_bytes += message.adapter.num_bytes
                 self._adapters.check_request(num_bytes)
-                await self._adapters.receive(message.adapter, context.read, caller=checks.place_of(context.peer()))
+                await self._adapters.receive(message.adapter, read, caller=caller.key)
         return pb.PutAdaptersResponse()
 
     def _check_caller(self, opening: pb.SessionOpen | pb.ComputeOpen | pb.PutAdaptersOpen) -> None:
         checks.check_version(opening.protocol_version)
         checks.check_fingerprint(opening.model_fingerprint, self._model.fingerprint, self._model.name)
 
+    async def _wait_turn(self, caller: Caller, batch: Batch, num_passes: int) -> None:
+        """Wait while the caller has taken more of the computing time than its share."""
+        share = len(batch.blocks) / len(self._span.blocks)
+        pass_s = self._engine.costs.iteration_s(batch.num_rows * batch.context_length)
+        self._fairness.batch(caller, num_passes * share * pass_s, time.monotonic())
+        await self._fairness.wait(caller)
+
     @asynccontextmanager
-    async def _open_batch(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Batch]:
-        """Check what is asked for, read its tensors, and keep the adapters that it names while the body runs."""
-        wire: pb.ComputeOpen = (await _next_message(context, "open")).open
+    async def _open_batch(
+        self, context: grpc.aio.ServicerContext, caller: Caller, *, is_backward: bool
+    ) -> AsyncIterator[Batch]:
+        """Check what is asked for, find room, read its tensors; keep its adapters while the body runs."""
+        read = self._gate.reader(context, caller)
+        wire: pb.ComputeOpen = (await _next_message(read, "open")).open
         self._check_caller(wire)
         blocks = checks.check_blocks(wire.blocks, self._span.blocks, self._span.num_model_blocks)
         specs = optional(wire, "hidden_states", "attention_mask", "position_ids", "prompts", "grad_outputs")
@@ -206,10 +274,16 @@ class BlocksService(pb_grpc.BlocksServicer):
         checks.check_prompts_spec(specs[3], blocks, batch_size, hidden_size, self._limits)
         checks.check_forward_id(wire.forward_id)
         max_bytes = checks.max_message_bytes(max_tokens, hidden_size, len(blocks), self._limits)
-        with self._adapters.lease(wire.adapters, blocks, wire.hosted_adapter) as lease:
+        async with AsyncExitStack() as owned:
+            owned.enter_context(self._gate.hold(caller, What.BATCHES))
+            lease = owned.enter_context(self._adapters.lease(wire.adapters, blocks, wire.hosted_adapter))
             checks.check_prefix(lease.num_prefix_tokens, wire)
             checks.check_num_tokens(batch_size, lease.num_prefix_tokens + length, max_tokens)
-            tensors = await read_tensors(context.read, specs, wire.data, max_bytes=max_bytes)
+            unpacker = Unpacker(specs, max_bytes=max_bytes)
+            await owned.enter_async_context(
+                self._room.hold(caller, _batch_bytes(unpacker, wire, lease, is_backward=is_backward))
+            )
+            tensors = await fill(unpacker, read, wire.data)
             x_BLD, mask_BL, ids_BL, prompts, grad_BLD = tensors
             assert x_BLD is not None
             checks.check_mask(mask_BL, batch_size, length)
@@ -243,14 +317,23 @@ class BlocksService(pb_grpc.BlocksServicer):
                 self._idle.set()
 
 
-async def _next_message(context: grpc.aio.ServicerContext, kind: str, *, or_end: bool = False) -> Any:
+def _batch_bytes(unpacker: Unpacker, wire: pb.ComputeOpen, lease: Lease, *, is_backward: bool) -> int:
+    """Room that a batch takes from before it is read until its answer is sent."""
+    num_output_bytes = raw_bytes(wire.hidden_states)
+    if is_backward:
+        num_output_bytes += lease.num_gradient_bytes
+        num_output_bytes += math.prod(wire.prompts.shape) * 4 if wire.HasField("prompts") else 0  # float32
+    return checks.room_bytes(unpacker.num_raw_bytes, num_output_bytes)
+
+
+async def _next_message(read: Read, kind: str, *, or_end: bool = False) -> Any:
     """Return the message that a call begins or goes on with; None at its end, if that may be.
 
     Raises: ProtocolError: it is of another kind, or none comes.
     """
     try:
         async with asyncio.timeout(MESSAGE_TIMEOUT_S):
-            message = await context.read()
+            message = await read()
     except TimeoutError as exc:
         raise ProtocolError(f"no message came within {MESSAGE_TIMEOUT_S:.0f} s") from exc
     if message is grpc.aio.EOF and or_end:

@@ -13,21 +13,32 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PeerError, PeerUnavailable, PromptTooLong, SessionLost, SwarmError
+from swarm.errors import (
+    BadRequest,
+    CacheFull,
+    PeerError,
+    PeerUnavailable,
+    PromptTooLong,
+    SessionLost,
+    SwarmError,
+    TooManyRequests,
+)
 from swarm.model.edits import Adapters
 from swarm.model.narrow import SpanViews
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 
 from .adapters import Lease
+from .callers import OWN, Caller
 from .kv_cache import PageNames, SessionCache, StepInput
 from .pages import PagePool
+from .room import Held
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +76,10 @@ class ServerSession:
     """What is changed in each block."""
     names: PageNames | None
     """None where pages cannot be shared."""
+    caller: Caller = OWN
+    """Who has opened it; what other servers push into it counts for the same."""
+    num_pushes: int = 0
+    """Streams of other servers that feed it now."""
     last_step_id: int = 0
     failure: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Set to the error that ends the session, from whichever stream it came."""
@@ -74,10 +89,10 @@ class ServerSession:
     """Held while a step is put into the engine's queue, so that steps of two streams keep their order."""
     answering: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a message to the client is written, which may have several parts."""
-    under_way: asyncio.Queue[tuple[StepInput, asyncio.Future[Tensor]]] = field(
+    under_way: asyncio.Queue[tuple[StepInput, asyncio.Future[Tensor], Held]] = field(
         default_factory=lambda: asyncio.Queue(MAX_STEPS_UNDER_WAY)
     )
-    """Steps in the engine and their outputs to come, in order."""
+    """Steps in the engine, their outputs to come, and the room that they have, in order."""
     opened_at_s: float = field(default_factory=time.monotonic)
     used_at_s: float = field(default_factory=time.monotonic)
     """When the last step came, or the session was opened."""
@@ -119,6 +134,15 @@ class ServerSession:
 
 
 @dataclass(slots=True, eq=False)
+class _Waiting:
+    """A session that waits for its first pages."""
+
+    caller: Caller
+    num_pages: int
+    admitted: asyncio.Future[None]
+
+
+@dataclass(slots=True, eq=False)
 class _Kept:
     """The cache of a session whose stream broke, until its grace is over."""
 
@@ -129,6 +153,8 @@ class _Kept:
 @dataclass(frozen=True, slots=True)
 class SessionTableStatistics:
     num_sessions: int
+    num_reclaimed: int
+    """Those that had to end because their callers held more than their share of the cache."""
     num_kept: int
     """Caches of sessions whose connection broke, waiting to be opened again."""
     cache_used_bytes: int
@@ -146,20 +172,34 @@ class SessionTable:
         bytes_per_page: of keys and values in all blocks.
         packed: whether the engine keeps keys and values in the store; if not, each session has a cache of its own.
         grace_s: how long the cache of a broken stream is kept.
+        share: of the pages, that one caller may keep while others wait for some.
     """
 
-    def __init__(self, views: SpanViews, pool: PagePool, bytes_per_page: int, *, packed: bool, grace_s: float) -> None:
+    def __init__(
+        self,
+        views: SpanViews,
+        pool: PagePool,
+        bytes_per_page: int,
+        *,
+        packed: bool,
+        grace_s: float,
+        share: float = 1.0,
+    ) -> None:
         self.views = views
         self.pool = pool
         self.guard = threading.Condition()
-        self.num_releases = 0
-        """Grows whenever pages may have become free."""
+        self._num_kept_so_far = 0
         self._bytes_per_page = max(1, bytes_per_page)
         self._packed = packed
         self._grace_s = grace_s
         self._sessions: dict[bytes, ServerSession] = {}
         self._kept: collections.OrderedDict[bytes, _Kept] = collections.OrderedDict()
-        self._waiting: collections.deque[tuple[int, object, asyncio.Future[None]]] = collections.deque()
+        self._share = share
+        self._ending: ServerSession | None = None
+        """One that had to end because others wait, and has not freed its pages yet."""
+        self.num_reclaimed = 0
+        """Sessions that had to end because their callers held more than their share."""
+        self._waiting: list[_Waiting] = []
         self._promised: dict[object, int] = {}
         """Pages for sessions that were admitted and have not begun yet."""
 
@@ -172,6 +212,7 @@ class SessionTable:
         prompts_NBPD: Tensor | None,
         adapters: Lease | None = None,
         timeout_s: float,
+        caller: Caller = OWN,
     ) -> AsyncIterator[ServerSession]:
         """Keep a session while the body runs: a new one, or one of this key that is still here.
 
@@ -183,8 +224,10 @@ class SessionTable:
         """
         session = self._open_again(key, epoch, prompts_NBPD)
         if session is None:
-            session = await self._open_new(key, epoch, prompts_NBPD, adapters, timeout_s)
-        self._sessions[key.session_id] = session
+            session = await self._open_new(key, epoch, prompts_NBPD, adapters, timeout_s, caller)
+        session.caller = caller
+        with self.guard:
+            self._sessions[key.session_id] = session
         error: BaseException | None = None
         try:
             yield session
@@ -192,7 +235,9 @@ class SessionTable:
             error = exc
             raise
         finally:
-            broke = isinstance(error, asyncio.CancelledError | PeerError) and not isinstance(error, SessionLost)
+            # Without pages there is nothing to come back to: what it has is what the others wait for.
+            lost = isinstance(error, SessionLost | CacheFull | TooManyRequests)
+            broke = isinstance(error, asyncio.CancelledError | PeerError) and not lost
             self._end(session, keep=broke)
 
     def get(self, session_id: bytes, epoch: int) -> ServerSession:
@@ -205,6 +250,32 @@ class SessionTable:
     def begun(self, session: ServerSession) -> None:
         """Note that a session takes its first pages now; called under the guard."""
         self._promised.pop(session, None)
+
+    @property
+    def num_releases(self) -> int:
+        """Grows whenever pages have come free, or could be had by `give_way`."""
+        return self.pool.num_releases + self._num_kept_so_far
+
+    def spare_pages(self, session: ServerSession) -> int:
+        """Pages that a session's prefill leaves for those that were here before it; called under the guard."""
+        older = [each for each in self._sessions.values() if each.opened_at_s < session.opened_at_s]
+        return min(sum(each.batch_size for each in older), self._most_headroom)
+
+    def younger_than(self, session: ServerSession) -> ServerSession | None:
+        """The youngest session that has pages, if it came after this one; called under the guard.
+
+        None for a caller that holds more than its share: nobody goes for it.
+        """
+        if self._holds_too_much(session.caller, self._pages_of_callers()):
+            return None
+        holding = [each for each in self._sessions.values() if each.cache.length and not each.cache.closed]
+        youngest = max(holding, key=lambda each: each.opened_at_s, default=session)
+        return youngest if youngest.opened_at_s > session.opened_at_s else None
+
+    def take_from(self, session: ServerSession) -> None:
+        """Free what a session has, which cannot go on; called under the guard."""
+        self._promised.pop(session, None)
+        self._close(session.cache)
 
     def give_way(self) -> bool:
         """Free the cache that has been kept longest; called under the guard. Returns whether there was one."""
@@ -234,6 +305,7 @@ class SessionTable:
             return SessionTableStatistics(
                 num_sessions=len(self._sessions),
                 num_kept=len(self._kept),
+                num_reclaimed=self.num_reclaimed,
                 cache_used_bytes=self.cache_used_bytes,
                 cache_shared_bytes=self.pool.num_shared * self._bytes_per_page,
                 cache_total_bytes=self.cache_total_bytes,
@@ -289,7 +361,13 @@ class SessionTable:
             return session
 
     async def _open_new(
-        self, key: SessionKey, epoch: int, prompts_NBPD: Tensor | None, adapters: Lease | None, timeout_s: float
+        self,
+        key: SessionKey,
+        epoch: int,
+        prompts_NBPD: Tensor | None,
+        adapters: Lease | None,
+        timeout_s: float,
+        caller: Caller,
     ) -> ServerSession:
         span, pool = self.views.view(key.blocks), self.pool
         prompt_bytes = 0 if prompts_NBPD is None else prompts_NBPD.numel() * span.dtype.itemsize
@@ -302,7 +380,7 @@ class SessionTable:
                 f"the session needs {most * self._bytes_per_page >> 20} MiB of cache, this server has "
                 f"{pool.num_pages * self._bytes_per_page >> 20} MiB in all: use a shorter max_length or a smaller batch"
             )
-        promise = await self._admit(own_pages + key.batch_size, timeout_s)
+        promise = await self._admit(own_pages + key.batch_size, timeout_s, caller)
         with self.guard:
             del self._promised[promise]
             if key.session_id in self._sessions or key.session_id in self._kept:  # opened while this one waited
@@ -330,54 +408,97 @@ class SessionTable:
     def _room(self) -> int:
         """Pages for a session that comes now: what is free less what others are about to take."""
         running = sum(session.batch_size for session in self._sessions.values())
-        headroom = min(running, self.pool.num_pages // 16)
-        return self.pool.num_free - sum(self._promised.values()) - headroom
+        return self.pool.num_free - sum(self._promised.values()) - min(running, self._most_headroom)
+
+    @property
+    def _most_headroom(self) -> int:
+        return self.pool.num_pages // 16
 
     def _fits(self, num_pages: int) -> bool:
         with self.guard:
+            if self._room() + sum(kept.session.cache.num_pages for kept in self._kept.values()) < num_pages:
+                return False  # all that is kept would go in vain
             while self._room() < num_pages:
                 if not self.give_way():
                     return False
         return True
 
-    async def _admit(self, num_pages: int, timeout_s: float) -> object:
-        """Wait until there is room, in the order of coming; return what stands for it in `_promised`.
+    async def _admit(self, num_pages: int, timeout_s: float, caller: Caller) -> object:
+        """Wait until there is room; return what stands for it in `_promised`.
+
+        Those come first whose callers hold least, then those who came first.
 
         Raises: CacheFull: none came free in time.
         """
-        promise = object()
-        if not self._waiting and self._fits(num_pages):
-            self._promised[promise] = num_pages
-            return promise
-        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (num_pages, promise, admitted)
-        self._waiting.append(entry)
+        waiting = _Waiting(caller, num_pages, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self.admit_waiting()
         try:
             async with asyncio.timeout(timeout_s):
-                await admitted
+                await waiting.admitted
         except BaseException as exc:
-            self._promised.pop(promise, None)
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            self._promised.pop(waiting, None)
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
             self.admit_waiting()
             if isinstance(exc, TimeoutError):
                 raise CacheFull(f"no room for {num_pages} pages of cache within {timeout_s:.1f} s") from exc
             raise
-        return promise
+        return waiting
 
     def admit_waiting(self) -> None:
         """Let in those for whom there is room by now; called in the event loop."""
-        while self._waiting and self._fits(self._waiting[0][0]):
-            num_pages, promise, admitted = self._waiting.popleft()
-            if not admitted.done():  # else cancelled, and its task has not run since
-                self._promised[promise] = num_pages
-                admitted.set_result(None)
+        while self._waiting:
+            first = self._waiting[0] if len(self._waiting) == 1 else self._first_waiting()
+            if not self._fits(first.num_pages):
+                self.reclaim(first.caller)
+                return
+            self._waiting.remove(first)
+            if not first.admitted.done():  # else cancelled, and its task has not run since
+                self._promised[first] = first.num_pages
+                first.admitted.set_result(None)
+
+    def _first_waiting(self) -> _Waiting:
+        held = self._pages_of_callers()
+        return min(self._waiting, key=lambda each: held[each.caller])
+
+    def _pages_of_callers(self) -> collections.Counter[Caller]:
+        held: collections.Counter[Caller] = collections.Counter()
+        with self.guard:
+            for session in self._sessions.values():
+                held[session.caller] += session.cache.num_pages
+        return held
+
+    def _holds_too_much(self, caller: Caller, held: Mapping[Caller, int]) -> bool:
+        """Whether a caller has more than its share of the pages; this machine itself never has."""
+        return not caller.is_own and held.get(caller, 0) > self._share * self.pool.num_pages
+
+    def reclaim(self, caller: Caller) -> None:
+        """End a session of whoever holds more than its share of the pages, because this caller has to wait for some.
+
+        It is the one that was unused for longest, of the caller who holds most. Its client is told to come back later.
+        Nothing is taken from this machine itself. Called in the event loop.
+        """
+        if self._ending is not None and not self._ending.cache.closed:
+            return
+        held = self._pages_of_callers()
+        most = {
+            each: num_pages for each, num_pages in held.items() if each != caller and self._holds_too_much(each, held)
+        }
+        if not most:
+            return
+        hog = max(most, key=most.__getitem__)
+        theirs = [session for session in self._sessions.values() if session.caller == hog and session.cache.num_pages]
+        self._ending = min(theirs, key=lambda session: session.used_at_s)
+        self.num_reclaimed += 1
+        self._ending.fail(TooManyRequests("your sessions hold most of the cache, and others wait: come back later"))
 
     # Ending.
 
     def _end(self, session: ServerSession, *, keep: bool) -> None:
-        if self._sessions.get(session.key.session_id) is session:
-            del self._sessions[session.key.session_id]
+        with self.guard:
+            if self._sessions.get(session.key.session_id) is session:
+                del self._sessions[session.key.session_id]
         keep = keep and not session.cache.broken and session.cache.length > 0 and self._grace_s > 0
         # The server before this one hears of it through its Push; it keeps its cache if we do.
         session.fail(PeerUnavailable("its connection broke") if keep else SessionLost("the session was closed"))
@@ -387,6 +508,8 @@ class SessionTable:
             if keep:
                 timer = asyncio.get_running_loop().call_later(self._grace_s, self._end_kept, session)
                 self._kept[session.key.session_id] = _Kept(session, timer)
+                self._num_kept_so_far += 1
+                self.guard.notify_all()
                 if session.cache.adapters is not None:
                     session.cache.adapters.rest(lambda: self._end_kept(session))
             else:
@@ -406,5 +529,4 @@ class SessionTable:
 
     def _close(self, cache: SessionCache) -> None:
         cache.close()
-        self.num_releases += 1
         self.guard.notify_all()

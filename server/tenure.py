@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from swarm.errors import Draining, ResourceError
+from swarm.model import paged
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.narrow import SpanViews
@@ -27,27 +28,31 @@ from swarm.ranges import BlockRange
 
 from .activations import EXPIRY_PERIOD_S, KeptActivations
 from .adapters import AdapterStore
-from .answers import LEAST_ROOM_BYTES, AnswerRoom
+from .checks import room_bytes
 from .compute import ComputeThread
 from .config import ServerConfig
 from .cores import Cores, cores_path
 from .engine import Engine
 from .execution import Executor, PackedExecutor, SessionExecutor
-from .hardware import SPEED_TOKENS, Speed, measure_speed
+from .fairness import Fairness
+from .gate import Gate
+from .hardware import lack_of_memory
 from .pages import PagePool
 from .placement import MemoryPlan
 from .precision import Precision
+from .room import LEAST_ROOM_BYTES, MessageRoom
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
-from .timing import CostModel
+from .speed import Speed, SpeedFile, describe, measure_speed
 
 logger = logging.getLogger(__name__)
 
-PAGE_TOKENS = 16
-"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway."""
+BATCH_TOKENS = 256
+"""In so many tokens at once the speed of batches is announced."""
 
-CUDA_PAGE_TOKENS = 256
-"""On CUDA, where attention reads page by page."""
+PAGE_TOKENS = 16
+"""Tokens in one page of the KV cache: the most that a sequence wastes; sequences are kept in one run anyway. On CUDA
+attention reads page by page, and pages have the size that it wants."""
 
 FAREWELL_S = 2.0
 """How long the calls of sessions that were ended may take to tell their clients."""
@@ -73,7 +78,7 @@ class Tenure:
     engine: Engine
     kept: KeptActivations
     adapters: AdapterStore
-    answers: AnswerRoom
+    room: MessageRoom
     speed: Speed
     """As measured before anybody used it."""
 
@@ -88,7 +93,8 @@ class Tenure:
             "end": self.blocks.end,
             "cache_free_tokens": self.sessions.cache_free_tokens,
             "decode_tokens_per_s": 1 / self.engine.costs.iteration_s(1),
-            "forward_tokens_per_s": SPEED_TOKENS / self.engine.costs.iteration_s(SPEED_TOKENS),
+            "forward_tokens_per_s": BATCH_TOKENS / self.engine.costs.iteration_s(BATCH_TOKENS),
+            **self.service.announced(),
         }
 
     async def drain(self, timeout_s: float) -> None:
@@ -111,7 +117,12 @@ class Tenure:
 
 @asynccontextmanager
 async def open_tenure(
-    config: ServerConfig, checkpoint: Checkpoint, holding: Holding, model: ServedModel, connector: Connector
+    config: ServerConfig,
+    checkpoint: Checkpoint,
+    holding: Holding,
+    model: ServedModel,
+    connector: Connector,
+    gate: Gate,
 ) -> AsyncIterator[Tenure]:
     """Load blocks and have all that serves them, while the body runs.
 
@@ -124,22 +135,38 @@ async def open_tenure(
         uses_cores = holding.device.type == "cpu"
         thread = owned.enter_context(ComputeThread(num_threads=config.num_threads, uses_cores=uses_cores))
         logger.info("loading blocks %s of %s", holding.blocks, checkpoint.name)
-        span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
-        speed = await thread.run(lambda: measure_speed(span))
-        targets = await thread.run(lambda: find_targets(span))
-        sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
+        with lack_of_memory(f"blocks {holding.blocks} and their cache"):
+            span = await thread.run(lambda: _load(config, checkpoint, holding, thread))
+            targets = await thread.run(lambda: find_targets(span))
+            sessions, executor = await thread.run(lambda: _open_cache(config, span, holding.memory.cache_bytes))
+            what = describe(span, model.fingerprint, holding.precision, num_threads)
+            speeds = SpeedFile(config.speeds_path)
+            speed = await asyncio.to_thread(speeds.find, what)
+            if speed is None:
+                speed = await thread.run(lambda: measure_speed(executor, span, cores))
+                await asyncio.to_thread(speeds.note, what, speed)
         owned.callback(sessions.drop_kept)
-        engine = owned.enter_context(Engine(thread, cores, sessions, executor, _costs(speed), config.scheduler))
+        engine = owned.enter_context(Engine(thread, cores, sessions, executor, speed.costs(), config.scheduler))
         kept = KeptActivations(holding.memory.kept_bytes, holding.memory.graph_bytes)
         owned.callback(_expire_regularly(kept))
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
         for hosted in model.hosted:
             adapters.host(hosted, holding.blocks)
-        answers = AnswerRoom(max(LEAST_ROOM_BYTES, holding.memory.adapter_bytes))
+        room = MessageRoom(_room_bytes(config, span), config.quotas.room_share)
         service = BlocksService(
-            model, sessions.views, engine, sessions, connector, config.limits, kept, adapters, answers
+            model=model,
+            views=sessions.views,
+            engine=engine,
+            sessions=sessions,
+            connector=connector,
+            limits=config.limits,
+            kept=kept,
+            adapters=adapters,
+            gate=gate,
+            room=room,
+            fairness=Fairness(config.quotas.work_share, engine.costs.iteration_s),
         )
-        yield Tenure(holding, service, sessions, engine, kept, adapters, answers, speed)
+        yield Tenure(holding, service, sessions, engine, kept, adapters, room, speed)
 
 
 def _load(config: ServerConfig, checkpoint: Checkpoint, holding: Holding, thread: ComputeThread) -> Span:
@@ -165,20 +192,32 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
 
     Raises: ResourceError: it has not room for one page.
     """
-    page_tokens = CUDA_PAGE_TOKENS if span.device.type == "cuda" else PAGE_TOKENS
+    on_cuda = span.device.type == "cuda"
+    page_tokens = paged.PAGE_TOKENS if on_cuda else PAGE_TOKENS
     packed = is_packable(span)
     layout = kv_layout(span) if packed else None
     bytes_per_page = page_tokens * (span.cache_bytes_per_token() if layout is None else layout.bytes_per_slot)
-    num_pages = cache_bytes // max(1, bytes_per_page)
+    # On CUDA one page is nobody's: tokens that only fill up a pass write there.
+    num_scrap = 1 if on_cuda and packed else 0
+    num_pages = cache_bytes // max(1, bytes_per_page) - num_scrap
     if num_pages < 1:
         raise ResourceError(
             f"a KV cache of {cache_bytes} bytes has not room for one page of {bytes_per_page}: give it more"
         )
     pool = PagePool(num_pages, page_tokens)
-    sessions = SessionTable(SpanViews(span), pool, bytes_per_page, packed=packed, grace_s=config.session_grace_s)
+    sessions = SessionTable(
+        SpanViews(span),
+        pool,
+        bytes_per_page,
+        packed=packed,
+        grace_s=config.session_grace_s,
+        share=config.quotas.cache_share,
+    )
     if layout is None:
         return sessions, SessionExecutor()
-    return sessions, PackedExecutor(KVStore(layout, num_pages * page_tokens))
+    executor = PackedExecutor(KVStore(layout, num_pages * page_tokens, scrap_slots=num_scrap * page_tokens))
+    executor.prepare(span)
+    return sessions, executor
 
 
 def _expire_regularly(kept: KeptActivations) -> Callable[[], None]:
@@ -194,9 +233,9 @@ def _expire_regularly(kept: KeptActivations) -> Callable[[], None]:
     return lambda: timer.cancel()
 
 
-def _costs(speed: Speed) -> CostModel:
-    """What iterations cost, as measured at start."""
-    costs = CostModel()
-    costs.observe(1, 1 / speed.decode_tokens_per_s)
-    costs.observe(SPEED_TOKENS, SPEED_TOKENS / speed.forward_tokens_per_s)
-    return costs
+def _room_bytes(config: ServerConfig, span: Span) -> int:
+    """Room for messages; where nothing is said, one caller's share of it holds the largest Backward without prompts."""
+    if config.quotas.message_bytes is not None:
+        return config.quotas.message_bytes
+    hidden_bytes = config.limits.max_batch_tokens * span.hidden_size * torch.float32.itemsize
+    return max(LEAST_ROOM_BYTES, int(room_bytes(2 * hidden_bytes, hidden_bytes) / config.quotas.room_share))

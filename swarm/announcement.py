@@ -88,7 +88,7 @@ AdapterDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * ADAPTER_DIGEST_B
 _PLAIN_FIELDS = (
     "protocol_version", "software_version", "server_name", "model_name", "num_model_blocks", "hidden_size", "start",
     "end", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens",
-    "max_batch_size", "cache_free_tokens", "blocks_per_s", "movable",
+    "max_batch_size", "cache_free_tokens", "blocks_per_s", "movable", "queue_s", "bytes_per_s",
 )  # fmt: skip
 """What an announcement and its entry in the directory call alike."""
 
@@ -227,6 +227,10 @@ class Announcement(BaseModel):
     max_batch_tokens: Count
     max_batch_size: Count
     cache_free_tokens: Count
+    queue_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
+    """What a step has waited for its pass lately, on average."""
+    bytes_per_s: Rate = 0.0
+    """What it sends to other servers in a second, as it has seen; 0: not known."""
     coordinates: Coordinates | None = None
     """Where the server is in the network; None: it has met nobody yet."""
     adapters: Annotated[tuple[AdapterListing, ...], Field(max_length=MAX_HOSTED_ADAPTERS)] = ()

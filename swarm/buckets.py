@@ -9,6 +9,7 @@ one a reader sees at least as much as it has read buckets; a flood of entries fi
     swarm/2/model/<fingerprint>/7a
     swarm/2/models, swarm/2/models/c …    who serves which model. Digits of the hash of the fingerprint
     swarm/2/meeting/<sha-256 of a name>   peers that do something together, and where; there are none below
+    swarm/2/revocations                   of a private swarm: the owner's newest list, as members pass it on; none below
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Bucket:
 
 
 MODELS = Bucket("swarm/2/models")
+REVOCATIONS = Bucket("swarm/2/revocations")
 
 
 def servers_root(model_fingerprint: str) -> Bucket:

@@ -105,32 +105,33 @@ class Unpacker:
         present = [spec for spec in self._specs if spec is not None]
         for spec in present:
             _check_spec(spec)
-        total = sum(max(spec.num_bytes, _raw_bytes(spec)) for spec in present)
+        self.num_raw_bytes = sum(map(raw_bytes, present))
+        """What the tensors take once decoded."""
+        total = sum(max(spec.num_bytes, raw_bytes(spec)) for spec in present)
         if total > max_bytes:
             raise ProtocolError(f"a message claims {total} bytes of tensors, at most {max_bytes} are allowed here")
-        self._num_bytes = sum(spec.num_bytes for spec in present)
-        self._received = 0
-        self._parts: list[bytes] = []
+        self.num_bytes = sum(spec.num_bytes for spec in present)
+        """What comes over the wire."""
+        self._buffer = bytearray()
 
     @property
     def done(self) -> bool:
-        return self._received == self._num_bytes
+        return len(self._buffer) == self.num_bytes
 
     def feed(self, data: bytes) -> None:
         """Add the next bytes."""
         if not data and not self.done:
             raise ProtocolError("a message part carries no bytes although some are missing")
-        self._received += len(data)
-        if self._received > self._num_bytes:
-            raise ProtocolError(f"tensors of {self._num_bytes} bytes were announced, {self._received} came")
-        self._parts.append(data)
+        received = len(self._buffer) + len(data)
+        if received > self.num_bytes:
+            raise ProtocolError(f"tensors of {self.num_bytes} bytes were announced, {received} came")
+        self._buffer += data
 
     def tensors(self) -> list[Tensor | None]:
         """Return the tensors (CPU, contiguous, writable), once `done`."""
         if not self.done:
-            raise ProtocolError(f"tensors of {self._num_bytes} bytes were announced, only {self._received} came")
-        buffer = bytearray().join(self._parts)
-        self._parts = []
+            raise ProtocolError(f"tensors of {self.num_bytes} bytes were announced, only {len(self._buffer)} came")
+        buffer = self._buffer
         result: list[Tensor | None] = []
         offset = 0
         for spec in self._specs:
@@ -147,7 +148,8 @@ def optional(message: object, *fields: str) -> list[pb.TensorSpec | None]:
     return [getattr(message, field) if message.HasField(field) else None for field in fields]  # type: ignore[attr-defined]
 
 
-def _raw_bytes(spec: pb.TensorSpec) -> int:
+def raw_bytes(spec: pb.TensorSpec) -> int:
+    """What a tensor takes once decoded."""
     return math.prod(spec.shape) * _DTYPES[spec.dtype].itemsize
 
 

@@ -16,13 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from swarm.admission import NOT_A_MEMBER, Gate
 from swarm.dht_config import DhtConfig, daemon_options, parse_initial_peers, sole_use, usable_addresses
 from swarm.dht_contacts import Contacts, KnownPeers
 from swarm.dial_back import ask_initial
 from swarm.directory import BucketDirectory, SwarmClock
-from swarm.errors import PeerUnavailable, ResourceError
+from swarm.errors import NotAMember, PeerUnavailable, ResourceError
 from swarm.identity import Identity
 from swarm.p2pd import P2pd, finish, open_p2pd, open_socket_directory
+from swarm.pipes import cancel_all
+from swarm.revocations import SharedRevocations
 
 if TYPE_CHECKING:
     from hivemind.dht import DHTNode
@@ -52,7 +55,14 @@ class Dht:
         self._known = KnownPeers(parse_initial_peers(config.initial_peers, identity.peer_id), identity.peer_id)
         self._measuring = asyncio.Lock()
         self._node: DHTNode
-        self._clock: SwarmClock
+        self._clock = SwarmClock()
+        self.gate: Gate | None = None
+        """Of a private swarm: whom this node lets in."""
+        if config.invitation is not None:
+            self.gate = Gate(config.invitation, identity, self._clock.now_s, config.revocations_path)
+        self.revocations: SharedRevocations | None = None
+        """Of a private swarm: the owner's newest list, in the directory."""
+        self._sharing: asyncio.Task[None] | None = None
 
     async def multiaddrs(self) -> list[str]:
         """Where others can dial this node, /p2p/<peer id> included, loopback last; empty if it does not listen."""
@@ -129,7 +139,16 @@ class Dht:
             type=p2pd_pb2.Request.STREAM_OPEN,
             streamOpen=p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol]),
         )
-        return await self._ask_daemon(request, peer_id, timeout_s)
+        stream = await self._ask_daemon(request, peer_id, timeout_s)
+        if self.gate is not None:
+            from swarm.dht_members import introduce
+
+            try:
+                await introduce(self.gate, stream, peer_id, protocol, timeout_s=timeout_s)
+            except BaseException:
+                stream[1].close()
+                raise
+        return stream
 
     async def _ask_daemon(
         self, request: Any, peer_id: str, timeout_s: float
@@ -193,24 +212,30 @@ class Dht:
     async def _join(self, deadline_s: float) -> None:
         from hivemind.dht import DHTNode
         from hivemind.dht.routing import DHTID
-        from hivemind.p2p import P2P
         from hivemind.utils.multiaddr import Multiaddr
 
+        from swarm.dht_guard import Guard, GuardedP2P, believe_no_places
+        from swarm.dht_members import MemberP2P
         from swarm.dht_records import BucketStorage, RecordValidator
         from swarm.dht_shelves import DhtShelves
 
-        class PrivateP2P(P2P):  # hivemind puts its sockets into /tmp; ours go into our private directory
+        # hivemind puts its sockets into /tmp; ours go into our private directory
+        class PrivateP2P(MemberP2P, GuardedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{self._daemon.control_socket.parent}/"
 
-        self._clock = SwarmClock()
-        self.p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
+        gate = self.gate
+        self.p2p = p2p = await PrivateP2P.replicate(Multiaddr(f"/unix{self._daemon.control_socket}"))
+        p2p.gate = gate
+        storage = BucketStorage(self._clock.now_s, gate)
+        p2p.guard = Guard(storage, self.config.request_rates, self.connected_addresses)
+        self._known.is_refused = lambda: p2p.was_refused
         if self.config.may_be_hidden:
             self.hidden = (await ask_initial(self, self._known.initial, await self.multiaddrs())).is_hidden
         self._node = await DHTNode.create(
             p2p=self.p2p,
             node_id=DHTID.generate(source=self.peer_id),
             client_mode=self.config.client_mode or self.hidden,
-            record_validator=RecordValidator(),
+            record_validator=RecordValidator(None if gate is None else gate.owner_key),
             wait_timeout=_RPC_TIMEOUT_S,
             cache_locally=False,
             cache_nearest=0,
@@ -218,22 +243,32 @@ class Dht:
             reuse_get_requests=False,
         )
         # One storage, with our bounds, for what others store here and for what they call a cache.
-        self._node.protocol.storage = self._node.protocol.cache = BucketStorage(self._clock.now_s)
+        self._node.protocol.storage = self._node.protocol.cache = storage
+        believe_no_places(self._node.protocol)
         self._contacts = Contacts(self._node, self, self._known)
-        shelves = DhtShelves(self._node, self.identity, self._clock, self._contacts, self._keep_time)
+        shelves = DhtShelves(self._node, self.identity, self._clock, self._contacts, self._keep_time, gate)
         self.directory = BucketDirectory(shelves, self.peer_id, self._clock, self._known.meet)
         if self._known.initial:
             timeout_s = deadline_s - asyncio.get_running_loop().time() - 0.1
             joined = await self._contacts.join(self._known.initial, timeout_s=timeout_s)
+            if not joined and p2p.was_refused:
+                raise NotAMember(f"{NOT_A_MEMBER}; ask its owner for one")
             if not joined:
                 raise self._known.unreachable()
             await self._measure_clock(joined)
             await self._node.find_nearest_nodes([self._node.node_id])  # makes this node known to its neighbours
+        if gate is not None:
+            gate.on_revoked.append(self.directory.forget_found)
+            self.revocations = SharedRevocations(gate, shelves, self._clock)
+            await self.revocations.try_share()
+            self._sharing = asyncio.create_task(self.revocations.run(self.config.revocation_period_s))
 
     async def _aclose(self) -> None:
         """Stop hivemind's tasks, which it cancels but does not wait for."""
         if not hasattr(self, "p2p"):
             return
+        if self._sharing is not None:
+            await cancel_all([self._sharing])
         if hasattr(self, "_contacts"):
             await self._contacts.aclose()
         control = self.p2p._client.control
@@ -256,6 +291,7 @@ async def open_dht(config: DhtConfig) -> AsyncIterator[Dht]:
 
     Raises:
         PeerUnavailable: none of the initial peers answers.
+        NotAMember: the swarm is private, and this node's invitation is missing, has expired or was revoked.
         BadRequest: an address or the identity file is malformed.
         ResourceError: the port or the identity is in use.
     """

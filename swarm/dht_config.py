@@ -7,12 +7,14 @@ import fcntl
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
 from swarm.errors import BadRequest, ResourceError
+from swarm.membership import Invitation
+from swarm.origins import RequestRates
 
 _P2P_CODE = b"\xa5\x03"  # 421 as a varint, https://github.com/multiformats/multiaddr/blob/master/protocols.csv
 
@@ -35,6 +37,14 @@ class DhtConfig:
     """Whether others can dial this node; "auto" asks them. A private one stores nothing for others."""
     startup_timeout_s: float = 15.0
     """How long joining may take."""
+    invitation: Invitation | None = field(default=None, repr=False)
+    """What makes this node a member of a private swarm; None: the swarm is public."""
+    revocations_path: Path | None = None
+    """Where the newest list of a private swarm's revocations is kept; None: in memory."""
+    revocation_period_s: float = 15.0
+    """How often a member of a private swarm looks for a newer one."""
+    request_rates: RequestRates = field(default_factory=RequestRates)
+    """How much this node does for others."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

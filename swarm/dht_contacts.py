@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from swarm.errors import PeerUnavailable
@@ -42,6 +42,8 @@ class KnownPeers:
     def __init__(self, initial: Mapping[str, Sequence[str]], own_peer_id: str) -> None:
         self.initial = {peer_id: tuple(addresses) for peer_id, addresses in initial.items()}
         self._own_peer_id = own_peer_id
+        self.is_refused: Callable[[], bool] = lambda: False
+        """Whether the peer asked last has said that we are no member of its swarm."""
         self._met: dict[str, tuple[str, ...]] = {}
 
     def meet(self, peer_id: str, multiaddrs: Sequence[str] = ()) -> None:
@@ -68,6 +70,11 @@ class KnownPeers:
 
     def unreachable(self) -> PeerUnavailable:
         """The error of a node that none of them answers."""
+        if self.is_refused():
+            return PeerUnavailable(
+                "the peers of this private swarm refuse this node: its invitation has expired or was revoked; "
+                "ask the owner for another one"
+            )
         initial = ", ".join(address for addresses in self.initial.values() for address in addresses)
         others = len(self._met.keys() - self.initial.keys())
         return PeerUnavailable(

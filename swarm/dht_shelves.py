@@ -4,6 +4,9 @@ hivemind's own `get` fetches a value from everybody who has it, and `store` does
 and five replicas that is most of the traffic, so here a read asks one holder, another one each time (all of them
 only when a small bucket is read first), and a write looks for the holders under a key next to the bucket's, where
 nothing lies.
+
+Whoever has many identities may be all of the nodes nearest to a key. So a bucket is also kept by some of the peers that
+this node joined through, and read from one of them at first and then now and again: they are those that a person chose.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from swarm.admission import Gate
 from swarm.buckets import Bucket
 from swarm.dht_contacts import Contacts
 from swarm.dht_records import RECORD_LIFETIME_S, read_record, sign_record
@@ -45,6 +49,9 @@ FEW_BYTES = 10_000
 """A bucket that is no larger is read from all its holders the first time: in a swarm that has just begun, those who
 wrote early did not know the holders that came later, and each may have another part of it."""
 
+INTRODUCERS, ASK_INTRODUCER_EVERY = 2, 4
+"""So many initial peers are written to as well, and at every so manieth reading of a bucket one of them is asked."""
+
 RELOCATE_S = 300.0
 """After so long a writer asks the swarm again who is nearest; nodes that it meets meanwhile count at once."""
 
@@ -69,6 +76,7 @@ class DhtShelves:
 
     Args:
         keep_time: done before each write, whose time others will judge.
+        gate: of a private swarm.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class DhtShelves:
         clock: SwarmClock,
         contacts: Contacts,
         keep_time: Callable[[], Awaitable[None]],
+        gate: Gate | None = None,
     ) -> None:
         self._node = node
         self._protocol = node.protocol
@@ -85,6 +94,7 @@ class DhtShelves:
         self._clock = clock
         self._contacts = contacts
         self._keep_time = keep_time
+        self._gate = gate
         self._last_write_s = 0.0
         self._near_by_key: dict[DHTID, _Near] = {}
 
@@ -94,7 +104,12 @@ class DhtShelves:
         key = DHTID.generate(bucket.key)
         self._last_write_s = max(self._clock.now_s(), self._last_write_s + 1e-3)
         value = sign_record(
-            self._identity, key.to_bytes(), data, written_at_s=self._last_write_s, lifetime_s=lifetime_s
+            self._identity,
+            key.to_bytes(),
+            data,
+            written_at_s=self._last_write_s,
+            lifetime_s=lifetime_s,
+            credential=b"" if self._gate is None else self._gate.credential,
         )
         expiration_s = self._last_write_s + RECORD_LIFETIME_S
         try:
@@ -111,7 +126,7 @@ class DhtShelves:
         key = DHTID.generate(bucket.key)
         found = await self._reaching_somebody(lambda: self._read_from_holder(key))
         await self._contacts.get_to_know(self._remembered(key).nodes.values())
-        own = _page(self._protocol.storage.get(key))
+        own = self._page(self._protocol.storage.get(key))
         return Page(_latest(found.entries + own.entries), found.num_bytes)
 
     async def _write_to_holders(self, key: DHTID, value: bytes, expiration_s: float) -> list[bool]:
@@ -119,27 +134,40 @@ class DhtShelves:
         near = await self._locate(key)
         holders = sorted(
             [*near.nodes, *([] if self._protocol.client_mode else [self._node.node_id])], key=key.xor_distance
-        )
-        answers = await asyncio.gather(
-            *(self._write_to(near, node_id, key, value, expiration_s) for node_id in holders[:REPLICAS])
+        )[:REPLICAS]
+        beside = [peer_id for node_id, peer_id in self._introducers().items() if node_id not in holders][:INTRODUCERS]
+        answers, introducers = await asyncio.gather(
+            asyncio.gather(*(self._write_to(near, node_id, key, value, expiration_s) for node_id in holders)),
+            asyncio.gather(*(self._store(peer_id, key, value, expiration_s) for peer_id in beside)),
         )
         if any(answer is None for answer in answers):
             near.located_at_s = -float("inf")
+        if any(introducers):
+            return [True]  # whatever strangers say
         return [answer for answer in answers if answer is not None]
+
+    def _introducers(self) -> dict[DHTID, PeerID]:
+        """The initial peers that this node is in contact with."""
+        met = self._protocol.routing_table.peer_id_to_uid
+        initial = self._contacts.known.initial
+        return {node_id: peer_id for peer_id, node_id in met.items() if peer_id.to_base58() in initial}
 
     async def _write_to(
         self, near: _Near, node_id: DHTID, key: DHTID, value: bytes, expiration_s: float
     ) -> bool | None:
         if node_id == self._node.node_id:
             return self._write_here(key, value, expiration_s)
-        peer_id = near.nodes[node_id]
+        stored = await self._store(near.nodes[node_id], key, value, expiration_s)
+        if stored is None:
+            near.nodes.pop(node_id, None)
+        return stored
+
+    async def _store(self, peer_id: PeerID, key: DHTID, value: bytes, expiration_s: float) -> bool | None:
+        """Whether a node has taken a record; None: it does not answer."""
         stored = await self._protocol.call_store(
             peer_id, [key], [value], expiration_s, subkeys=[self._identity.public_key]
         )
-        if stored is None:
-            near.nodes.pop(node_id, None)
-            return None
-        return bool(stored and stored[0])
+        return None if stored is None else bool(stored and stored[0])
 
     def _write_here(self, key: DHTID, value: bytes, expiration_s: float) -> bool:
         return self._protocol.storage.store_subkey(key, self._identity.public_key, value, expiration_s)
@@ -169,6 +197,10 @@ class DhtShelves:
         is_first = near.num_reads == 1
         first = sorted(near.nodes, key=key.xor_distance)[:REPLICAS]
         turn = first[near.num_reads % len(first)] if first else None
+        introducers = list(self._introducers().items()) if near.num_reads % ASK_INTRODUCER_EVERY == 1 else []
+        if introducers:
+            turn, introducer = introducers[near.num_reads // ASK_INTRODUCER_EVERY % len(introducers)]
+            known[turn] = introducer
         asked: set[DHTID] = set()
         num_bytes, num_empty, num_held = 0, 0, 0
         entries: tuple[Entry, ...] = ()
@@ -176,7 +208,7 @@ class DhtShelves:
             ahead = sorted(known.keys() - asked, key=key.xor_distance)
             if not ahead:
                 break
-            node_id = turn if turn in ahead and not asked else ahead[0]
+            node_id = turn if turn is not None and turn in ahead and not asked else ahead[0]
             asked.add(node_id)
             answer = await self._node._call_find_with_blacklist(known[node_id], [key])
             if answer is None:
@@ -184,7 +216,7 @@ class DhtShelves:
                 continue
             found, neighbours = answer[key]
             known |= {each: peer_id for each, peer_id in neighbours.items() if each != self._node.node_id}
-            page = _page(found)
+            page = self._page(found)
             num_bytes += page.num_bytes + NEIGHBOUR_BYTES * len(neighbours)
             entries = _latest(entries + page.entries)
             if node_id in sorted(known, key=key.xor_distance)[:REPLICAS]:
@@ -200,6 +232,15 @@ class DhtShelves:
         if len(self._near_by_key) > MAX_REMEMBERED:
             del self._near_by_key[next(iter(self._near_by_key))]
         return near
+
+    def _page(self, found: ValueWithExpiration | None) -> Page:
+        """The entries of a bucket that hivemind returned or keeps."""
+        if found is None or not isinstance(found.value, DictionaryDHTValue):
+            return Page()
+        records = [(subkey, value, expiration_s) for subkey, (value, expiration_s) in found.value.items()]
+        entries = (read_record(*record, self._gate) for record in records)
+        num_bytes = sum(RECORD_BYTES + len(value) for _, value, _ in records)
+        return Page(tuple(entry for entry in entries if entry is not None), num_bytes)
 
     async def _reaching_somebody(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do it over newly made contacts if nobody answered: hivemind takes such silence for an empty swarm.
@@ -223,13 +264,3 @@ def _latest(entries: Iterable[Entry]) -> tuple[Entry, ...]:
         if entry.peer_id not in latest or entry.written_at_s > latest[entry.peer_id].written_at_s:
             latest[entry.peer_id] = entry
     return tuple(latest.values())
-
-
-def _page(found: ValueWithExpiration | None) -> Page:
-    """The entries of a bucket that hivemind returned or keeps."""
-    if found is None or not isinstance(found.value, DictionaryDHTValue):
-        return Page()
-    records = [(subkey, value, expiration_s) for subkey, (value, expiration_s) in found.value.items()]
-    entries = (read_record(*record) for record in records)
-    num_bytes = sum(RECORD_BYTES + len(value) for _, value, _ in records)
-    return Page(tuple(entry for entry in entries if entry is not None), num_bytes)

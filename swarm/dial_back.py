@@ -165,6 +165,7 @@ async def _dial(host: str, question: Question) -> bool:
     context: ssl.SSLContext | None = None
     if question.certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is compared below
         context.set_alpn_protocols(["h2"])
     try:

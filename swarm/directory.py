@@ -172,9 +172,7 @@ class BucketDirectory:
         """Fingerprint -> what we know, the one read last at the end."""
         self._meetings: dict[str, Listing[Participant]] = {}
         """Name -> who was there."""
-        self._models: Listing[ModelListing] = Listing(
-            MODELS, self._counting_dropped(lambda entry, _: ModelListing.from_bytes(entry.data))
-        )
+        self._models = self._models_listing()
         self._statistics = DirectoryStatistics()
 
     async def announce(self, announcement: Announcement) -> None:
@@ -208,9 +206,11 @@ class BucketDirectory:
         """
         self._check_own(announcement)
         root = servers_root(announcement.model_fingerprint)
-        for each in (root, MODELS):
-            place = self._places.pop(each.tree, None) or _Place(())
-            await self._shelves.write(Bucket(each.tree, place.path[: place.depth]), b"", 0.0)
+        places = [(each.tree, self._places.pop(each.tree, _Place(()))) for each in (root, MODELS)]
+        writes = (self._shelves.write(Bucket(tree, place.path[: place.depth]), b"", 0.0) for tree, place in places)
+        for result in await asyncio.gather(*writes, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
         self._count(num_withdrawn=1)
 
     async def servers(
@@ -255,8 +255,18 @@ class BucketDirectory:
         """Counts since this directory was opened."""
         return self._statistics
 
+    def forget_found(self) -> None:
+        """Know nothing of others until it is read again: some of them do not count any more."""
+        self._listings.clear()
+        self._meetings.clear()
+        self._models = self._models_listing()
+
+    def _models_listing(self) -> Listing[ModelListing]:
+        return Listing(MODELS, self._counting_dropped(_parse_model))
+
     def _servers_listing(self, model_fingerprint: str) -> Listing[Announcement]:
         def parse(entry: Entry, seconds: float) -> Announcement:
+            _check_server(entry)
             expires_at_s = max(1.0, self._clock.wall_s() + seconds)
             found = Announcement.from_bytes(
                 entry.data, peer_id=entry.peer_id, model_fingerprint=model_fingerprint, expires_at_s=expires_at_s
@@ -337,6 +347,16 @@ class BucketDirectory:
     def _count(self, **changes: int) -> None:
         counts = {name: getattr(self._statistics, name) + number for name, number in changes.items()}
         self._statistics = replace(self._statistics, **counts)
+
+
+def _check_server(entry: Entry) -> None:
+    if not entry.may_serve:
+        raise ProtocolError("announces itself as a server, but was invited to use the swarm only")
+
+
+def _parse_model(entry: Entry, _seconds: float) -> ModelListing:
+    _check_server(entry)
+    return ModelListing.from_bytes(entry.data)
 
 
 def _model_sizes(found: Sequence[Announcement | ModelListing | Participant]) -> list[int]:

@@ -7,11 +7,13 @@
     │   ├── BadLink                a join link that is malformed, expired or not of this swarm
     │   ├── BadCheckpoint          a model path or checkpoint that cannot be read
     │   ├── UnsupportedModel       an architecture that cannot be cut into blocks
+    │   ├── NotAMember             a private swarm, of which the caller is no member (any more)
     │   └── ResourceError          a port in use, no memory for one block, ...
     ├── PeerError                  one peer failed; another may do better
     │   ├── PeerUnavailable        it cannot be reached, hangs, or broke the connection
     │   ├── SessionLost            it no longer holds the session's cache
     │   ├── CacheFull              it has no room for this session, or its adapters, now
+    │   ├── TooManyRequests        its limits are reached, for this caller or in all; it did not fail
     │   ├── AdapterMissing         it does not hold an adapter that was named; send it and ask again
     │   ├── Draining               it is about to leave, or has left these blocks for others
     │   └── ProtocolError          it sent something that the wire contract does not allow
@@ -69,6 +71,15 @@ class UnsupportedModel(UserError):
     code = pb.ERROR_CODE_UNSUPPORTED
 
 
+class NotAMember(UserError):
+    """The swarm is private, and whoever asks is no member, no longer one, or not for this.
+
+    What a peer is told is one neutral sentence (`NOT_A_MEMBER`): the reason is in the log of the one that refuses.
+    """
+
+    code = pb.ERROR_CODE_NOT_A_MEMBER
+
+
 class ResourceError(UserError):
     """This machine lacks what the call needs: a free port, memory for one block, a device."""
 
@@ -94,6 +105,21 @@ class CacheFull(PeerError):
     """The peer has no room for this session, or its adapters, at present."""
 
     code = pb.ERROR_CODE_CACHE_FULL
+
+
+class TooManyRequests(PeerError):
+    """A limit of the peer is reached, for this caller or for all together: go elsewhere, or come back later.
+
+    The peer works as it should: it is not asked again for a while, and not blamed.
+    """
+
+    code = pb.ERROR_CODE_TOO_MANY_REQUESTS
+    retry_after_s: float = 1.0
+    """After how long it makes sense to ask this peer again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class AdapterMissing(PeerError):

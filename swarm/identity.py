@@ -13,9 +13,7 @@ Certificates differ in nothing but a public key and a signature, so they travel 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from swarm.errors import BadRequest, ResourceError
+from swarm.files import create_atomically
 
 TLS_NAME = "peer.swarm"
 """The name in every peer's certificate; clients pass it as `grpc.ssl_target_name_override` and pin the certificate."""
@@ -114,6 +113,19 @@ def peer_id_of(public_key: bytes) -> str:
     return _base58(_PEER_ID_HEADER + public_key)
 
 
+@functools.lru_cache(maxsize=8192)
+def public_key_of(peer_id: str) -> bytes | None:
+    """The Ed25519 public key of which this is the peer id; None: it is none."""
+    number = 0
+    for character in peer_id[:64]:
+        digit = _BASE58.find(character)
+        if digit < 0:
+            return None
+        number = number * len(_BASE58) + digit
+    key = (number & (1 << 8 * PUBLIC_KEY_BYTES) - 1).to_bytes(PUBLIC_KEY_BYTES, "big")
+    return key if peer_id_of(key) == peer_id else None
+
+
 def is_signed_by(public_key: bytes, signature: bytes, data: bytes) -> bool:
     """Whether the holder of an Ed25519 key signed this; False for what is no key, too."""
     try:
@@ -165,23 +177,7 @@ def _read_bounded(path: Path) -> bytes:
 
 def _publish(path: Path, data: bytes) -> bytes:
     """Write the file at once or not at all; if another process was first, return what that one wrote."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)  # unlike rename, never replaces an identity that is already there
-        except FileExistsError:
-            return _read_bounded(path)
-        except OSError:  # a file system without hard links
-            os.replace(temporary, path)
-        return data
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    return data if create_atomically(path, data) else _read_bounded(path)
 
 
 def _encode_key_file(key: ed25519.Ed25519PrivateKey) -> bytes:

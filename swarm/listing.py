@@ -43,6 +43,8 @@ class Entry:
     lifetime_s: float
     """How long it counts; 0 takes back what was there."""
     data: bytes
+    may_serve: bool = True
+    """Whether its writer may be a server; only in a private swarm some may not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,18 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import grpc.aio
 
 from swarm.announcement import AddressFields, Announcement
 from swarm.dialling import Anywhere, DiallingRule
-from swarm.errors import PeerUnavailable, ProtocolError
+from swarm.errors import PeerUnavailable, ProtocolError, ResourceError
 from swarm.identity import TLS_NAME, certificate_pem
 from swarm.rpc import open_channel
+from swarm.rpc_members import CallSigner
+from swarm.throughput import Throughput
 from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,7 @@ class Connector:
         open_tunnel: how to reach a peer that cannot be dialled; None: such peers are unavailable.
         rule: which of a peer's addresses may be dialled at all.
         connect_timeout_s: for each of the two ways.
+        sign: of a private swarm, says what calls to a server carry.
     """
 
     def __init__(
@@ -88,11 +92,18 @@ class Connector:
         *,
         rule: DiallingRule | None = None,
         connect_timeout_s: float = 3.0,
+        sign: CallSigner | None = None,
     ) -> None:
+        self._sign = sign
         self._open_tunnel = open_tunnel
         self._rule = rule or Anywhere()
         self._connect_timeout_s = connect_timeout_s
-        self._links: dict[PeerAddress, asyncio.Task[_Link]] = {}
+        self.throughput = Throughput()
+        """What the users of channels have seen of them."""
+        self.ways: dict[str, str] = {}
+        """Peer id -> how a tunnel that was opened to it leads there, in words; for people."""
+        self._links: dict[PeerAddress, asyncio.Future[_Link]] = {}
+        """Those that are connected, and those that are being; the most recently used at the end."""
 
     @asynccontextmanager
     async def lease(self, address: PeerAddress) -> AsyncIterator[grpc.aio.Channel]:
@@ -112,8 +123,13 @@ class Connector:
 
     async def forget(self, peer_id: str) -> None:
         """Let the next call to this peer connect anew; calls in progress go on over their link."""
-        for address in [each for each, task in self._links.items() if each.peer_id == peer_id and task.done()]:
-            await self._retire(self._links.pop(address))
+        await self._retire_links(peer_id)
+
+    async def cut_off(self, unwanted: Callable[[str], bool]) -> None:
+        """End the calls in progress to peers with these ids, and their links."""
+        for address in [each for each in self._links if unwanted(each.peer_id)]:
+            if (task := self._links.pop(address, None)) is not None:
+                await self._retire(task, force=True)
 
     async def renew(self, peer_id: str) -> bool:
         """Connect to a peer once more, for new calls; calls in progress go on over their link.
@@ -124,48 +140,62 @@ class Connector:
         if address is None:
             return False
         await asyncio.wait({self._links[address]})
-        task = asyncio.create_task(self._connect(address))
         try:
-            await task
+            link = await self._connect(address)
         except (PeerUnavailable, ProtocolError) as exc:
             logger.debug("no better way to peer %s: %s", peer_id, exc)
             return False
-        await self.forget(peer_id)
-        if address in self._links:  # somebody is connecting anew
-            await self._retire(task)
+        # Nothing waits between here and the new link's place among the others: it has an owner whoever is cancelled.
+        renewed: asyncio.Future[_Link] = asyncio.get_running_loop().create_future()
+        renewed.set_result(link)
+        before = self._links.get(address)
+        if before is not None and not before.done():  # somebody is connecting anew
+            await self._retire(renewed)
             return False
-        self._links[address] = task
+        self._links[address] = renewed
+        if before is not None:
+            await self._retire(before)
+        await self._retire_links(peer_id, but=address)
         return True
 
     async def aclose(self) -> None:
         """Close all channels and tunnels."""
-        tasks, self._links = list(self._links.values()), {}
-        for task in tasks:
-            await self._retire(task, force=True)
+        links, self._links = list(self._links.values()), {}
+        for link in links:
+            await self._retire(link, force=True)
 
     async def _link(self, address: PeerAddress) -> _Link:
-        task = self._links.pop(address, None) or asyncio.create_task(self._connect(address))
-        self._links[address] = task  # at the end: the most recently used
-        try:
-            return await asyncio.shield(task)
-        finally:
-            if task.done() and (task.cancelled() or task.exception() is not None) and self._links.get(address) is task:
-                del self._links[address]
+        link = self._links.pop(address, None)
+        if link is None:
+            link = asyncio.create_task(self._connect(address))
+            link.add_done_callback(partial(self._drop_failed, address))
+        self._links[address] = link
+        return await asyncio.shield(link)
+
+    def _drop_failed(self, address: PeerAddress, link: asyncio.Future[_Link]) -> None:
+        """Keep no failure for those who come later, also where all that waited for the link have given up."""
+        if _connected(link) is None and self._links.get(address) is link:
+            del self._links[address]
 
     async def _close_idle(self) -> None:
-        idle = [
-            address
-            for address, task in self._links.items()
-            if task.done() and not task.cancelled() and task.exception() is None and not task.result().num_users
-        ]
+        connected = [(address, link) for address, future in self._links.items() if (link := _connected(future))]
+        idle = [address for address, link in connected if not link.num_users]
         for address in idle[: max(0, len(idle) - MAX_IDLE_LINKS)]:
-            await self._retire(self._links.pop(address))
+            if (future := self._links.pop(address, None)) is not None:
+                await self._retire(future)
 
-    async def _retire(self, task: asyncio.Task[_Link], *, force: bool = False) -> None:
-        if not task.done():
-            task.cancel()
-        link = (await asyncio.gather(task, return_exceptions=True))[0]
-        if isinstance(link, _Link):
+    async def _retire_links(self, peer_id: str, *, but: PeerAddress | None = None) -> None:
+        """Retire the links to a peer that are connected, but for the one to this address."""
+        of_peer = [each for each in self._links if each.peer_id == peer_id and each != but]
+        for address in of_peer:
+            if (link := self._links.get(address)) is not None and link.done():
+                await self._retire(self._links.pop(address))
+
+    async def _retire(self, future: asyncio.Future[_Link], *, force: bool = False) -> None:
+        if not future.done():
+            future.cancel()
+            await asyncio.wait({future})
+        if (link := _connected(future)) is not None:
             link.retired = True
             if force or not link.num_users:
                 await link.owned.aclose()
@@ -175,20 +205,26 @@ class Connector:
             pem = certificate_pem(address.tls_certificate)
         except ValueError as exc:
             raise _blamed(ProtocolError(f"the certificate of peer {address.peer_id} cannot be read"), address) from exc
+        open_to = partial(self._open, pem, address.tls_certificate)
         targets = await self._rule.targets(address.direct)
-        if targets and (link := await self._dial(targets, pem)) is not None:
+        if targets and (link := await self._dial(targets, open_to)) is not None:
             return link
         if self._open_tunnel is not None and address.multiaddrs:
             try:
                 multiaddrs = tuple(await self._rule.multiaddrs(address.multiaddrs))
-                return await self._tunnel(self._open_tunnel(address.peer_id, multiaddrs), pem)
+                return await self._tunnel(self._open_tunnel(address.peer_id, multiaddrs), open_to)
             except PeerUnavailable as exc:
                 raise _blamed(exc, address) from exc
+            except ResourceError as exc:
+                raise _blamed(PeerUnavailable(f"peer {address.peer_id} cannot be reached: {exc}"), address) from exc
         raise _blamed(PeerUnavailable(f"peer {address.peer_id} cannot be reached"), address)
 
-    async def _dial(self, targets: list[str], pem: bytes) -> _Link | None:
+    def _open(self, pem: bytes, certificate_der: bytes, target: str) -> grpc.aio.Channel:
+        return open_channel(target, pem, TLS_NAME, self._sign(certificate_der) if self._sign is not None else None)
+
+    async def _dial(self, targets: list[str], open_to: Callable[[str], grpc.aio.Channel]) -> _Link | None:
         """Dial all targets at once; the first that connects is the link."""
-        channels = [open_channel(target, pem, TLS_NAME) for target in targets]
+        channels = [open_to(target) for target in targets]
         attempts = {asyncio.create_task(_becomes_ready(each, self._connect_timeout_s)): each for each in channels}
         winner: grpc.aio.Channel | None = None
         try:
@@ -211,14 +247,21 @@ class Connector:
         owned.push_async_callback(winner.close)
         return _Link(winner, owned)
 
-    async def _tunnel(self, opening: AbstractAsyncContextManager[str], pem: bytes) -> _Link:
+    async def _tunnel(
+        self, opening: AbstractAsyncContextManager[str], open_to: Callable[[str], grpc.aio.Channel]
+    ) -> _Link:
         async with AsyncExitStack() as owned:
             target = await owned.enter_async_context(opening)
-            channel = open_channel(target, pem, TLS_NAME)
+            channel = open_to(target)
             owned.push_async_callback(channel.close)
             if not await _becomes_ready(channel, 2 * self._connect_timeout_s):
                 raise PeerUnavailable("the peer does not answer through the tunnel")
             return _Link(channel, owned.pop_all())
+
+
+def _connected(future: asyncio.Future[_Link]) -> _Link | None:
+    """The link, if it is there."""
+    return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
 
 
 def _blamed(error: PeerUnavailable | ProtocolError, address: PeerAddress) -> PeerUnavailable | ProtocolError:

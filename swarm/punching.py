@@ -50,8 +50,8 @@ WAITS_S = (0.0, 5.0, 60.0)
 """Before each attempt to reach one peer."""
 PAUSE_S, PAUSE_AFTER_SUCCESS_S = 600.0, 10.0
 """How long nothing is tried with a peer after so many attempts, and after one that succeeded."""
-MAX_TRIED = 64
-"""Peers that are tried, or waited for, at a time: strangers may name any number."""
+MAX_TRIED, MAX_WAITING = 64, 1024
+"""Peers that are tried at a time, and those besides with whom it is not time yet: strangers may name any number."""
 MAX_MEETINGS = 8
 """How many a server takes part in at once."""
 
@@ -112,8 +112,7 @@ async def meet(dht: Dht, relay_id: str, stream: Stream, introductions: Introduct
         if not await introductions.allow(found, relay_host):
             raise PeerUnavailable(f"relay {relay_id} names {found.host}, which is not dialled because others say so")
         connected = await _dial_until_met(found, mirror.getsockname()[1])
-    _keep_alive(connected)
-    return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES), found.host
+    return await _as_stream(connected, found.host), found.host
 
 
 def _open_socket(host: str, port: int = 0) -> socket.socket:
@@ -155,6 +154,18 @@ async def _dial_until_met(found: Introduction, local_port: int) -> socket.socket
             return opened
 
 
+async def _as_stream(connected: socket.socket, host: str) -> Stream:
+    """Raises: PeerUnavailable: the connection has ended already."""
+    try:
+        _keep_alive(connected)
+        return await asyncio.open_connection(sock=connected, limit=STREAM_BUFFER_BYTES)
+    except BaseException as exc:
+        connected.close()
+        if isinstance(exc, OSError):
+            raise PeerUnavailable(f"the connection to {host} has ended already") from exc
+        raise
+
+
 def _keep_alive(connected: socket.socket) -> None:
     """Have the system send something now and then, so that routers do not forget the connection while it is idle."""
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -179,6 +190,7 @@ class Puncher:
         self._waits_s = waits_s
         self._introductions = Introductions(rule)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._trying = asyncio.Semaphore(MAX_TRIED)
         self._connections: dict[str, Stream] = {}
         self._not_before_s: dict[str, float] = {}
         self.renew: Renew | None = None
@@ -186,7 +198,7 @@ class Puncher:
 
     def begin(self, peer_id: str, relay_id: str) -> None:
         """Try to reach a peer that this relay carries us to; later, if it was tried lately."""
-        if peer_id not in self._tasks and len(self._tasks) < MAX_TRIED:
+        if peer_id not in self._tasks and len(self._tasks) < MAX_WAITING:
             self._tasks[peer_id] = asyncio.create_task(self._reach(peer_id, relay_id))
 
     def take(self, peer_id: str) -> Stream | None:
@@ -208,7 +220,8 @@ class Puncher:
             for wait_s in self._waits_s:
                 await asyncio.sleep(wait_s)
                 try:
-                    self._connections[peer_id] = await self._meet(peer_id, relay_id)
+                    async with self._trying:
+                        self._connections[peer_id] = await self._meet(peer_id, relay_id)
                 except PeerError as exc:
                     logger.debug("no direct connection to peer %s: %s", peer_id, exc)
                     continue

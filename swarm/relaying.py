@@ -23,6 +23,7 @@ from swarm.p2pd import finish
 from swarm.pipes import Stream, cancel_all, join_streams, read_line, write_line
 from swarm.reach import Budget, host_of, place_of
 from swarm.relays import ASK_TIMEOUT_S, PROTOCOL, TUNNEL_PROTOCOL, Reply, Request
+from swarm.throttle import Throttle
 
 if TYPE_CHECKING:
     from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ASKING, MAX_ASKING_PER_PLACE = 64, 16
 """Streams that have not said what they want, in all and from one place."""
-BURST_S = 0.25
-"""As many bytes as take so long pass at once after a pause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +68,6 @@ class RelayConfig:
 
 BESIDE_SERVING = RelayConfig(max_registered=128, max_carried=128, max_bytes_per_s=10e6)
 """What a server carries for others beside its own work."""
-
-
-class Throttle:
-    """Makes bytes wait so that no more than a rate passes."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._passed_at_s = float("-inf")
-
-    def wait_s(self, num_bytes: int, now_s: float) -> float:
-        """Note bytes that come now; return how long they have to wait."""
-        self._passed_at_s = max(self._passed_at_s, now_s - BURST_S) + num_bytes / self._bytes_per_s
-        return max(0.0, self._passed_at_s - now_s)
 
 
 @dataclass(slots=True, eq=False)

@@ -19,7 +19,16 @@ from google.protobuf.message import DecodeError
 
 from swarm import errors
 from swarm.codec import CHUNK_BYTES
-from swarm.errors import BadRequest, PeerBug, PeerError, PeerUnavailable, ProtocolError, SwarmError, UserError
+from swarm.errors import (
+    BadRequest,
+    PeerBug,
+    PeerError,
+    PeerUnavailable,
+    ProtocolError,
+    SwarmError,
+    TooManyRequests,
+    UserError,
+)
 from swarm.v1 import blocks_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -50,11 +59,26 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 2 * _PING_TIMEOUT_MS),
     ("grpc.http2.ping_timeout_ms", 2 * _PING_TIMEOUT_MS),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 20),
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.lookahead_bytes", 16 * CHUNK_BYTES),
+    # What a stream may have sent before it is read waits in gRPC, in no budget of ours: `Limits` bounds the streams.
+    ("grpc.http2.lookahead_bytes", 4 * CHUNK_BYTES),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 900_000),
 ]
+
+
+def server_options(*, max_connections: int, max_streams: int) -> list[tuple[str, Any]]:
+    """Options of a server.
+
+    Args:
+        max_connections: in all.
+        max_streams: calls at a time on one connection; others wait at the caller's end.
+    """
+    limits = [("grpc.max_allowed_incoming_connections", max_connections), ("grpc.max_concurrent_streams", max_streams)]
+    return [*SERVER_OPTIONS, *limits]
+
 
 _STATUS = {
     pb.ERROR_CODE_INTERNAL: grpc.StatusCode.INTERNAL,
@@ -67,6 +91,8 @@ _STATUS = {
     pb.ERROR_CODE_DRAINING: grpc.StatusCode.UNAVAILABLE,
     pb.ERROR_CODE_PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
     pb.ERROR_CODE_ADAPTER_MISSING: grpc.StatusCode.NOT_FOUND,
+    pb.ERROR_CODE_NOT_A_MEMBER: grpc.StatusCode.PERMISSION_DENIED,
+    pb.ERROR_CODE_TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _CLASSES: dict[int, type[SwarmError]] = {
@@ -80,15 +106,22 @@ _CLASSES: dict[int, type[SwarmError]] = {
     pb.ERROR_CODE_DRAINING: errors.Draining,
     pb.ERROR_CODE_PROTOCOL: ProtocolError,
     pb.ERROR_CODE_ADAPTER_MISSING: errors.AdapterMissing,
+    pb.ERROR_CODE_NOT_A_MEMBER: errors.NotAMember,
+    pb.ERROR_CODE_TOO_MANY_REQUESTS: TooManyRequests,
 }
 
 _MAX_ERROR_TEXT = 1000
+
+_MAX_RETRY_AFTER_S = 60.0
+"""No peer is left alone for longer because it says so."""
 
 
 async def abort(context: grpc.aio.ServicerContext, error: SwarmError) -> NoReturn:
     """End a call with an error that the caller will raise again."""
     text = str(error)[:_MAX_ERROR_TEXT]
     wire = pb.Error(code=error.code, retry=error.retry, message=text, peer_id=error.peer_id)
+    if isinstance(error, TooManyRequests):
+        wire.retry_after_ms = round(1000 * min(error.retry_after_s, _MAX_RETRY_AFTER_S))
     details = text.encode("ascii", "replace").decode()
     await context.abort(_STATUS[error.code], details, ((ERROR_METADATA_KEY, wire.SerializeToString()),))
     raise AssertionError("abort raises")
@@ -125,6 +158,8 @@ def from_wire(data: bytes, peer_id: str, may_blame: Collection[str] = ()) -> Swa
         error: SwarmError = ProtocolError(f"peer {peer_id} sent an error that cannot be read: {exc}")
     else:
         error = _CLASSES.get(wire.code, PeerUnavailable)(wire.message[:_MAX_ERROR_TEXT])
+        if isinstance(error, TooManyRequests):
+            error.retry_after_s = min(wire.retry_after_ms / 1000, _MAX_RETRY_AFTER_S)
     error.peer_id = wire.peer_id if wire.peer_id in may_blame else peer_id
     return error
 
@@ -137,6 +172,8 @@ async def errors_to_wire(context: grpc.aio.ServicerContext, call: str) -> AsyncI
     except UserError as exc:
         logger.info("%s refused: %s", call, exc)
         await abort(context, exc)
+    except TooManyRequests as exc:
+        await abort(context, exc)  # who refuses it has logged it, not each time
     except SwarmError as exc:
         logger.info("%s failed: %s", call, exc)
         await abort(context, exc)
@@ -180,7 +217,16 @@ def pinned_credentials(certificate_pem: bytes) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(root_certificates=certificate_pem)
 
 
-def open_channel(target: str, certificate_pem: bytes, tls_name: str) -> grpc.aio.Channel:
-    """Return a channel to `target` that talks only to the holder of the certificate's key."""
+def open_channel(
+    target: str, certificate_pem: bytes, tls_name: str, signed: grpc.CallCredentials | None = None
+) -> grpc.aio.Channel:
+    """Return a channel to `target` that talks only to the holder of the certificate's key.
+
+    Args:
+        signed: what each call carries in a private swarm, see swarm/rpc_members.py.
+    """
     options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls_name)]
-    return grpc.aio.secure_channel(target, pinned_credentials(certificate_pem), options=options)
+    credentials = pinned_credentials(certificate_pem)
+    if signed is not None:
+        credentials = grpc.composite_channel_credentials(credentials, signed)
+    return grpc.aio.secure_channel(target, credentials, options=options)

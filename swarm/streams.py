@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc.aio
@@ -22,6 +22,14 @@ logger = logging.getLogger(__name__)
 PART_TIMEOUT_S = 60.0
 """How long the next part of a message that has begun may take."""
 
+LEAST_BYTES_PER_S = 64 << 10
+"""Who sends or takes the parts of a message more slowly holds room that others need."""
+
+
+def total_timeout_s(num_bytes: int) -> float:
+    """How long a message of so many bytes may take, all parts together."""
+    return PART_TIMEOUT_S + num_bytes / LEAST_BYTES_PER_S
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -35,6 +43,28 @@ class Step:
     beam_idx: Sequence[int] = ()
     hop_us: Sequence[int] = ()
     """How long each earlier hop had it, microseconds."""
+    held: Sequence[int] = ()
+    """How many leading tokens of the session each later hop holds, and need not be sent; empty: all are sent all."""
+
+    @property
+    def end(self) -> int:
+        """Tokens of each sequence after it."""
+        return self.position + self.x_BLD.shape[1]
+
+    def passed_on(self, y_BLD: Tensor) -> Step | None:
+        """What the next hop is sent of it, given what came out here, [B, L, D]; None: it holds all of that."""
+        start = max(self.position, *self.held[:1], 0)
+        if start >= self.end:
+            return None
+        skipped = start - self.position
+        return replace(
+            self,
+            position=start,
+            x_BLD=y_BLD[:, skipped:],
+            mask_BL=None if self.mask_BL is None else self.mask_BL[:, skipped:],
+            position_ids_BL=None if self.position_ids_BL is None else self.position_ids_BL[:, skipped:],
+            held=self.held[1:],
+        )
 
     def to_wire(self, step_id: int, codec: pb.Codec) -> tuple[pb.SessionRequest, list[bytes]]:
         """Return the message, and the parts of its tensors that did not fit into it: see `write_message`."""
@@ -49,8 +79,14 @@ class Step:
             position_ids=packed.specs[2],
             data=packed.data,
             hop_us=self.hop_us,
+            held=self.held,
         )
         return pb.SessionRequest(step=step), packed.more
+
+
+def counting_step(step_id: int, held: Sequence[int]) -> pb.SessionRequest:
+    """A step of which a hop gets nothing, because it holds all of it."""
+    return pb.SessionRequest(step=pb.Step(step_id=step_id, held=held))
 
 
 async def write_message(write: Callable[[Any], Awaitable[None]], first: Any, more: Sequence[bytes]) -> None:
@@ -89,13 +125,23 @@ async def read_tensors(
 ) -> list[Tensor | None]:
     """Return the tensors of a message whose first part is `data`, reading more parts as needed.
 
-    Raises: ProtocolError: specs that are not allowed, or parts that do not add up to them.
+    Raises: ProtocolError: specs that are not allowed, or parts that do not add up to them. PeerUnavailable: they come
+        too slowly.
     """
-    unpacker = Unpacker(specs, max_bytes=max_bytes)
+    return await fill(Unpacker(specs, max_bytes=max_bytes), read, data)
+
+
+async def fill(unpacker: Unpacker, read: Callable[[], Awaitable[Any]], data: bytes) -> list[Tensor | None]:
+    """The same where the specs have been checked before: whoever reads may have had to find room first."""
     if data:
         unpacker.feed(data)
-    while not unpacker.done:
-        unpacker.feed(await _read_part(read))
+    timeout_s = total_timeout_s(unpacker.num_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not unpacker.done:
+                unpacker.feed(await _read_part(read))
+    except TimeoutError as exc:
+        raise PeerUnavailable(f"a message of {unpacker.num_bytes} bytes did not come within {timeout_s:.0f} s") from exc
     return unpacker.tensors()
 
 

@@ -7,6 +7,7 @@ import logging
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from swarm import PROTOCOL_VERSION
@@ -14,6 +15,7 @@ from swarm.announcement import Announcement
 from swarm.coordinates import Coordinates
 from swarm.errors import PeerUnavailable, SwarmError
 from swarm.peers import Connector, PeerAddress
+from swarm.prefixes import prefix_of_server
 from swarm.rpc import errors_from_wire
 from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
@@ -34,6 +36,9 @@ NEIGHBOURS, ROUNDS = 32, 10
 OUTLIER, OUTLIER_S = 4.0, 0.01
 """A measurement is left out that fits worse than so many times the median, and so many seconds."""
 
+MAX_QUEUE_S = 3600.0
+"""Who says that steps wait for longer says nothing."""
+
 MAX_REMEMBERED = 1024
 """Peers whose round-trip times are kept."""
 
@@ -48,15 +53,23 @@ class Survey:
         """None: we have met nobody yet."""
         self.rtts_s: dict[str, float] = {}
         """Peer id -> seconds, those met last at the end."""
+        self.queues_s: dict[str, float] = {}
+        """Peer id -> what a step waits there, as it said when we met it."""
         self._places: dict[str, Coordinates] = {}
         self._called: dict[str, int] = {}
         """Peer id -> number of the visit at which it was called last, whether it answered or not."""
         self._num_visits = 0
 
     async def visit(self, servers: Sequence[Announcement], limit: int) -> None:
-        """Call some servers, those first that were called longest ago; who does not answer is left out."""
+        """Call some servers, those first that were called longest ago, and of these, of as many address prefixes as
+        there are; who does not answer is left out."""
         servers = self._rng.sample(servers, len(servers))
-        servers.sort(key=lambda server: self._called.get(server.peer_id, 0))
+        turns: Counter[str] = Counter()
+        order: dict[str, tuple[int, int]] = {}
+        for server in servers:
+            turns[prefix := prefix_of_server(server)] += 1
+            order[server.peer_id] = self._called.get(server.peer_id, 0), turns[prefix]
+        servers.sort(key=lambda server: order[server.peer_id])
         known = {server.peer_id for server in servers}
         self._called = {peer_id: number for peer_id, number in self._called.items() if peer_id in known}
         self._num_visits += 1
@@ -64,14 +77,20 @@ class Survey:
         await asyncio.gather(*(self._call(server) for server in servers[:limit]))
         self.settle()
 
-    def met(self, server: Announcement, rtt_s: float) -> None:
+    def met(self, server: Announcement, rtt_s: float, queue_s: float = 0.0) -> None:
         """Note a measurement; `settle` makes use of it."""
+        self.queues_s[server.peer_id] = queue_s
         before_s = self.rtts_s.pop(server.peer_id, rtt_s)
         self.rtts_s[server.peer_id] = MEMORY * before_s + (1 - MEMORY) * rtt_s
         self._places[server.peer_id] = server.coordinates or Coordinates()
         if len(self.rtts_s) > MAX_REMEMBERED:
             oldest = next(iter(self.rtts_s))
-            del self.rtts_s[oldest], self._places[oldest]
+            self._forget(oldest)
+
+    def _forget(self, peer_id: str) -> None:
+        self.rtts_s.pop(peer_id, None)
+        self.queues_s.pop(peer_id, None)
+        self._places.pop(peer_id, None)
 
     def settle(self) -> None:
         """Find the place that suits what was measured last: a few measurements are gone through several times.
@@ -107,13 +126,13 @@ class Survey:
             ):
                 for _ in range(CALLS_PER_VISIT):
                     started_s = time.monotonic()
-                    await pb_grpc.BlocksStub(channel).Describe(request, timeout=VISIT_TIMEOUT_S)
+                    answer = await pb_grpc.BlocksStub(channel).Describe(request)
                     times_s.append(time.monotonic() - started_s)
         except (SwarmError, TimeoutError) as exc:  # whatever a stranger answers, it is no measurement
             logger.debug("server %s does not answer: %s", server.peer_id, exc)
-            self.rtts_s.pop(server.peer_id, None)
-            self._places.pop(server.peer_id, None)
-            if isinstance(exc, PeerUnavailable):
+            self._forget(server.peer_id)
+            if isinstance(exc, PeerUnavailable):  # not a busy line: by the link that there is, it may yet answer
                 await self._connector.forget(server.peer_id)
             return
-        self.met(server, min(times_s[1:]))
+        queue_s = answer.load.queue_s if 0 <= answer.load.queue_s <= MAX_QUEUE_S else 0.0
+        self.met(server, min(times_s[1:]), queue_s)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,25 +59,40 @@ class Way:
         return f"through relay {self.relay_id}" if self.relay_id else "over libp2p"
 
 
+Entering = Callable[[int, str, bool], AbstractContextManager[None]]
+"""Told of a connection while it is carried: the local port from which it goes on, the peer id or host from which it
+comes, and whether that is a relay of ours."""
+
+
+def _enter_unnoticed(_port: int, _origin: str, _is_relay: bool) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @asynccontextmanager
 async def serve_tunnel(
-    dht: Dht, target: tuple[str, int], relays: Collection[str] = (), rule: DiallingRule | None = None
+    dht: Dht,
+    target: tuple[str, int],
+    relays: Collection[str] = (),
+    rule: DiallingRule | None = None,
+    entering: Entering = _enter_unnoticed,
 ) -> AsyncIterator[None]:
     """Carry streams that arrive over libp2p to the gRPC port `target`, until the context ends.
 
     Args:
         relays: peer ids of our relays, whose streams come from many peers, and which may introduce callers.
         rule: where such callers may be dialled.
+        entering: told whose each connection to that port is, before a byte is carried.
     """
     connections: dict[asyncio.Task[None], str] = {}
 
-    async def carry(stream: Stream) -> None:
+    async def carry(stream: Stream, origin: str) -> None:
         try:
             port = await asyncio.open_connection(*target, limit=STREAM_BUFFER_BYTES)
         except OSError as exc:
             logger.warning("the gRPC port %s:%d refuses a tunnel stream: %s", *target, exc)
         else:
-            await join_streams(stream, port)
+            with entering(port[1].get_extra_info("sockname")[1], origin, origin in relays):
+                await join_streams(stream, port)
         finally:
             stream[1].close()
 
@@ -89,7 +104,7 @@ async def serve_tunnel(
             logger.info("refused a tunnel stream of %s: too many", origin)
             stream[1].close()
             return
-        task = asyncio.create_task(carry(stream))
+        task = asyncio.create_task(carry(stream, origin))
         connections[task] = origin
         task.add_done_callback(connections.pop)
 
@@ -152,19 +167,21 @@ async def open_tunnel(
         connections.add(task)
         task.add_done_callback(connections.discard)
 
-    with open_socket_directory() as directory:
-        path = directory / "grpc.sock"
-        try:
-            server = await asyncio.start_unix_server(accept, path=path, limit=STREAM_BUFFER_BYTES)
-        except OSError as exc:
-            raise ResourceError(f"cannot open a local socket for a tunnel: {exc.strerror or exc}") from exc
-        try:
-            yield f"unix:{path}"
-        finally:
-            server.close()
-            if punched is not None:
-                punched[1].close()
-            await finish(cancel_all(connections))
+    try:
+        with open_socket_directory() as directory:
+            path = directory / "grpc.sock"
+            try:
+                server = await asyncio.start_unix_server(accept, path=path, limit=STREAM_BUFFER_BYTES)
+            except OSError as exc:
+                raise ResourceError(f"cannot open a local socket for a tunnel: {exc.strerror or exc}") from exc
+            try:
+                yield f"unix:{path}"
+            finally:
+                server.close()
+                await finish(cancel_all(connections))
+    finally:
+        if punched is not None:  # nobody has come to use it
+            punched[1].close()
 
 
 async def find_way(dht: Dht, peer_id: str, multiaddrs: Sequence[str], *, timeout_s: float = CONNECT_TIMEOUT_S) -> Way:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swarm.model.adapters import Bias, BlockAdapter, Bottleneck, Change, Ia3, Lora
+from swarm.model.anatomy import anatomy_of
 from swarm.model.changes import PAST
 from swarm.model.targets import Width
 
@@ -48,23 +49,75 @@ def random_adapter(widths: Mapping[str, Width], kinds: Sequence[str] = KINDS, *,
     )
 
 
+def layers_of(local: Any) -> Sequence[nn.Module]:
+    """The blocks of a local model of any family."""
+    layers: Any = local.base_model.get_submodule(anatomy_of(local.config).layers)
+    return list(layers)
+
+
+def _first(args: Any, kwargs: Any) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    return x
+
+
+def _instead(x: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+@contextmanager
+def virtual_tokens(local: Any, embeddings_PD: Tensor, deep_NBPD: Tensor | None) -> Iterator[None]:
+    """Put virtual tokens in the place of the first P positions of what enters the first block of a local model, and add
+    deep prompts there in each block, when a call starts at position 0."""
+    length = len(embeddings_PD)
+
+    def enter(number: int) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            x_BLD = _first(args, kwargs)
+            if x_BLD.shape[1] == 1:  # decoding: the virtual tokens are in the cache
+                return None
+            front = embeddings_PD.expand(len(x_BLD), -1, -1) if number == 0 else x_BLD[:, :length]
+            front = front if deep_NBPD is None else front + deep_NBPD[number]
+            return _instead(torch.cat([front, x_BLD[:, length:]], dim=1), args, kwargs)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers_of(local)):
+            hooks.callback(layer.register_forward_pre_hook(enter(number), with_kwargs=True).remove)
+        yield
+
+
+def loss_with_virtual_tokens(
+    local: Any, embeddings_PD: Tensor, deep_NBPD: Tensor | None, ids: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Prompt tuning of the whole model, written plainly; padding counts for the loss."""
+    embedded = with_room(local, len(embeddings_PD), ids)
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(len(ids), len(embeddings_PD)), mask], dim=1)
+    with virtual_tokens(local, embeddings_PD, deep_NBPD):
+        logits = local(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits[:, len(embeddings_PD) :]
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def with_room(local: Any, num_virtual: int, ids: Tensor) -> Tensor:
+    """Embeddings of tokens, with room in front for virtual ones."""
+    embedded = local.get_input_embeddings()(ids)
+    return torch.cat([embedded.new_zeros(len(ids), num_virtual, embedded.shape[2]), embedded], dim=1)
+
+
 @contextmanager
 def changed(layers: Sequence[nn.Module], adapters: Sequence[BlockAdapter | None]) -> Iterator[None]:
     """Let the blocks of a local model be changed, whoever calls them."""
 
-    def first(args: Any, kwargs: Any) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
-
     def before(change: Ia3) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            x = first(args, kwargs) * change.factors
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            return _instead(_first(args, kwargs) * change.factors, args, kwargs)
 
         return hook
 
     def after(change: Change) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            y = _plain(change, first(args, kwargs), output[0] if isinstance(output, tuple) else output)
+            y = _plain(change, _first(args, kwargs), output[0] if isinstance(output, tuple) else output)
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook

@@ -4,6 +4,8 @@ in each run, tiny models on disk."""
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.pop("SWARM_JOIN", None)
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="swarm-tests-")  # no test changes what the user's home has
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import (
+    BeftConfig,
     IA3Config,
     LoraConfig,
     PeftConfig,
@@ -21,7 +22,7 @@ FAMILIES = {
     "falcon": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
     "bloom": (["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
 }
-"""What LoRA changes, what IA3 changes, and the feed-forward modules among the latter."""
+"""What LoRA and BEFT change, what IA3 changes, and the feed-forward modules among the latter."""
 
 ONE_HEAD = {"num_attention_heads": 1, "token_dim": 16}
 """PEFT does not see that Falcon's heads have one key and value in common, and fails unless it is told so."""
@@ -38,6 +39,7 @@ def methods_of(model_type: str) -> list[PeftConfig]:
     return [
         LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora),
         IA3Config(task_type="CAUSAL_LM", target_modules=ia3, feedforward_modules=feedforward),
+        BeftConfig(task_type="CAUSAL_LM", target_modules=lora),
         prefix_tuning(model_type),
         prefix_tuning(model_type, num_virtual_tokens=9, prefix_projection=True, encoder_hidden_size=24),
         PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),

@@ -69,18 +69,19 @@ def test_without_a_gpu_its_benchmarks_say_that_they_did_not_run(
     assert json.loads(printed.out.splitlines()[-1])["ran"] is False
 
 
-@pytest.mark.parametrize("execution", ["packed", "single"])
+@pytest.mark.parametrize("quantization", ["none", "int4"])
 @pytest.mark.parametrize("script", ["decode.py", "prefill.py"])
 def test_gpu_benchmarks_work_up_to_the_device(
-    script: str, execution: str, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    script: str, quantization: str, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = (
         ("--batch-sizes", "1,2", "--context", "16", "--steps", "2") if script == "decode.py" else ("--lengths", "40")
     )
-    flags = ("--device", "cpu", "--shape", "tiny", "--execution", execution, "--samples", "1")
-    run_here(FOLDER / "gpu" / script, *flags, *sizes)
+    flags = ("--device", "cpu", "--shape", "tiny", "--samples", "1", "--quantization", quantization)
+    run_here(FOLDER / "gpu" / script, *flags, *sizes, "--executions", "graphs,modules,single")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["ran"] and report["device_name"] == "cpu"
+    assert report["ran"] and report["device_name"] == "cpu" and report["quantization"] == quantization
+    assert {row["execution"] for row in report["rows"]} == {"graphs", "modules", "single"}
     assert all(row["tokens_per_s"]["median"] > 0 for row in report["rows"])
 
 

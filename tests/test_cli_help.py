@@ -43,7 +43,19 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], exit_code: int
 
 
 def test_every_command_shows_an_example(commands: list[str]) -> None:
-    assert {"demo", "serve", "dht", "status", "doctor", "generate", "version"} <= set(commands)
+    assert {
+        "demo",
+        "serve",
+        "dht",
+        "status",
+        "doctor",
+        "generate",
+        "version",
+        "invite",
+        "members",
+        "revoke",
+        "join",
+    } <= set(commands)
     for name in commands:
         result = CliRunner().invoke(cli.app, [name, "--help"])
         assert result.exit_code == 0, name

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib import image
 
 from swarm import EMBEDDED_MODEL
 from swarm.server import LocalSwarm
@@ -51,6 +52,12 @@ def numbers(output: str, row: str) -> list[float]:
     return [float(each) for each in re.findall(r"-?[\d.]+", found[1])]
 
 
+def assert_drawn(path: Path) -> None:
+    """Assert that a PNG lies there in which something is drawn."""
+    pixels = image.imread(path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and pixels.shape[0] >= 300 and pixels.std() > 0.05
+
+
 def run_alone(example: str, *arguments: str) -> str:
     """Run an example as a user starts it, with servers of its own; return what it printed."""
     command = [sys.executable, str(EXAMPLES / example), *arguments]
@@ -66,22 +73,30 @@ def test_lora_teaches_a_way_of_speaking_to_somebody_who_has_no_swarm(tmp_path: P
     before, after, local = numbers(output, "loss on new questions")
     assert after < before - 2 and local == pytest.approx(after, abs=0.01)
     assert "Aye, sailor!" in output and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert_drawn(tmp_path / "adapter" / "loss.png")
 
 
-def test_prompts_and_a_head_classify_as_well_as_trained_locally(run: Callable[..., str]) -> None:
-    before, after, local = numbers(run("prompt_classifier.py", "--steps", "40"), "right of 200 new sentences")
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_prompts_and_a_head_classify_as_well_as_trained_locally(run: Callable[..., str], seed: str) -> None:
+    output = run("prompt_classifier.py", "--steps", "40", "--seed", seed)
+    before, after, local = numbers(output, "right of 200 new sentences")
     assert after >= max(80, before + 15)
     assert abs(after - local) <= 1
+    assert_drawn(Path("classifier-prompts", "loss.png"))
 
 
 def test_ia3_learns_a_task_from_a_few_examples(run: Callable[..., str]) -> None:
     before, after = numbers(run("ia3_few_shot.py", "--steps", "30"), "right of 100 new sentences")
     assert after >= max(70, before + 10)
+    assert_drawn(Path("few-shot-adapter", "loss.png"))
 
 
 def test_embeddings_and_adapters_teach_a_language(run: Callable[..., str]) -> None:
-    before, after, local = numbers(run("new_language.py", "--steps", "30"), "nats per character of new sentences")
+    drawn = Path("elsewhere", "german.png")
+    output = run("new_language.py", "--steps", "30", "--plot", str(drawn))
+    before, after, local = numbers(output, "nats per character of new sentences")
     assert after < 0.7 * before and local == pytest.approx(after, abs=0.002)
+    assert_drawn(drawn)
 
 
 def test_an_adapter_makes_a_chatbot_personal_and_can_be_loaded_again(
@@ -89,6 +104,7 @@ def test_an_adapter_makes_a_chatbot_personal_and_can_be_loaded_again(
 ) -> None:
     before, after = numbers(run("personal_chatbot.py", "--steps", "60", "--output", "mine"), "loss on new questions")
     assert after < before - 2
+    assert_drawn(Path("mine", "loss.png"))
     said = iter(["What is the name of Mara's dog?", "Where does Mara live?", ""])
     monkeypatch.setattr("builtins.input", lambda *prompt: next(said))
     output = run("personal_chatbot.py", "--load", "mine", "--chat")

@@ -11,30 +11,34 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from common import SHAPES, environment, rounded, say
 
-from swarm.model.anatomy import anatomy_of, base_class_of
-from swarm.model.cutting import renumber, span_class
+from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.kv_store import KVStore, kv_layout
 from swarm.model.paged import PAGE_TOKENS
+from swarm.model.quantization import AUTO, CHOICES, NONE, choose_scheme
 from swarm.model.ragged import PackedSpan, Piece
-from swarm.model.span import Span
+from swarm.model.span import Span, load_span
+from swarm.model.staging import Fetch
 from swarm.ranges import BlockRange
 
 BANDWIDTH_BYTES = 1 << 31
 MATRIX_SIZE = 8192
+EXECUTIONS = ("graphs", "modules", "single")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +50,18 @@ class GpuSetting:
     device: str
     dtype: str
     num_samples: int
-    execution: str
-    """packed: as the engine runs most families; single: with a Hugging Face cache, as it runs the others."""
+    executions: tuple[str, ...]
+    """graphs: as the engine runs most families; modules: the same without recorded passes; single: with a Hugging Face
+    cache, as it runs the others."""
+    quantization: str
 
 
-def new_gpu_parser(description: str) -> argparse.ArgumentParser:
-    """The command line that both have."""
+def new_gpu_parser(description: str, *, executions: str) -> argparse.ArgumentParser:
+    """The command line that both have.
+
+    Args:
+        executions: those that are measured if nobody says which.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
@@ -59,7 +69,10 @@ def new_gpu_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", help="cpu: only to see whether the program works")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--execution", choices=("packed", "single"), default="packed")
+    parser.add_argument(
+        "--executions", default=executions, help=f"measured one after the other; all: {','.join(EXECUTIONS)}"
+    )
+    parser.add_argument("--quantization", choices=[each for each in CHOICES if each != AUTO], default=NONE)
     return parser
 
 
@@ -76,7 +89,8 @@ def read_setting(name: str, parser: argparse.ArgumentParser) -> tuple[GpuSetting
         device=arguments.device,
         dtype=arguments.dtype,
         num_samples=arguments.samples,
-        execution=arguments.execution,
+        executions=tuple(arguments.executions.split(",")),
+        quantization=arguments.quantization,
     )
     return setting, arguments
 
@@ -89,23 +103,53 @@ def print_gpu_result(name: str, setting: GpuSetting, **results: Any) -> None:
 
 
 def random_span(setting: GpuSetting) -> Span:
-    """Blocks of a Llama shape with random weights, on the device."""
+    """Blocks of a Llama shape with random weights, loaded on the device as a server loads them."""
     shape = SHAPES[setting.shape] | {"num_hidden_layers": setting.num_blocks}
     config = LlamaConfig(vocab_size=256, max_position_embeddings=8192, dtype=setting.dtype, **shape)
-    anatomy, blocks = anatomy_of(config), BlockRange(0, setting.num_blocks)
+    config.architectures = ["LlamaForCausalLM"]
+    device = torch.device(setting.device)
+    with tempfile.TemporaryDirectory() as directory:
+        _write_checkpoint(config, setting, Path(directory))
+        return load_span(
+            Checkpoint.open(CheckpointSource(directory)),
+            BlockRange(0, setting.num_blocks),
+            dtype=getattr(torch, setting.dtype),
+            device=device,
+            scheme=choose_scheme(setting.quantization, device.type),
+        )
+
+
+def _write_checkpoint(config: LlamaConfig, setting: GpuSetting, directory: Path) -> None:
+    """One file for each block, so that no more than one is in memory."""
+    config.save_pretrained(directory)
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, setting.dtype))
-    try:
-        with torch.device(setting.device):
-            model = span_class(base_class_of(config), anatomy, blocks)(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    renumber(model, anatomy, blocks)
-    return Span(model.eval().requires_grad_(False), anatomy, blocks)
+    with torch.device("meta"):
+        block = LlamaForCausalLM(config).model.layers[0]
+    files: dict[str, str] = {}
+    for number in range(setting.num_blocks):
+        name = f"block-{number}.safetensors"
+        tensors = {
+            f"model.layers.{number}.{own_name}": _random(parameter.shape, setting)
+            for own_name, parameter in block.named_parameters()
+        }
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _random(shape: torch.Size, setting: GpuSetting) -> Tensor:
+    dtype = getattr(torch, setting.dtype)
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return (torch.randn(shape, device=setting.device, dtype=dtype) * 0.02).cpu()
 
 
 class Sequences(Protocol):
     """Some sequences of equal length in the cache of a device."""
+
+    used: Sequence[str]
+    """Which ways of its own were found to work here: what is measured."""
 
     def step(self, x_BLD: Tensor) -> Tensor:
         """Append L tokens to each; hidden states from the CPU, and back to it."""
@@ -117,10 +161,14 @@ class Sequences(Protocol):
 class _Packed:
     """All of them in one row, each with its own run of slots."""
 
-    def __init__(self, span: Span, num_sequences: int, capacity: int) -> None:
+    def __init__(self, span: Span, num_sequences: int, capacity: int, *, with_graphs: bool) -> None:
         capacity = -(-capacity // PAGE_TOKENS) * PAGE_TOKENS  # each begins with a page, as the kernel wants it
-        self._packed = PackedSpan(span, KVStore(kv_layout(span), num_sequences * capacity))
-        self._device = span.device
+        store = KVStore(kv_layout(span), num_sequences * capacity, scrap_slots=PAGE_TOKENS)
+        self._packed = PackedSpan(span, store)
+        if not with_graphs:
+            self._packed.fast_paths.clear()
+        self.used = [type(path).__name__ for path in self._packed.fast_paths]
+        self.used += ["pages"] if self._packed.rows.pager is not None else []
         self._starts = [number * capacity for number in range(num_sequences)]
         self._length = 0
 
@@ -129,7 +177,7 @@ class _Packed:
         end = self._length + length
         pieces = [Piece(length, self._length, [(start, start + end)]) for start in self._starts]
         with torch.inference_mode():
-            y_TD = self._packed(x_BLD.reshape(-1, hidden_size).to(self._device), pieces).cpu()
+            y_TD = Fetch(self._packed(x_BLD.reshape(-1, hidden_size), pieces)).collect()
         self._length = end
         return y_TD.view(batch_size, length, hidden_size)
 
@@ -139,6 +187,8 @@ class _Packed:
 
 class _Single:
     """As one session of a batch, with a Hugging Face cache."""
+
+    used = ()
 
     def __init__(self, span: Span, num_sequences: int) -> None:
         self._span, self._num_sequences = span, num_sequences
@@ -152,11 +202,16 @@ class _Single:
         self._cache = self._span.new_cache(self._num_sequences)
 
 
-def open_sequences(setting: GpuSetting, span: Span, num_sequences: int, capacity: int) -> Sequences:
+def open_sequences(execution: str, span: Span, num_sequences: int, capacity: int) -> Sequences:
     """Empty sequences that can grow to `capacity` tokens each."""
-    if setting.execution == "packed":
-        return _Packed(span, num_sequences, capacity)
-    return _Single(span, num_sequences)
+    if execution == "single":
+        return _Single(span, num_sequences)
+    return _Packed(span, num_sequences, capacity, with_graphs=execution == "graphs")
+
+
+def weight_bytes(span: Span) -> int:
+    """What a step reads of the blocks."""
+    return sum(tensor.nbytes for tensor in (*span.layers.parameters(), *span.layers.buffers()))
 
 
 def sample_s(setting: GpuSetting, work: Callable[[], object]) -> list[float]:

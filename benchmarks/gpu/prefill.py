@@ -8,8 +8,12 @@ multiplications of the blocks' matrices and of causal attention.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from execution import (
+    SHAPES,
     matrix_flops_per_s,
     new_gpu_parser,
     open_sequences,
@@ -22,20 +26,25 @@ from execution import (
     summary,
 )
 
+from swarm.server.hardware import pass_tokens
+
 
 def main() -> None:
-    parser = new_gpu_parser(__doc__ or "")
+    parser = new_gpu_parser(__doc__ or "", executions="modules")
     parser.add_argument("--lengths", default="512,2048,8192")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of one step, as the server cuts a prefill")
+    parser.add_argument("--chunk", type=int, default=pass_tokens("cuda"), help="tokens of one step")
     setting, arguments = read_setting("gpu/prefill", parser)
     matrix_rate = matrix_flops_per_s(setting)
     span = random_span(setting)
-    matrix_numbers = sum(parameter.numel() for parameter in span.parameters() if parameter.dim() == 2)
+    shape = SHAPES[setting.shape]
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    heads = 2 * (shape["num_attention_heads"] + shape["num_key_value_heads"]) * head_dim
+    matrix_numbers = setting.num_blocks * shape["hidden_size"] * (heads + 3 * shape["intermediate_size"])
     rows = []
-    for length in (int(text) for text in arguments.lengths.split(",")):
+    for execution, text in itertools.product(setting.executions, arguments.lengths.split(",")):
+        length = int(text)
         x_BLD = torch.randn(1, length, span.hidden_size).to(span.dtype)
-
-        sequences = open_sequences(setting, span, 1, length)
+        sequences = open_sequences(execution, span, 1, length)
 
         def prefill(sequences=sequences, x_BLD=x_BLD) -> None:  # type: ignore[no-untyped-def]
             sequences.clear()
@@ -43,11 +52,13 @@ def main() -> None:
                 sequences.step(part_BLD)
 
         times_s = sample_s(setting, prefill)
-        flops = 2 * matrix_numbers * length + 2 * length**2 * span.hidden_size * setting.num_blocks
-        rates = summary([length / seconds for seconds in times_s])
-        row = {"length": length, "tokens_per_s": rates, "tflop_per_s": rounded(flops / length * rates["median"] / 1e12)}
-        row["of_matrix_rate"] = rounded(flops / length * rates["median"] / matrix_rate)
-        rows.append(row)
+        flops = 2 * matrix_numbers + 2 * length * span.hidden_size * setting.num_blocks  # a token, on average
+        row: dict[str, Any] = {"length": length, "execution": execution, "used": sequences.used}
+        row["tokens_per_s"] = summary([length / seconds for seconds in times_s])
+        flops_per_s = flops * row["tokens_per_s"]["median"]
+        rows.append(
+            row | {"tflop_per_s": rounded(flops_per_s / 1e12), "of_matrix_rate": rounded(flops_per_s / matrix_rate)}
+        )
         say(str(row))
     print_gpu_result(
         "gpu/prefill",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -135,7 +136,7 @@ def load_bottlenecks(model: PreTrainedModel, directory: str | Path) -> Bottlenec
         tensors: dict[str, Tensor] = load_file(path / WEIGHTS_FILE)
     except ValidationError as exc:
         raise BadCheckpoint(f"{path / CONFIG_FILE} cannot be read: {first_error(exc)}") from exc
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, SafetensorError) as exc:
         raise BadCheckpoint(f"there are no bottleneck adapters in {str(path)!r}: {exc}") from exc
     bottlenecks = add_bottlenecks(model, config)
     try:

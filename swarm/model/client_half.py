@@ -33,6 +33,7 @@ from swarm.model.anatomy import Anatomy, anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import build_empty, load_part
+from swarm.model.pooling import refuse_padding_at_the_end_of_embeddings
 from swarm.model.prefixes import ModelPrefix, read_prefix
 from swarm.model.quantization import NONE, Scheme, choose_scheme
 from swarm.model.remote_cache import RemoteCache
@@ -61,7 +62,8 @@ class RemoteCall(Protocol):
         Args:
             x_BLD: hidden states entering block 0.
             cache: None for a stateless call, through which gradients flow; else `cache.position` tokens came before.
-            attention_mask_BT: None unless there is padding. It does not count a prefix.
+            attention_mask_BT: None unless there is padding, or nothing else says that a row of positions that begin
+                anew is one text. It does not count a prefix.
             position_ids_BL: None unless they differ from the L positions after the prefix and the cached tokens.
             prefix: keys and values that stand in front of all tokens in each block; None: nothing does.
         Returns: hidden states leaving the last block; shape, dtype and device of the input.
@@ -80,6 +82,14 @@ class _Arguments:
     wants_hidden_states: bool = False
     x_BLD: Tensor | None = None
     """The hidden states that entered the blocks, where they are wanted."""
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether positions that begin anew are those of several texts in one row, which do not see one another.
+
+        The library, here and on servers, takes them for that where there is neither a mask nor a cache.
+        """
+        return self.attention_mask is None and self.cache is None
 
 
 class RemoteBlocks(nn.Module):
@@ -105,11 +115,15 @@ class RemoteBlocks(nn.Module):
         num_before = (0 if cache is None else cache.position) + (prefix[0].num_tokens if prefix else 0)
         if arguments.wants_hidden_states:
             arguments.x_BLD = hidden_states
+        mask_BT = _mask_if_padded(arguments.attention_mask, prefix)
+        position_ids_BL = _positions_if_special(arguments.position_ids, num_before)
+        if mask_BT is None and position_ids_BL is not None and not num_before and not arguments.may_be_packed:
+            mask_BT = torch.ones(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
         x_BLD = self.call(
             hidden_states,
             cache=cache,
-            attention_mask_BT=_mask_if_padded(arguments.attention_mask, prefix),
-            position_ids_BL=_positions_if_special(arguments.position_ids, num_before),
+            attention_mask_BT=mask_BT,
+            position_ids_BL=position_ids_BL,
             prefix=prefix,
         )
         if cache is not None:
@@ -214,6 +228,8 @@ def load_client_half(
     _settle(model, torch.device(device), model.dtype)  # only now: nothing on `meta` is given kernels
     if model.can_generate():
         model.generation_config = _generation_config(checkpoint, config)
+    if auto_class is AutoModelForSequenceClassification:
+        refuse_padding_at_the_end_of_embeddings(model)
     return model
 
 

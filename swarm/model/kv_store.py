@@ -65,9 +65,15 @@ class KVStore:
     Blocks go by their number in the whole model, so that views of a span share the store of the span.
     """
 
-    def __init__(self, layout: KVLayout, num_slots: int) -> None:
+    def __init__(self, layout: KVLayout, num_slots: int, *, scrap_slots: int = 0) -> None:
+        """Take the memory.
+
+        Args:
+            scrap_slots: how many more there are behind them, for tokens that only fill up a row (graphs.py).
+        """
         self.layout = layout
         self.num_slots = num_slots
+        self.scrap_slots = scrap_slots
         with torch.inference_mode(False):
             self._heads = {
                 number: (self._empty(shape, shape.key_dim), self._empty(shape, shape.value_dim))
@@ -76,7 +82,7 @@ class KVStore:
 
     def _empty(self, shape: KVShape, head_dim: int) -> Tensor:
         """Slots of keys or values, [1, N, S, H]."""
-        sizes, layout = (self.num_slots, shape.num_kv_heads, head_dim), self.layout
+        sizes, layout = (self.num_slots + self.scrap_slots, shape.num_kv_heads, head_dim), self.layout
         if layout.device.type == "cpu":  # measured: attention reads one head's tokens faster when they are adjacent
             return torch.empty(1, sizes[1], sizes[0], sizes[2], dtype=layout.dtype)
         return torch.empty(sizes, dtype=layout.dtype, device=layout.device).transpose(0, 1).unsqueeze(0)
@@ -84,7 +90,7 @@ class KVStore:
     @property
     def num_bytes(self) -> int:
         """Memory of all slots, used or not."""
-        return self.num_slots * self.layout.bytes_per_slot
+        return (self.num_slots + self.scrap_slots) * self.layout.bytes_per_slot
 
     @property
     def bytes_per_token_and_block(self) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +80,9 @@ class Scheme:
         if self.linear is not None:
             return {"quantization_config": _WeightOnlyConfig(self)}
         if self.name == "int8":
-            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[])
+            # With a threshold, a column in which any row is large is multiplied in 16 bits, for all rows of the pass:
+            # what one person sends would change another's result. The library's own default is 6.0.
+            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=[])
         else:
             config = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -152,17 +156,53 @@ def prepare_for_own(model: PreTrainedModel, config: PretrainedConfig, device: to
         return None
     if method in _NOT_OURS_TO_LOAD:
         raise UnsupportedModel(f"this checkpoint is quantized with {method}: {_NOT_OURS_TO_LOAD[method]}")
-    device_map = {"": device}
-    try:
-        quantizer, *_ = get_hf_quantizer(copy.deepcopy(config), None, device_map, True, {})
-        if quantizer is None:
-            raise UnsupportedModel(f"this checkpoint is quantized with {method}, which transformers does not know")
+    with _explained(method):
+        quantizer = _quantizer_of(method, config, device)
         quantizer.preprocess_model(
-            model=model, dtype=model.dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
+            model=model, dtype=model.dtype, device_map={"": device}, checkpoint_files=None, use_kernels=False
         )
+    return quantizer
+
+
+def dtype_of_own(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Into which dtype the library turns the wanted one for a checkpoint that comes quantized: kernels of some kinds
+    take no other.
+
+    Raises: UnsupportedModel, ResourceError: see prepare_for_own.
+    """
+    method = own_quantization(config)
+    if method is None or method in _NOT_OURS_TO_LOAD:
+        return dtype
+    with _explained(method):
+        changed: torch.dtype = _quantizer_of(method, config, device).update_dtype(dtype)
+    return changed
+
+
+def _quantizer_of(method: str, config: PretrainedConfig, device: torch.device) -> HfQuantizer:
+    quantizer, *_ = get_hf_quantizer(copy.deepcopy(config), None, {"": device}, True, {})
+    if quantizer is None:
+        raise UnsupportedModel(f"this checkpoint is quantized with {method}, which transformers does not know")
+    return quantizer
+
+
+@contextmanager
+def _explained(method: str) -> Iterator[None]:
+    """Say in our words what the library lacks."""
+    try:
+        yield
     except (ImportError, ValueError, RuntimeError) as exc:
         raise ResourceError(f"this checkpoint is quantized with {method}, which cannot run here: {exc}") from exc
-    return quantizer
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Let layers of bitsandbytes keep their weights as they were loaded.
+
+    On processors with bfloat16 in AVX-512 the first pass without gradients packs them anew, in place, for a kernel that
+    has no backward: gradients would then end at each of these layers, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def block_bytes(layer: nn.Module, dtype: torch.dtype, scheme: Scheme | None) -> int:

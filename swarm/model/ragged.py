@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,15 +30,17 @@ from swarm.errors import BadRequest, UnsupportedModel
 from swarm.model import families
 from swarm.model.attention import RowAttention
 from swarm.model.edits import AddPrompt, Edits, make_edits
+from swarm.model.graphs import graphed_blocks
 from swarm.model.kv_store import KVStore, kv_layout, read_runs
 from swarm.model.narrow import twin_of
-from swarm.model.paged import PagedAttention, can_page, plan_paged
+from swarm.model.paged import PagedRow, Pager, open_pager
 from swarm.model.passage import Passage
-from swarm.model.pieces import Piece
+from swarm.model.pieces import FastPath, Piece, position_ids
 from swarm.model.sights import MaskFunction
 from swarm.model.singles import Scores
 from swarm.model.span import Span
 from swarm.model.span_cache import cache_layers
+from swarm.model.staging import send
 from swarm.model.whole_blocks import whole_blocks
 
 __all__ = ["PackedSpan", "Piece", "is_packable"]
@@ -87,16 +90,22 @@ class PackedSpan:
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         """The twins of the span's blocks: modules of their own, without its hooks."""
-        self._passage = Passage(model, layers)
-        self._whole = whole_blocks(span, model, layers, store)
+        num_heads = getattr(span.config, "num_attention_heads", None)
+        pager = open_pager(store, num_heads) if num_heads else None
+        self.rows = _Rows(Passage(model, layers), span, store, pager)
+        """Runs rows by the library's modules."""
+        fast_paths = (whole_blocks(span, model, layers, store), graphed_blocks(span, store, pager, self.rows.over))
+        self.fast_paths: list[FastPath] = [path for path in fast_paths if path is not None]
+        """Ways for rows of some kinds that take less time; the first one that takes a row has it."""
 
     def __call__(self, x_TD: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Run the blocks on all pieces and write their keys and values into the store.
 
         Args:
-            x_TD: hidden states entering the first block, those of the first piece first, on the span's device.
+            x_TD: hidden states entering the first block, those of the first piece first, on the span's device or on
+                the CPU, from where they travel together with what else the device needs.
             pieces: at most one per sequence; no two may write the same slot.
-        Returns: hidden states leaving the last block, [T, D], in the span's dtype, in the same order.
+        Returns: hidden states leaving the last block, [T, D], in the span's dtype and on its device, in that order.
         Raises:
             BadRequest: shapes do not fit.
             UnsupportedModel: the model's attention is not as it was taken to be.
@@ -105,20 +114,15 @@ class PackedSpan:
         self._check(x_TD, pieces)
         with torch.inference_mode():
             edits = make_edits(_prompt_adder(pieces), [(piece.length, piece.adapters) for piece in pieces])
-            x_TD = x_TD.to(self._dtype)
-            if self._whole is not None and edits is None and self._whole.takes(pieces):
-                return self._whole(x_TD, _position_ids(pieces, x_TD.device).unsqueeze(0), pieces)
+            for path in self.fast_paths if edits is None else ():
+                if path.takes(pieces):
+                    return path(x_TD.to(self._dtype), position_ids(pieces).unsqueeze(0), pieces)
             return self.by_modules(x_TD, pieces, edits)
 
     def by_modules(self, x_TD: Tensor, pieces: Sequence[Piece], edits: Edits | None = None) -> Tensor:
         """The same by the library's modules, whatever the pieces are; `edits`: what is changed in the blocks."""
         with torch.inference_mode():
-            row = _Row(pieces, self._store, self._span)
-            inputs = {"use_cache": True, "past_key_values": row}
-            if self._span.takes_position_ids:
-                inputs["position_ids"] = row.position_ids_1T
-            with row.running():
-                return self._passage(x_TD.unsqueeze(0), inputs, edits)[0]
+            return self.rows.of_pieces(x_TD.to(self._dtype), pieces, edits)
 
     def _check(self, x_TD: Tensor, pieces: Sequence[Piece]) -> None:
         hidden_size, num_blocks = self._span.hidden_size, len(self._span.blocks)
@@ -145,20 +149,72 @@ class _Configs:
         return twin
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Runs rows through the library's modules."""
+
+    passage: Passage
+    span: Span
+    store: KVStore
+    pager: Pager | None
+
+    def over(self, store: KVStore, pager: Pager | None) -> _Rows:
+        """The same over another store."""
+        return dataclasses.replace(self, store=store, pager=pager)
+
+    def of_pieces(self, x_TD: Tensor, pieces: Sequence[Piece], edits: Edits | None = None) -> Tensor:
+        """See PackedSpan.by_modules."""
+        planned = None if self.pager is None or self._expands else self.pager.plan(pieces)
+        slots = itertools.chain.from_iterable(piece.slots_from(piece.position) for piece in pieces)
+        tensors = [x_TD, position_ids(pieces), torch.tensor(list(slots)), *(planned.tensors if planned else ())]
+        x_TD, position_ids_T, slots_T, *rest = send(tensors, self.store.layout.device)
+        paged = None if planned is None else planned.with_tensors(rest)
+        return self._run(x_TD, position_ids_T, _Row(pieces, self.store, self.span, slots_T, paged), edits)
+
+    def of_single_tokens(self, x_TD: Tensor, position_ids_T: Tensor, slots_T: Tensor, paged: PagedRow) -> Tensor:
+        """Run a row that is in tensors on the device, and in them alone; see graphs.RunTokens."""
+        return self._run(x_TD, position_ids_T, _Row(None, self.store, self.span, slots_T, paged), None)
+
+    @property
+    def _expands(self) -> bool:
+        return self.span.anatomy.model_type in families.EXPANDED
+
+    def _run(self, x_TD: Tensor, position_ids_T: Tensor, row: _Row, edits: Edits | None) -> Tensor:
+        inputs: dict[str, Any] = {"use_cache": True, "past_key_values": row}
+        if self.span.takes_position_ids:
+            inputs["position_ids"] = position_ids_T.unsqueeze(0)
+        with row.running():
+            return self.passage(x_TD.unsqueeze(0), inputs, edits)[0]
+
+
 class _Row(Cache):
     """What one call needs in every block. To the library it is the cache: the place where new keys and values go."""
 
-    def __init__(self, pieces: Sequence[Piece], store: KVStore, span: Span) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece] | None,
+        store: KVStore,
+        span: Span,
+        slots_T: Tensor,
+        paged: PagedRow | None,
+    ) -> None:
+        """A row of None for `pieces` is all in tensors, so that it can be run again with other numbers in them."""
         super().__init__(layers=[])
         self.store = store
+        self.paged = paged
         self.expands = span.anatomy.model_type in families.EXPANDED
-        self._runs = [run for piece in pieces for run in piece.runs]
-        self.pieces = _end_to_end(pieces) if self.expands else pieces
+        self._runs = [run for piece in pieces or () for run in piece.runs]
+        self._pieces = _end_to_end(pieces) if self.expands and pieces is not None else pieces
         self._blocks = span.blocks
-        slots = itertools.chain.from_iterable(piece.slots_from(piece.position) for piece in pieces)
-        self._slots_T = torch.tensor(list(slots), device=store.layout.device)
-        self.position_ids_1T = _position_ids(pieces, store.layout.device).unsqueeze(0)
+        self._slots_T = slots_T
         self._written: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """Raises: UnsupportedModel: this row has none, only what the kernel that reads pages needs."""
+        if self._pieces is None:
+            raise UnsupportedModel("this model's attention needs more than the kernel that reads pages has")
+        return self._pieces
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -239,31 +295,49 @@ class _Mask:
         self._local_size = local_size
 
     @cached_property
-    def _paged(self) -> PagedAttention | None:
-        row = self._row
-        if row.expands or not can_page(row.store):
-            return None
-        if self._function is None:
-            return plan_paged(row.pieces, None, row.store)
-        if self._local_size is not None and _is_window(self._function, self._local_size, row.store.layout.device):
-            return plan_paged(row.pieces, self._local_size, row.store)
-        return None
+    def _paged(self) -> PagedRow | None:
+        """None: the kernel that reads pages is not there, or has no such mask."""
+        return self._row.paged if self._function is None or self._window is not None else None
+
+    @cached_property
+    def _window(self) -> int | None:
+        """How many tokens each one sees, itself included, if this mask is a window; asked of masks with a function."""
+        assert self._function is not None
+        is_window = self._local_size is not None and _is_window(self._function, self._local_size)
+        return self._local_size if is_window else None
 
     @cached_property
     def _attention(self) -> RowAttention:
         return RowAttention(self._row.pieces, self._function, self._row.store)
 
+    @cached_property
+    def _rest(self) -> RowAttention:
+        """Of the pieces that lie on no pages."""
+        assert self._paged is not None
+        return RowAttention(self._paged.rest, self._function, self._row.store)
+
     def attend(self, q_1NTH: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-        if scores.plain and self._paged is not None:
-            return self._paged(q_1NTH, keys, values, scores.scaling)
-        return self._attention(q_1NTH, keys, values, scores)
+        if not scores.plain or self._paged is None:
+            return self._attention(q_1NTH, keys, values, scores)
+        window = None if self._function is None else self._window
+
+        def attend_rest(q_1NTH: Tensor) -> Tensor:
+            return self._rest(q_1NTH, keys, values, scores)
+
+        return self._paged.attend(q_1NTH, keys, values, scores.scaling, window, attend_rest)
 
 
-def _is_window(function: MaskFunction, size: int, device: torch.device) -> bool:
-    """Whether a mask function of that local size is a sliding window, rather than chunks."""
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    sees = [bool(function(zero, zero, zero + size, zero + key)) for key in (0, 1)]
-    return size == 1 or sees == [False, True]
+def _is_window(function: MaskFunction, size: int) -> bool:
+    """Whether a mask function of that local size is a sliding window, rather than chunks.
+
+    It is asked on the CPU, so that nobody waits for the device. What a chunk does depends on padding that the library
+    looks up on the device: where that is another one, the answer betrays it.
+    """
+    zero = torch.zeros((), dtype=torch.int64)
+    sees = [function(zero, zero, zero + size, zero + key) for key in (0, 1)]
+    if any(each.device.type != "cpu" for each in sees):
+        return False
+    return size == 1 or [bool(each) for each in sees] == [False, True]
 
 
 def _make_mask(
@@ -307,21 +381,6 @@ def _end_to_end(pieces: Sequence[Piece]) -> list[Piece]:
     return [
         dataclasses.replace(piece, runs=[(end - piece.num_keys, end)]) for piece, end in zip(pieces, ends, strict=True)
     ]
-
-
-def _position_ids(pieces: Sequence[Piece], device: torch.device) -> Tensor:
-    """[T], int64."""
-    if all(piece.position_ids_L is None for piece in pieces):
-        positions = itertools.chain.from_iterable(range(piece.position, piece.num_keys) for piece in pieces)
-        return torch.tensor(list(positions), device=device)
-    return torch.cat(
-        [
-            torch.arange(piece.position, piece.num_keys, device=device)
-            if piece.position_ids_L is None
-            else piece.position_ids_L.to(device)
-            for piece in pieces
-        ]
-    )
 
 
 def _prompt_adder(pieces: Sequence[Piece]) -> AddPrompt | None:

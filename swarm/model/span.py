@@ -28,7 +28,7 @@ from swarm.model.edits import Adapters, AddPrompt, make_edits
 from swarm.model.half_layers import use_half_kernels
 from swarm.model.loading import Progress, load_part
 from swarm.model.passage import Passage
-from swarm.model.quantization import Scheme, log_share
+from swarm.model.quantization import Scheme, keep_differentiable, log_share
 from swarm.model.span_cache import SpanCache
 from swarm.ranges import BlockRange
 
@@ -262,5 +262,6 @@ def load_span(
     if scheme is not None:
         log_share(model, scheme)
     use_half_kernels(model)
+    keep_differentiable(model)
     renumber(model, anatomy, blocks)
     return Span(model.requires_grad_(False), anatomy, blocks)

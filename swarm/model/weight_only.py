@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,6 +27,9 @@ PADDED_GROUPS = 8
 
 DENSE_OUTPUTS = 1024
 """How many outputs' weights are in float32 at a time, where they have to be."""
+
+DENSE_INPUTS = 1024
+"""The same of inputs, where a kernel alone knows the layout of the weights: 56 MiB for the widest matrix of a 70B."""
 
 DENSE_FROM_ROWS = 64
 """Rows from which on turning the weights into floats first is taken to be worth it, where the processor multiplies
@@ -331,8 +335,15 @@ class CudaInt4Linear(WeightOnlyLinear):
     @property
     def weight(self) -> Tensor:
         """All weights, by way of the kernel, which alone knows its layout."""
-        unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.like.device)
-        return self._product(unit).t().to(self.dtype)
+        return torch.cat([columns_NC.to(self.dtype) for _, columns_NC in self._columns()], dim=1)
+
+    def _columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weights of some inputs at a time, bfloat16: products of the kernel with rows that have a single 1."""
+        for begin in range(0, self.in_features, DENSE_INPUTS):
+            some = slice(begin, min(begin + DENSE_INPUTS, self.in_features))
+            unit = torch.zeros(some.stop - begin, self.in_features, dtype=torch.bfloat16, device=self.like.device)
+            unit.diagonal(begin).fill_(1)
+            yield some, self._product(unit).t()
 
     def biased_product(self, x_MK: Tensor) -> Tensor:
         return _with_bias(self._product(x_MK), self.bias).to(x_MK.dtype)
@@ -342,7 +353,10 @@ class CudaInt4Linear(WeightOnlyLinear):
         return torch.ops.aten._weight_int4pack_mm(x_MK, self.data, self.group, self.scale_zero)
 
     def input_gradient(self, grad_MN: Tensor) -> Tensor:
-        return grad_MN @ self.weight.to(grad_MN.dtype)
+        grad_MK = grad_MN.new_empty(grad_MN.shape[0], self.in_features)
+        for some, columns_NC in self._columns():
+            grad_MK[:, some] = grad_MN @ columns_NC.to(grad_MN.dtype)
+        return grad_MK
 
 
 def quantize_groups(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,8 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
     ERROR_CODE_PROTOCOL: _ClassVar[ErrorCode]
     ERROR_CODE_ADAPTER_MISSING: _ClassVar[ErrorCode]
+    ERROR_CODE_NOT_A_MEMBER: _ClassVar[ErrorCode]
+    ERROR_CODE_TOO_MANY_REQUESTS: _ClassVar[ErrorCode]
 
 class Retry(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -60,6 +62,8 @@ ERROR_CODE_CACHE_FULL: ErrorCode
 ERROR_CODE_DRAINING: ErrorCode
 ERROR_CODE_PROTOCOL: ErrorCode
 ERROR_CODE_ADAPTER_MISSING: ErrorCode
+ERROR_CODE_NOT_A_MEMBER: ErrorCode
+ERROR_CODE_TOO_MANY_REQUESTS: ErrorCode
 RETRY_UNSPECIFIED: Retry
 RETRY_NEVER: Retry
 RETRY_SAME_PEER: Retry
@@ -78,16 +82,18 @@ class TensorSpec(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "retry", "message", "peer_id")
+    __slots__ = ("code", "retry", "message", "peer_id", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: ErrorCode
     retry: Retry
     message: str
     peer_id: str
-    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., retry: _Optional[_Union[Retry, str]] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., retry: _Optional[_Union[Retry, str]] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class BlockRange(_message.Message):
     __slots__ = ("start", "end")
@@ -154,16 +160,18 @@ class Limits(_message.Message):
     def __init__(self, max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_adapter_bytes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length")
+    __slots__ = ("num_sessions", "cache_used_bytes", "cache_total_bytes", "queue_length", "queue_s")
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     CACHE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CACHE_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     num_sessions: int
     cache_used_bytes: int
     cache_total_bytes: int
     queue_length: int
-    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, num_sessions: _Optional[int] = ..., cache_used_bytes: _Optional[int] = ..., cache_total_bytes: _Optional[int] = ..., queue_length: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class PeerAddress(_message.Message):
     __slots__ = ("peer_id", "direct", "tls_certificate", "multiaddrs")
@@ -238,7 +246,7 @@ class SessionAttach(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us")
+    __slots__ = ("step_id", "position", "num_outputs", "beam_idx", "hidden_states", "attention_mask", "position_ids", "data", "hop_us", "held")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +256,7 @@ class Step(_message.Message):
     POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     HOP_US_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     position: int
     num_outputs: int
@@ -257,7 +266,8 @@ class Step(_message.Message):
     position_ids: TensorSpec
     data: bytes
     hop_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    held: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step_id: _Optional[int] = ..., position: _Optional[int] = ..., num_outputs: _Optional[int] = ..., beam_idx: _Optional[_Iterable[int]] = ..., hidden_states: _Optional[_Union[TensorSpec, _Mapping]] = ..., attention_mask: _Optional[_Union[TensorSpec, _Mapping]] = ..., position_ids: _Optional[_Union[TensorSpec, _Mapping]] = ..., data: _Optional[bytes] = ..., hop_us: _Optional[_Iterable[int]] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("opened", "result", "more", "draining")

@@ -20,7 +20,7 @@ SERVER_STATE_ONLINE: ServerState
 SERVER_STATE_DRAINING: ServerState
 
 class ServerEntry(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "server_name", "model_name", "model_commit", "num_model_blocks", "hidden_size", "start", "end", "dtype", "quantization", "state", "direct", "tls_certificate", "multiaddrs", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens", "max_batch_size", "cache_free_tokens", "coordinates", "next_blocks", "blocks_per_s", "movable", "adapters")
+    __slots__ = ("protocol_version", "software_version", "server_name", "model_name", "model_commit", "num_model_blocks", "hidden_size", "start", "end", "dtype", "quantization", "state", "direct", "tls_certificate", "multiaddrs", "decode_tokens_per_s", "forward_tokens_per_s", "max_session_tokens", "max_step_tokens", "max_batch_tokens", "max_batch_size", "cache_free_tokens", "coordinates", "next_blocks", "blocks_per_s", "movable", "adapters", "queue_s", "bytes_per_s")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,8 @@ class ServerEntry(_message.Message):
     BLOCKS_PER_S_FIELD_NUMBER: _ClassVar[int]
     MOVABLE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     server_name: str
@@ -75,7 +77,9 @@ class ServerEntry(_message.Message):
     blocks_per_s: float
     movable: bool
     adapters: _containers.RepeatedCompositeFieldContainer[HostedAdapter]
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., server_name: _Optional[str] = ..., model_name: _Optional[str] = ..., model_commit: _Optional[str] = ..., num_model_blocks: _Optional[int] = ..., hidden_size: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., dtype: _Optional[_Union[_blocks_pb2.DType, str]] = ..., quantization: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., direct: _Optional[_Iterable[str]] = ..., tls_certificate: _Optional[bytes] = ..., multiaddrs: _Optional[_Iterable[str]] = ..., decode_tokens_per_s: _Optional[float] = ..., forward_tokens_per_s: _Optional[float] = ..., max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., cache_free_tokens: _Optional[int] = ..., coordinates: _Optional[_Iterable[float]] = ..., next_blocks: _Optional[_Union[_blocks_pb2.BlockRange, _Mapping]] = ..., blocks_per_s: _Optional[float] = ..., movable: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[HostedAdapter, _Mapping]]] = ...) -> None: ...
+    queue_s: float
+    bytes_per_s: float
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., server_name: _Optional[str] = ..., model_name: _Optional[str] = ..., model_commit: _Optional[str] = ..., num_model_blocks: _Optional[int] = ..., hidden_size: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., dtype: _Optional[_Union[_blocks_pb2.DType, str]] = ..., quantization: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., direct: _Optional[_Iterable[str]] = ..., tls_certificate: _Optional[bytes] = ..., multiaddrs: _Optional[_Iterable[str]] = ..., decode_tokens_per_s: _Optional[float] = ..., forward_tokens_per_s: _Optional[float] = ..., max_session_tokens: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., cache_free_tokens: _Optional[int] = ..., coordinates: _Optional[_Iterable[float]] = ..., next_blocks: _Optional[_Union[_blocks_pb2.BlockRange, _Mapping]] = ..., blocks_per_s: _Optional[float] = ..., movable: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[HostedAdapter, _Mapping]]] = ..., queue_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class HostedAdapter(_message.Message):
     __slots__ = ("name", "digest")

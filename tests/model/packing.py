@@ -3,6 +3,7 @@ left padding, deep prompts, windows shorter than the context, a part of the bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -126,3 +127,44 @@ def packing_error(model_type: str, blocks: BlockRange) -> float:
         seen = ~theirs.isnan().any(-1)
         error = max(error, float((ours - theirs)[seen].abs().max())) if ours.isfinite().all() else torch.inf
     return error
+
+
+def page_by_page(
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    num_splits: int,
+) -> Tensor:
+    """What `varlen_attn` says it does with a block table, by the plainest means."""
+    assert query.is_contiguous() and key.stride(-1) == 1 and num_splits >= 1
+    assert all(t.dtype == torch.int32 for t in (cu_seq_q, cu_seq_k, seqused_k, block_table))
+    assert enable_gqa == (query.shape[1] != key.shape[2])
+    assert cu_seq_k.diff().tolist() == [block_table.shape[1] * key.shape[1]] * len(seqused_k)
+    left, right = window_size
+    assert right == 0 or (left, right) == (-1, -1)
+    outputs = []
+    for start, end, num_keys, pages in zip(cu_seq_q, cu_seq_q[1:], seqused_k, block_table, strict=False):
+        assert end - start <= max_q and num_keys <= max_k
+        keys, values = (
+            pool[pages].flatten(0, 1)[:num_keys].repeat_interleave(query.shape[1] // key.shape[2], 1).transpose(0, 1)
+            for pool in (key, value)
+        )
+        products = query[start:end].transpose(0, 1) @ keys.transpose(1, 2)
+        products = products * (query.shape[2] ** -0.5 if scale is None else scale)
+        diagonal = int(num_keys - (end - start))
+        seen = torch.ones_like(products[0], dtype=torch.bool)
+        seen = seen.tril(diagonal) if right == 0 else seen
+        seen = seen.triu(diagonal - left) if left >= 0 else seen
+        weights = products.masked_fill(~seen, -math.inf).softmax(-1)
+        outputs.append((weights @ values).transpose(0, 1))
+    return torch.cat(outputs)

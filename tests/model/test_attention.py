@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from marks import needs_compiled
+from packing import page_by_page
 from torch import Tensor
 from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
-from swarm.model import kernels, singles
+from swarm.model import kernels, paged, singles
 from swarm.model.attention import RowAttention
 from swarm.model.kv_store import KVLayout, KVShape, KVStore
-from swarm.model.paged import PAGE_TOKENS, PagedAttention, as_pages, can_page, plan_paged
+from swarm.model.paged import (
+    PAGE_TOKENS,
+    SINGLE_SPLITS,
+    Kernel,
+    Pager,
+    as_pages,
+    can_page,
+    computes_the_same,
+    open_pager,
+)
 from swarm.model.pieces import Piece
 from swarm.model.sights import MaskFunction
 from swarm.model.singles import Scores
@@ -123,86 +133,131 @@ PAGED = (
     Piece(1, 619, [(512, 1024), (0, 108)]),
     Piece(30, 0, [(1024, 1054)]),
     Piece(2, 299, [(1536, 1837)]),
+    Piece(1, 1, [(1280, 1282)]),
 )
 
+OFF_PAGES = (
+    Piece(1, 9, [(1100, 1110)]),
+    Piece(1, 9, [(1310, 1315), (1400, 1405)]),
+    Piece(3, 7, [(256, 266)], key_mask_T=torch.arange(10) >= 2),
+    Piece(1, 9, [(2048, 2058)]),
+)
+"""Not on whole pages, padded, on a page that the store does not have in full."""
 
-def page_by_page(
-    *,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: Tensor,
-    block_table: Tensor,
+
+def attend_paged(
+    pieces: Sequence[Piece], q_1MTH: Tensor, store: KVStore, window: int | None, kernel: Kernel = page_by_page
 ) -> Tensor:
-    """What `varlen_attn` says it does with a block table, by the plainest means."""
-    assert query.is_contiguous() and key.stride(-1) == 1 and window_size[1] == 0
-    assert all(t.dtype == torch.int32 for t in (cu_seq_q, cu_seq_k, seqused_k, block_table))
-    assert enable_gqa == (query.shape[1] != key.shape[2])
-    assert cu_seq_k.diff().tolist() == [block_table.shape[1] * key.shape[1]] * len(seqused_k)
-    outputs = []
-    for start, end, num_keys, pages in zip(cu_seq_q, cu_seq_q[1:], seqused_k, block_table, strict=False):
-        assert end - start <= max_q and num_keys <= max_k
-        keys, values = (
-            pool[pages].flatten(0, 1)[:num_keys].repeat_interleave(query.shape[1] // key.shape[2], 1).transpose(0, 1)
-            for pool in (key, value)
-        )
-        products = query[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale
-        diagonal = int(num_keys - (end - start))
-        seen = torch.ones_like(products[0], dtype=torch.bool).tril(diagonal)
-        if window_size[0] >= 0:
-            seen = seen.triu(diagonal - window_size[0])
-        weights = products.masked_fill(~seen, -math.inf).softmax(-1)
-        outputs.append((weights @ values).transpose(0, 1))
-    return torch.cat(outputs)
+    row, (keys, values) = Pager(store, kernel).plan(pieces), store.heads(0)
+    function = None if window is None else sliding_window_causal_mask_function(window)
+    rest = RowAttention(row.rest, function, store)
+    return row.attend(q_1MTH, keys, values, 0.25, window, lambda q_1MTH: rest(q_1MTH, keys, values, Scores(0.25)))
 
 
 @pytest.mark.parametrize("num_heads", [2, 6])
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_paged_arguments_say_what_attention_in_place_does(num_heads: int, window: int | None) -> None:
-    store = open_store(2048)
-    q_1MTH = torch.randn(1, num_heads, sum(piece.length for piece in PAGED), HEAD_DIM)
-    keys, values = store.heads(0)
-    plan = plan_paged(PAGED, window, store)
-    assert plan is not None and plan.block_table.tolist() == [[2, 3, 0], [4, 0, 0], [6, 7, 0]]
-    assert plan.window_size == ((-1, 0) if window is None else (window - 1, 0))
-    paged = page_by_page(**plan.arguments(q_1MTH, keys, values, 0.25))
-    function = None if window is None else sliding_window_causal_mask_function(window)
-    in_place = RowAttention(PAGED, function, store)(q_1MTH, keys, values, Scores(0.25))
-    torch.testing.assert_close(paged.unsqueeze(0), in_place, atol=1e-5, rtol=0)
+@pytest.mark.parametrize(
+    "pieces",
+    [PAGED, PAGED[::3], PAGED[1:3], (*OFF_PAGES[:2], *PAGED, *OFF_PAGES[2:]), OFF_PAGES],
+    ids=["all kinds", "single tokens", "longer", "mixed with others", "others"],
+)
+def test_attention_by_pages_is_attention_in_place(pieces: Sequence[Piece], num_heads: int, window: int | None) -> None:
+    store = open_store(2100)
+    q_1MTH = torch.randn(1, num_heads, sum(piece.length for piece in pieces), HEAD_DIM)
+    expected = loop(pieces, q_1MTH, store, window, Scores(0.25))
+    torch.testing.assert_close(attend_paged(pieces, q_1MTH, store, window), expected, atol=1e-5, rtol=0)
+
+
+def test_one_padded_sequence_leaves_the_others_on_their_pages() -> None:
+    row = Pager(open_store(2100), page_by_page).plan([PAGED[0], *OFF_PAGES, PAGED[1], PAGED[3]])
+    singles, longer = row.parts
+    assert singles.block_table.tolist() == [[2, 3, 0], [5, 0, 0]] and longer.block_table.tolist() == [[4]]
+    assert singles.rows_T is not None and singles.rows_T.tolist() == [0, 37] and singles.max_q == 1
+    assert longer.rows_T is not None and longer.rows_T.tolist() == list(range(7, 37)) and longer.max_q == 30
+    assert list(row.rest) == list(OFF_PAGES)
+    assert row.rest_rows_T is not None and row.rest_rows_T.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_the_kernel_is_told_of_a_token_does_not_depend_on_the_others() -> None:
+    """The kernel divides a sequence by these alone: the longest possible one, and the number of parts."""
+    pager, store = Pager(open_store(2100), page_by_page), open_store(2100)
+    q_1MTH, (keys, values) = torch.zeros(1, 6, 40, HEAD_DIM), store.heads(0)
+    told = []
+    for pieces in ([PAGED[3]], PAGED, [PAGED[1], PAGED[3], OFF_PAGES[2]]):
+        part = pager.plan(pieces).parts[0]
+        arguments = part.arguments(q_1MTH, keys, values, 0.25, None)
+        told.append([arguments[name] for name in ("max_q", "max_k", "window_size", "num_splits")])
+    assert told == [[1, 2048, (-1, -1), SINGLE_SPLITS]] * 3
+    longer = pager.plan(PAGED).parts[1]
+    assert longer.arguments(q_1MTH, keys, values, 0.25, None)["num_splits"] == 1
+    assert longer.arguments(q_1MTH, keys, values, 0.25, WINDOW)["window_size"] == (WINDOW - 1, 0)
 
 
 def test_the_kernel_takes_the_paged_arguments() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
     store = open_store(2048, torch.bfloat16, "meta")  # its memory has the order that it has on a GPU
-    plan, (keys, values) = plan_paged(PAGED, WINDOW, store), store.heads(0)
-    assert isinstance(plan, PagedAttention)
+    row, (keys, values) = Pager(store, varlen_attn).plan(PAGED), store.heads(0)
+    row = row.with_tensors([tensor.to("meta") for tensor in row.tensors])
     assert as_pages(keys).is_contiguous() and as_pages(keys).shape == (8, PAGE_TOKENS, NUM_KV_HEADS, HEAD_DIM)
     num_tokens = sum(piece.length for piece in PAGED)
     q_1MTH = torch.empty(1, 6, num_tokens, HEAD_DIM, dtype=torch.bfloat16, device="meta")
-    assert plan(q_1MTH, keys, values, 0.25).shape == (1, num_tokens, 6, HEAD_DIM)
+    out_1TMH = row.attend(q_1MTH, keys, values, 0.25, WINDOW, lambda q_1MTH: q_1MTH)
+    assert out_1TMH.shape == (1, num_tokens, 6, HEAD_DIM)
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        Piece(1, 9, [(100, 110)]),
-        Piece(1, 9, [(0, 5), (256, 261)]),
-        Piece(1, 9, [(2048, 2058)]),
-        Piece(1, 9, [(0, 10)], key_mask_T=torch.ones(10, dtype=torch.bool)),
-    ],
-)
-def test_sequences_off_whole_pages_or_padded_are_not_read_by_pages(piece: Piece) -> None:
-    assert plan_paged([PAGED[1], piece], None, open_store(2100)) is None
+SHAPE = KVShape(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM)
 
 
-def test_pages_are_for_gpus_only() -> None:
-    assert not can_page(open_store(1024, torch.bfloat16))
+def one_block(device: str, dtype: torch.dtype = torch.bfloat16, shape: KVShape = SHAPE) -> KVLayout:
+    return KVLayout(BlockRange(0, 1), (shape,), dtype, torch.device(device))
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_pages_are_for_gpus_that_the_kernel_is_made_for(
+    capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_page(one_block("cuda"), 6) == fits
+    assert not can_page(one_block("cpu"), 6)
+    assert not can_page(one_block("cuda", torch.float32), 6)
+    assert not can_page(one_block("cuda"), 5)  # not a multiple of the key/value heads
+    assert not can_page(one_block("cuda", shape=KVShape(2, 512, 512)), 6)
+    assert not can_page(one_block("cuda", shape=KVShape(2, 16, 8)), 6)
+
+
+def test_a_kernel_that_computes_something_else_is_found_out() -> None:
+    def without_lengths(**arguments: Any) -> Tensor:
+        whole = torch.full_like(arguments["seqused_k"], 256)
+        return page_by_page(**{**arguments, "seqused_k": torch.minimum(arguments["seqused_k"], whole)})
+
+    def without_window(**arguments: Any) -> Tensor:
+        return page_by_page(**{**arguments, "window_size": (-1, 0)})
+
+    def trial(kernel: Kernel) -> bool:
+        return computes_the_same(kernel, SHAPE, 6, torch.float32, torch.device("cpu"))
+
+    assert trial(page_by_page)
+    assert not trial(without_lengths) and not trial(without_window)
+
+
+def test_a_kernel_that_does_not_run_leaves_attention_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**arguments: Any) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(paged, "can_page", lambda layout, num_heads: True)
+    monkeypatch.setattr(paged, "_kernel", lambda: refuse)
+    paged._is_same.cache_clear()
+    assert open_pager(open_store(2048), 6) is None and open_pager(open_store(2048), 6) is None
+    assert [record.message for record in caplog.records] == [
+        "attention reads one sequence after the other: no kernel image is available"
+    ]
+    paged._is_same.cache_clear()
+    monkeypatch.setattr(paged, "_kernel", lambda: page_by_page)
+    assert open_pager(open_store(2048), 6) is not None
+    paged._is_same.cache_clear()
 
 
 @needs_compiled

@@ -19,7 +19,7 @@ from swarm.model.anatomy import anatomy_of, base_class_of
 from swarm.model.checkpoint import Checkpoint, CheckpointSource
 from swarm.model.client_half import load_client_half
 from swarm.model.narrow import narrow
-from swarm.model.quantization import Scheme, block_bytes, choose_scheme, own_quantization
+from swarm.model.quantization import Scheme, block_bytes, choose_scheme, keep_differentiable, own_quantization
 from swarm.model.span import Span, load_span
 from swarm.model.weight_only import WeightOnlyLinear
 from swarm.ranges import BlockRange
@@ -259,6 +259,8 @@ def test_an_fp8_checkpoint_is_read_as_its_weights_say(tmp_path: Path) -> None:
     [
         ({"quant_method": "torchao"}, UnsupportedModel, "quantized with torchao"),
         ({"quant_method": "vptq"}, ResourceError, "quantized with vptq, which cannot run here"),
+        ({"quant_method": "awq", "bits": 4}, ResourceError, "quantized with awq, which cannot run here: .*gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4}, ResourceError, "quantized with gptq, which cannot run here: .*optimum"),
         ({"quant_method": "no-such-method"}, UnsupportedModel, "which transformers does not know"),
     ],
 )
@@ -321,20 +323,41 @@ def test_bitsandbytes_rounds_as_it_does_for_the_library(checkpoints, name: str) 
         assert torch.equal(narrow(span, BlockRange(2, 4))(x_BLD).isfinite(), torch.ones_like(x_BLD).bool())
 
 
-def test_a_bitsandbytes_checkpoint_stays_as_it_is(checkpoints, tmp_path: Path) -> None:
+def test_what_others_send_does_not_change_a_result_in_8_bits(checkpoints) -> None:
+    pytest.importorskip("bitsandbytes")
+    span = open_span(checkpoints(), scheme_of("int8", "cuda"))
+    x_BLD = torch.randn(2, 4, span.hidden_size)
+    with torch.no_grad():
+        alone = span(x_BLD)[0]
+        x_BLD[1, :, 3] = 500.0  # far beyond what the library takes for an outlier
+        assert torch.equal(span(x_BLD)[0], alone)
+
+
+def test_a_bitsandbytes_checkpoint_stays_as_it_is_and_passes_gradients(checkpoints, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     whole = AutoModelForCausalLM.from_pretrained(
         checkpoints().name, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=config
     )
     whole.save_pretrained(tmp_path)
+    keep_differentiable(whole)
     checkpoint = Checkpoint.open(CheckpointSource(str(tmp_path)))
     assert own_quantization(checkpoint.config) == "bitsandbytes"
     span = open_span(checkpoint)
     x_BLD = torch.randn(1, 5, span.hidden_size)
+
+    def gradient() -> Tensor:
+        x = x_BLD.clone().requires_grad_()
+        span(x).pow(2).mean().backward()
+        assert x.grad is not None
+        return x.grad
+
+    loaded, before = {name: each.clone() for name, each in span.named_parameters()}, gradient()
     hidden = []
     for layer in (whole.model.layers[0], whole.model.layers[3]):
         layer.register_forward_hook(lambda _, __, out: hidden.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         whole(inputs_embeds=x_BLD, use_cache=False)
         assert torch.equal(span(hidden[0]), hidden[1])
+    assert torch.equal(gradient(), before)  # after a pass without gradients, as before it
+    assert all(torch.equal(each, loaded[name]) for name, each in span.named_parameters())

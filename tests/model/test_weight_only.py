@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
-from swarm.model import kernels
+from swarm.model import kernels, weight_only
 from swarm.model.weight_only import (
     GROUP,
     CudaInt4Linear,
@@ -196,6 +196,24 @@ def test_int4_for_cuda_has_the_shapes_of_torchs_kernel():
         y.sum().backward()
         assert x.grad is not None and x.grad.shape == x.shape
     assert not CudaInt4Linear.fits(64, 192)
+
+
+class Unpacked(CudaInt4Linear):
+    """With a product of plain weights in the place of the kernel's."""
+
+    def _product(self, x_MK: Tensor) -> Tensor:
+        assert x_MK.shape[0] <= weight_only.DENSE_INPUTS, "more of the weights than fit at a time"
+        return x_MK.to(torch.bfloat16) @ self.data.t()
+
+
+@pytest.mark.parametrize("num_inputs", [256, 384])
+def test_int4_for_cuda_has_its_weights_in_floats_a_part_at_a_time(num_inputs: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_only, "DENSE_INPUTS", 256)
+    weight_NK = randn(64, num_inputs).to(torch.bfloat16)
+    layer = Unpacked(weight_NK, torch.zeros(num_inputs // 128, 64, 2), num_inputs, None, weight_NK)
+    assert torch.equal(layer.weight, weight_NK)
+    grad_MN = randn(3, 64)
+    assert torch.equal(layer.input_gradient(grad_MN), grad_MN @ weight_NK.float())
 
 
 def test_int4_for_cuda_shifts_its_zero_to_the_middle():

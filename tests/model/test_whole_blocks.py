@@ -18,6 +18,7 @@ from swarm.model.narrow import narrow
 from swarm.model.ragged import PackedSpan, Piece
 from swarm.model.span import Span
 from swarm.model.weight_only import Int4Linear, Int8Linear
+from swarm.model.whole_blocks import WholeBlocks
 from swarm.ranges import BlockRange
 
 pytestmark = needs_compiled
@@ -45,6 +46,10 @@ def half_span(model_type: str, quantization: str = "none", **settings: Any) -> S
             span.layers.set_submodule(name, linear.quantize(module.weight, module.bias))
     use_half_kernels(span.model)
     return span
+
+
+def whole_of(packed: PackedSpan) -> WholeBlocks | None:
+    return next((path for path in packed.fast_paths if isinstance(path, WholeBlocks)), None)
 
 
 def open_packed(span: Span) -> PackedSpan:
@@ -78,7 +83,8 @@ def decode_both_ways(span: Span, pieces: list[Piece], blocks: BlockRange | None 
         store = KVStore(kv_layout(span), NUM_SLOTS)
         fill(PackedSpan(span, store), span)
         packed = PackedSpan(span if blocks is None else narrow(span, blocks), store)
-        assert packed._whole is not None and packed._whole.takes(pieces)
+        whole = whole_of(packed)
+        assert whole is not None and whole.takes(pieces)
         found.append(((packed if by_kernel else packed.by_modules)(x_TD, pieces), store))
     return found
 
@@ -145,12 +151,13 @@ def test_padding_prompts_and_many_tokens_take_the_way_of_the_modules() -> None:
     span = half_span("llama")
     packed = open_packed(span)
     fill(packed, span)
-    assert packed._whole is not None
-    assert packed._whole.takes([step(0), step(2)])
-    assert not packed._whole.takes([step(0, key_mask_T=torch.arange(10) > 2)])
-    assert packed._whole.takes([step(0), Piece(30, 0, [(20, 50)])])
-    assert not packed._whole.takes([step(0), Piece(31, 0, [(20, 51)])])
-    assert not packed._whole.takes([Piece(30, 3000, [(0, 3030)])])
+    whole = whole_of(packed)
+    assert whole is not None
+    assert whole.takes([step(0), step(2)])
+    assert not whole.takes([step(0, key_mask_T=torch.arange(10) > 2)])
+    assert whole.takes([step(0), Piece(30, 0, [(20, 50)])])
+    assert not whole.takes([step(0), Piece(31, 0, [(20, 51)])])
+    assert not whole.takes([Piece(30, 3000, [(0, 3030)])])
     prompts_NPD = torch.ones(4, 10, span.hidden_size, dtype=torch.bfloat16)
     plain, prompted = packed(rows(1, span), [step(0)]), packed(rows(1, span), [step(0, prompts_NPD=prompts_NPD)])
     assert (plain - prompted).abs().max() > 0.1
@@ -159,19 +166,19 @@ def test_padding_prompts_and_many_tokens_take_the_way_of_the_modules() -> None:
 def test_blocks_that_only_look_alike_are_found_out(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(families, "WHOLE", families.WHOLE | {"granite", "olmo", "gemma"})
     settings = {"residual_multiplier": 0.9}
-    assert open_packed(half_span("granite", **settings))._whole is None
+    assert whole_of(open_packed(half_span("granite", **settings))) is None
     assert "blocks of another kind" in caplog.text
-    assert open_packed(half_span("gemma"))._whole is None  # other norms, another activation
+    assert whole_of(open_packed(half_span("gemma"))) is None  # other norms, another activation
 
 
 def test_a_window_counts_whatever_the_config_calls_the_layers() -> None:
-    whole = open_packed(half_span("mistral", sliding_window=10, layer_types=["full_attention"] * 4))._whole
+    whole = whole_of(open_packed(half_span("mistral", sliding_window=10, layer_types=["full_attention"] * 4)))
     assert whole is not None and not whole.takes([step(1)])
 
 
 def test_windows_and_other_types_of_numbers_are_left_to_the_modules() -> None:
-    whole = open_packed(half_span("mistral", sliding_window=10))._whole
+    whole = whole_of(open_packed(half_span("mistral", sliding_window=10)))
     assert whole is not None
     assert whole.takes([step(0)])
     assert not whole.takes([step(0), step(1)])
-    assert open_packed(make_span(tiny_config("llama")))._whole is None
+    assert whole_of(open_packed(make_span(tiny_config("llama")))) is None

@@ -60,7 +60,8 @@ def test_truncated_or_mistyped_link_is_noticed(data: st.DataObject) -> None:
         ("https://example.org", "is not a join link"),
         (LINK.encode()[:-5], "cut short or mistyped"),
         (LINK.encode() + "x", "cut short or mistyped"),
-        ("swarm://v2.abcd", "version 2"),
+        ("swarm://v2.abcd", "cut short or mistyped"),
+        ("swarm://v3.abcd", "version 3"),
         ("swarm://v1." + "A" * 10_000, "is not a join link"),
     ],
 )

@@ -21,9 +21,10 @@ from swarm.identity import Identity
 from swarm.pipes import Stream
 from swarm.punching import Introduction, Puncher, answer_punches
 from swarm.reach import DIALS_PER_MINUTE, Question, Reach, judge
-from swarm.relaying import BURST_S, RelayConfig, serve_relay
+from swarm.relaying import RelayConfig, serve_relay
 from swarm.relays import Registrations, Request, ask_relay, circuits, open_relayed_stream
 from swarm.rpc import SERVER_OPTIONS
+from swarm.throttle import BURST_S
 from swarm.tunnel import Way, find_way
 
 

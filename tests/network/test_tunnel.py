@@ -7,9 +7,10 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -29,8 +30,10 @@ class EchoServer:
     certificate: TlsCertificate
     port: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    peers: list[str] = field(default_factory=list)
 
     async def echo(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        self.peers.append(context.peer())
         try:
             async for request in requests:
                 yield request
@@ -62,6 +65,8 @@ class Network:
     server: Dht
     client: Dht
     echo: EchoServer
+    entered: list[tuple[int, str, bool]]
+    """What the server was told of the connections that it carries."""
 
 
 @pytest.fixture
@@ -72,8 +77,14 @@ async def network(open_node: Callable[..., Awaitable[Dht]], identities: list[Ide
         server = await open_node(1, initial_peers=peers)
         client = await open_node(2, initial_peers=peers, client_mode=True)
         echo = await owned.enter_async_context(_open_echo_server(identities[1].tls_certificate()))
-        await owned.enter_async_context(serve_tunnel(server, ("127.0.0.1", echo.port)))
-        yield Network(server, client, echo)
+        entered: list[tuple[int, str, bool]] = []
+
+        def entering(*connection: Any) -> AbstractContextManager[None]:
+            entered.append(connection)
+            return nullcontext()
+
+        await owned.enter_async_context(serve_tunnel(server, ("127.0.0.1", echo.port), entering=entering))
+        yield Network(server, client, echo, entered)
 
 
 def _blocks(number: int) -> Iterator[bytes]:
@@ -92,6 +103,8 @@ async def test_calls_cross_the_tunnel(network: Network) -> None:
             assert await call.read() == message
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
+    port = int(network.echo.peers[0].rpartition(":")[2])
+    assert (port, network.client.peer_id, False) in network.entered  # so the server knows whose call it was
 
 
 async def test_peer_is_found_without_an_address(network: Network) -> None:

@@ -99,3 +99,9 @@ def llama(_llama: Pair, swarms: Swarms) -> Iterator[Pair]:
     _llama.remote.zero_grad()
     _llama.local.zero_grad()
     wait_idle(_llama.swarm)
+
+
+@pytest.fixture
+def pair(llama: Pair, swarms: Swarms) -> tuple[Any, Any]:
+    """A client of its own, and the whole model."""
+    return swarms.join(llama.swarm, llama.path), load_local(llama.path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
+from itertools import chain
+
+import torch
 
 from swarm.server import LocalSwarm
 
@@ -28,3 +32,17 @@ def held(swarm: LocalSwarm) -> list[tuple[int, int]]:
 def wait_idle(swarm: LocalSwarm) -> None:
     """Assert that soon no server holds a session or cache."""
     wait_until(lambda: all(each == (0, 0) for each in held(swarm)), f"servers hold nothing, but {held(swarm)}")
+
+
+def weights(swarm: LocalSwarm) -> list[str]:
+    """A hash of all that each server in this process has loaded, in few bits or not; none of it has a gradient."""
+    hashes = []
+    for server in swarm.servers:
+        digest = hashlib.sha256()
+        span = server.running.sessions.views.span
+        for name, tensor in sorted(chain(span.named_parameters(), span.named_buffers())):
+            assert not tensor.requires_grad and tensor.grad is None, name
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes

@@ -12,9 +12,9 @@ TIMEOUT_S = 400
 
 
 def test_whatever_happens_to_servers_tokens_and_gradients_stay_the_same():
-    command = [sys.executable, str(SCRIPT), "--runs", "5", "--training-runs", "3", "--tokens", "32"]
+    command = [sys.executable, str(SCRIPT), "--runs", "8", "--training-runs", "4", "--tokens", "32"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["generation"]["right"] == 5 and found["training"]["right"] == 3
-    assert sum(found["generation"]["events"].values()) >= 5
+    assert found["generation"]["right"] == 8 and found["training"]["right"] == 4
+    assert sum(found["generation"]["events"].values()) >= 8

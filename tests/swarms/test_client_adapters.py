@@ -15,10 +15,10 @@ from typing import Any
 import grpc.aio
 import pytest
 import torch
-from changing import changed, random_adapter
-from swarms_help import wait_idle, wait_until
+from changing import changed, layers_of, random_adapter
+from swarms_help import wait_idle, wait_until, weights
 from test_bad_input import assert_refused, compute, open_stub, opening, talk
-from test_training import fingerprints, through_layers
+from test_training import through_layers
 from tiny import load_local, random_ids
 from torch import Tensor
 
@@ -29,9 +29,10 @@ from swarm.model.adapters import BlockAdapter, Lora
 from swarm.ranges import BlockRange
 from swarm.rpc import translate
 from swarm.server import LocalSwarm, service
+from swarm.server.activations import KeptActivations
 from swarm.server.adapters import LEAST_BYTES, AdapterStore
-from swarm.server.answers import answer
-from swarm.server.batches import Batch, KeptActivations, run_forward
+from swarm.server.batches import Batch, run_forward
+from swarm.server.room import answer
 from swarm.v1 import blocks_pb2 as pb
 
 GRADIENT_TOLERANCE = 1e-4
@@ -135,12 +136,13 @@ def generate(model: Any, ids: Tensor, **how: Any) -> Tensor:
         return model.generate(ids, max_new_tokens=12, do_sample=False, **how)
 
 
-def layers_of(local: Any) -> Any:
-    return local.model.layers if hasattr(local, "model") else local.transformer.h
+def num_shared(engine: Any) -> int:
+    """Passes so far in which several sessions decoded."""
+    return sum(num for size, num in engine.statistics().batch_sizes.items() if size > 1)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "qwen3_next"])
-def test_clients_with_different_adapters_decode_at_the_same_time(swarms, model_type):
+def test_clients_with_different_adapters_decode_in_shared_passes(swarms, model_type):
     ranges = ((0, 2), (2, 4), (4, 6)) if model_type == "llama" else ((0, 1), (1, 3), (3, 4))
     swarm, path = swarms.get(model_type, ranges)
     local, ids = load_local(path), random_ids(2, 20)
@@ -151,9 +153,17 @@ def test_clients_with_different_adapters_decode_at_the_same_time(swarms, model_t
         with changed(layers_of(local), adapters or [None] * len(layers_of(local))):
             wanted.append(generate(local, ids))
     assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(wanted[0], wanted[2])
-    with ThreadPoolExecutor() as pool:
-        ours = list(pool.map(lambda client: generate(client, ids), clients))
+    barrier, engines = threading.Barrier(len(clients)), [server.running.engine for server in swarm.servers]
+    before = [num_shared(engine) for engine in engines]
+
+    def decode(client: Any) -> Tensor:
+        barrier.wait()
+        return generate(client, ids)
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        ours = list(pool.map(decode, clients))
     assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
+    assert all(num_shared(engine) > num for engine, num in zip(engines, before, strict=True))
 
 
 def test_sessions_share_pages_only_with_the_same_adapters(llama, swarms):
@@ -173,7 +183,7 @@ def test_sessions_share_pages_only_with_the_same_adapters(llama, swarms):
 
 def test_training_with_adapters_changes_no_server_and_nobody_else(llama, swarms):
     other, ids = swarms.join(llama.swarm, llama.path), random_ids(2, 9)
-    before, logits = fingerprints(llama.swarm), other(ids, use_cache=False).logits.detach()
+    before, logits = weights(llama.swarm), other(ids, use_cache=False).logits.detach()
     adapters, losses = make_adapters(llama.swarm, kinds=("lora",)), []
     leaves, tensors = with_leaves(adapters)
     optimizer = torch.optim.Adam(tensors, lr=0.01)
@@ -189,7 +199,7 @@ def test_training_with_adapters_changes_no_server_and_nobody_else(llama, swarms)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
-    assert fingerprints(llama.swarm) == before
+    assert weights(llama.swarm) == before
     assert torch.equal(other(ids, use_cache=False).logits, logits)
 
 
@@ -373,7 +383,7 @@ async def test_an_adapter_counts_once_among_the_activations_that_are_kept(llama)
     with store.lease([adapter.digest, b""], blocks) as lease:
         used_bytes = []
         for num_rows in (8, 1):
-            kept = KeptActivations(1 << 30)
+            kept = KeptActivations(1 << 30, 1 << 30)
             for forward_id in (bytes(16), bytes([1] * 16)):
                 batch = Batch(blocks, torch.randn(8, 3, 64), None, None, None, None, pb.CODEC_RAW, forward_id, lease)
                 run_forward(span, batch, Rows(num_rows), kept)
@@ -498,7 +508,7 @@ async def test_backward_answers_that_nobody_takes_hold_the_next_ones_back(llama,
 
     answering_loop = asyncio.get_running_loop()
     monkeypatch.setattr(service, "answer", slowly)
-    monkeypatch.setattr(tenure.answers, "_max_bytes", 60_000)
+    monkeypatch.setattr(tenure.room, "_max_bytes", 150_000)
     data = BlockAdapter([Lora("mlp", torch.ones(64, 64), torch.ones(64, 64))]).to_bytes()
     names = [hashlib.sha256(data).digest(), b""]
     async with open_stub(server) as stub:
@@ -510,13 +520,13 @@ async def test_backward_answers_that_nobody_takes_hold_the_next_ones_back(llama,
             tasks.append(
                 asyncio.create_task(talk(call, compute(server, adapters=names, grad_outputs=gradient), num_answers=1))
             )
-        await answering.acquire()  # one is computed, of 2 x 64 x 64 x 4 bytes and some
-        while tenure.answers.statistics().num_waiting < 2:
+        await answering.acquire()  # one is computed: 2 x 64 x 64 x 4 bytes and some, three times
+        while tenure.room.statistics().num_waiting < 2:
             await asyncio.sleep(0.01)
-        assert 32_768 < tenure.answers.statistics().used_bytes < 60_000
+        assert 3 * 32_768 < tenure.room.statistics().used_bytes < 150_000
         go_on.set()
         assert all([answer.WhichOneof("kind") == "result" for task in tasks for answer in await task])
-    wait_until(lambda: tenure.answers.statistics().used_bytes == 0, "the room is free")
+    wait_until(lambda: tenure.room.statistics().used_bytes == 0, "the room is free")
 
 
 async def test_a_session_opened_again_with_other_adapters_is_refused(llama):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from changing import loss_with_virtual_tokens
+from conftest import THIRDS
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -18,19 +18,18 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from peft_targets import FAMILIES, methods_of
+from swarms_help import weights
 from tiny import load_local, random_ids
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
 from swarm import (
-    AutoDistributedModelForCausalLM,
     AutoDistributedModelForSequenceClassification,
     BottleneckConfig,
     add_bottlenecks,
     load_bottlenecks,
 )
 from swarm.errors import BadRequest
-from swarm.server import LocalSwarm
 
 TOLERANCE = 1e-4
 CURVE_TOLERANCE = 1e-3
@@ -100,73 +99,102 @@ def losses_of(model: Any, num_steps: int = 20) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_methods_compute_learn_and_generate_as_local_ones(tiny_model: Any, model_type: str) -> None:
-    path = tiny_model(model_type, num_hidden_layers=4)
-    with LocalSwarm(str(path), ranges=[(0, 1), (1, 3), (3, 4)], dtype="float32", in_process=True) as swarm:
-        methods = methods_of(model_type)
-        for config in methods if model_type == "llama" else methods[:3]:  # for the servers the others are one of these
-            remote = AutoDistributedModelForCausalLM.from_pretrained(str(path), join=swarm.link)
-            plain = logits(remote)
-            ours, theirs = adapt(remote, load_local(path), config)
-            assert_same(ours, theirs)
-            assert float((logits(ours)[:, -plain.shape[1] :] - plain).abs().max()) > 10 * TOLERANCE
-            found, wanted = gradients(ours), gradients(theirs)
-            assert found and found.keys() == wanted.keys()
-            for name, gradient in found.items():
-                torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
-            curve = losses_of(ours)
-            assert curve == pytest.approx(losses_of(theirs), abs=CURVE_TOLERANCE) and curve[-1] < curve[0] - 0.1
-            assert torch.equal(generated(ours), generated(theirs))
-            remote.close()
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_bottlenecks_compute_learn_and_generate_as_local_ones(swarms: Any, model_type: str, tmp_path: Path) -> None:
-    swarm, path = swarms.get(
-        model_type, ((0, 2), (2, 4), (4, 6)) if model_type == "llama" else ((0, 1), (1, 3), (3, 4))
-    )
-    config = BottleneckConfig(size=8, activation="gelu")
-    ours, theirs = swarms.join(swarm, path), load_local(path)
-    plain = logits(ours)
-    for model in (ours, theirs):
-        add_bottlenecks(model, config)
-    assert torch.equal(logits(ours), plain)  # it begins as nothing
-    fill(ours, theirs)
+def assert_learns_as_locally(ours: Any, theirs: Any, plain: Tensor) -> None:
+    """Compare outputs, gradients, the losses of some steps, and greedy text; plain: logits without what is trained."""
     assert_same(ours, theirs)
-    assert float((logits(ours) - plain).abs().max()) > 10 * TOLERANCE
+    assert float((logits(ours)[:, -plain.shape[1] :] - plain).abs().max()) > 10 * TOLERANCE
     found, wanted = gradients(ours), gradients(theirs)
-    assert found and found.keys() == wanted.keys() and all("bottlenecks" in name for name in found)
+    assert found and found.keys() == wanted.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], atol=TOLERANCE, rtol=1e-4, msg=name)
     curve = losses_of(ours)
     assert curve == pytest.approx(losses_of(theirs), abs=CURVE_TOLERANCE) and curve[-1] < curve[0] - 0.1
     assert torch.equal(generated(ours), generated(theirs))
-    ours.bottlenecks.save_pretrained(tmp_path)
-    again = load_local(path)
-    load_bottlenecks(again, tmp_path)
-    assert_same(ours, again)
 
 
-@pytest.fixture
-def pair(llama: Any, swarms: Any) -> tuple[Any, Any]:
-    """A client of its own, and the whole model."""
-    return swarms.join(llama.swarm, llama.path), load_local(llama.path)
+def base_of(model: Any) -> Any:
+    """The model without what PEFT has put into it."""
+    return model.base_model if model.active_peft_config.is_prompt_learning else model.unload()
 
 
-def test_adapters_saved_on_one_side_load_on_the_other(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
-    ours, theirs = adapt(*pair, LORA)
+@pytest.fixture(params=FAMILIES)
+def family(request: Any, swarms: Any) -> tuple[str, Any, Path]:
+    """A model type, a swarm of three servers, and the directory of its model."""
+    ranges = THIRDS if request.param == "llama" else ((0, 1), (1, 3), (3, 4))
+    return request.param, *swarms.get(request.param, ranges)
+
+
+def test_methods_compute_learn_and_generate_as_local_ones_and_load_on_both_sides(
+    family: tuple[str, Any, Path], swarms: Any, tmp_path: Path
+) -> None:
+    model_type, swarm, path = family
+    remote, somebody = swarms.join(swarm, path), swarms.join(swarm, path)
+    before, plain, text = weights(swarm), logits(somebody), generated(somebody)
+    for number, config in enumerate(methods_of(model_type)):
+        ours, theirs = adapt(remote, load_local(path), config)
+        assert_learns_as_locally(ours, theirs, plain)
+        assert weights(swarm) == before and torch.equal(logits(somebody), plain)
+        for model, name in ((ours, "ours"), (theirs, "theirs")):
+            model.save_pretrained(tmp_path / f"{name}-{number}")
+        assert_same(ours, PeftModel.from_pretrained(load_local(path), tmp_path / f"ours-{number}"))
+        assert ours.peft_config["default"].base_model_name_or_path == str(path)
+        remote = base_of(ours)
+        loaded = PeftModel.from_pretrained(remote, tmp_path / f"theirs-{number}")
+        assert_same(loaded, theirs)
+        remote = base_of(loaded)
+    assert torch.equal(generated(somebody), text)
+
+
+def test_deep_prompts_compute_and_learn_as_local_ones(family: tuple[str, Any, Path], swarms: Any) -> None:
+    _, swarm, path = family
+    ours, theirs = swarms.join(swarm, path, tuning_mode="deep_ptune", pre_seq_len=3), load_local(path)
+    before, batch, prompts = weights(swarm), random_ids(3, 8), ours.swarm_prompts
     with torch.no_grad():
-        for each in theirs.parameters():
-            each.mul_(1.5) if each.requires_grad else None
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours_locally = PeftModel.from_pretrained(load_local(llama.path), tmp_path / "ours")
-    theirs_remotely = PeftModel.from_pretrained(swarms.join(llama.swarm, llama.path), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours_locally), logits(ours), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(logits(theirs_remotely), logits(theirs), atol=TOLERANCE, rtol=0)
-    assert torch.equal(generated(theirs_remotely), generated(theirs))
-    assert ours_locally.peft_config["default"].base_model_name_or_path == str(llama.path)
+        for each in prompts.parameters():
+            each.copy_(torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    copies = [each.detach().clone().requires_grad_() for each in prompts.parameters()]
+    curves = []
+    for tensors in (list(prompts.parameters()), copies):
+        optimizer = torch.optim.AdamW(tensors, lr=5e-3)
+        curves.append([])
+        for step in range(20):
+            if tensors is copies:
+                loss = loss_with_virtual_tokens(theirs, copies[0], copies[1], batch, None)
+            else:
+                loss = ours(batch, labels=batch, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                curves[-1].append([each.grad.clone() for each in tensors])
+            optimizer.step()
+            curves[-1].append(loss.item())
+    for found, wanted in zip(curves[0].pop(0), curves[1].pop(0), strict=True):
+        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=1e-4)
+    assert curves[0] == pytest.approx(curves[1], abs=CURVE_TOLERANCE) and curves[0][-1] < curves[0][0] - 0.1
+    assert weights(swarm) == before
+
+
+def test_bottlenecks_compute_learn_and_generate_as_local_ones_and_load_on_both_sides(
+    family: tuple[str, Any, Path], swarms: Any, tmp_path: Path
+) -> None:
+    _, swarm, path = family
+    config = BottleneckConfig(size=8, activation="gelu")
+    ours, theirs = swarms.join(swarm, path), load_local(path)
+    before, plain = weights(swarm), logits(ours)
+    for model in (ours, theirs):
+        add_bottlenecks(model, config)
+    assert torch.equal(logits(ours), plain)  # it begins as nothing
+    fill(ours, theirs)
+    assert_learns_as_locally(ours, theirs, plain)
+    assert weights(swarm) == before
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        model.bottlenecks.save_pretrained(tmp_path / name)
+    again = load_local(path)
+    load_bottlenecks(again, tmp_path / "ours")
+    assert_same(ours, again)
+    del ours.bottlenecks
+    load_bottlenecks(ours, tmp_path / "theirs")
+    assert_same(ours, theirs)
 
 
 def test_sessions_generate_with_the_adapter_of_their_beginning(pair: Any) -> None:
@@ -237,17 +265,6 @@ def test_calls_that_are_for_local_weights_do_no_harm(pair: Any, capsys: Any) -> 
     losses_of(ours.train(), 1)
 
 
-def weights(swarm: Any) -> list[str]:
-    """A hash of all weights of each server in this process."""
-    hashes = []
-    for server in swarm.servers:
-        digest = hashlib.sha256()
-        for _, parameter in sorted(server.running.sessions.views.span.named_parameters()):
-            digest.update(parameter.detach().numpy().tobytes())
-        hashes.append(digest.hexdigest())
-    return hashes
-
-
 def test_training_an_adapter_changes_nothing_for_others(pair: Any, llama: Any) -> None:
     before, outputs, text = weights(llama.swarm), logits(llama.remote), generated(llama.remote)
     ours = get_peft_model(pair[0], LORA)
@@ -255,64 +272,3 @@ def test_training_an_adapter_changes_nothing_for_others(pair: Any, llama: Any) -
     generated(ours)
     assert weights(llama.swarm) == before
     assert torch.equal(logits(llama.remote), outputs) and torch.equal(generated(llama.remote), text)
-
-
-# transformers.Trainer
-
-EXAMPLES = [{"input_ids": row, "labels": row} for row in random_ids(24, 9, seed=5)]
-
-
-def trained(model: Any, output: Path, *, dropout: float = 0.0, resume: bool = False, **options: Any) -> Trainer:
-    torch.manual_seed(0)
-    arguments = {
-        "output_dir": str(output),
-        "max_steps": 8,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-3,
-        "warmup_steps": 2,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "save_steps": 4,
-        "seed": 3,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
-    trainer = Trainer(
-        get_peft_model(model, config),
-        TrainingArguments(**{**arguments, **options}),
-        train_dataset=EXAMPLES,
-        eval_dataset=EXAMPLES[:4],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def history(trainer: Trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def test_trainer_learns_as_locally(pair: Any, tmp_path: Path) -> None:
-    ours, theirs = (trained(model, tmp_path, save_strategy="no") for model in pair)
-    for name in ("loss", "eval_loss", "grad_norm"):
-        assert history(ours, name) == pytest.approx(history(theirs, name), abs=CURVE_TOLERANCE)
-    assert history(ours, "eval_loss")[-1] < history(ours, "loss")[0] - 0.2
-
-
-def test_trainer_resumes_on_another_client(pair: Any, llama: Any, swarms: Any, tmp_path: Path) -> None:
-    whole = trained(pair[0], tmp_path, dropout=0.2)
-    shutil.rmtree(tmp_path / "checkpoint-8")
-    resumed = trained(swarms.join(llama.swarm, llama.path), tmp_path, dropout=0.2, resume=True)
-    assert resumed.state.global_step == 8
-    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), abs=TOLERANCE)
-    assert history(resumed, "eval_loss") == pytest.approx(history(whole, "eval_loss"), abs=TOLERANCE)
-
-
-def test_trainer_with_mixed_precision(pair: Any, tmp_path: Path) -> None:
-    found = trained(pair[0], tmp_path, max_steps=4, save_strategy="no", bf16=True)
-    wanted = trained(pair[1], tmp_path, max_steps=4, save_strategy="no")
-    assert history(found, "loss") == pytest.approx(history(wanted, "loss"), rel=0.02)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from swarms_help import weights
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from swarm import EMBEDDED_MODEL, AutoDistributedModelForCausalLM
 from swarm.server import LocalSwarm
@@ -36,12 +37,13 @@ def batch(rows: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def losses(quantization: str) -> tuple[float, float, float]:
-    """Of text that is not trained on before and after, and the mean of the last steps' own."""
+def losses(model_path: str, quantization: str) -> tuple[float, float, float]:
+    """Of text that is not trained on before and after, and the mean of the last steps' own; no server is changed."""
     torch.manual_seed(0)
     training, held_out = read("chat_style.jsonl"), batch(read("chat_style_held_out.jsonl"))
-    with LocalSwarm(EMBEDDED_MODEL, [(0, 6)], dtype="float32", quantization=quantization, in_process=True) as swarm:
-        base = AutoDistributedModelForCausalLM.from_pretrained(EMBEDDED_MODEL, join=swarm.link, dtype="float32")
+    with LocalSwarm(model_path, [(0, 6)], dtype="float32", quantization=quantization, in_process=True) as swarm:
+        before = weights(swarm)
+        base = AutoDistributedModelForCausalLM.from_pretrained(model_path, join=swarm.link, dtype="float32")
         try:
             config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
             model: Any = get_peft_model(base, config)
@@ -55,6 +57,7 @@ def losses(quantization: str) -> tuple[float, float, float]:
                 loss.backward()
                 optimizer.step()
                 steps.append(loss.item())
+            assert weights(swarm) == before
             return found[0], _evaluate(model, held_out), sum(steps[-8:]) / 8
         finally:
             base.close()
@@ -67,14 +70,28 @@ def _evaluate(model: Any, inputs: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def in_full() -> tuple[float, float, float]:
-    return losses("none")
+    return losses(EMBEDDED_MODEL, "none")
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def in_nf4(directory: Path) -> str:
+    """The embedded model as bitsandbytes saves it in NF4, which it can run on a CPU as well."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(
+        EMBEDDED_MODEL, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=config
+    )
+    whole.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
 def test_lora_over_few_bits_reaches_the_loss_of_full_precision(
-    in_full: tuple[float, float, float], quantization: str
+    in_full: tuple[float, float, float], quantization: str, tmp_path: Path
 ) -> None:
-    found = losses(quantization)
+    if quantization == "nf4" and not torch.cuda.is_available():  # where there is CUDA, servers take it by themselves
+        found = losses(in_nf4(tmp_path), "none")
+    else:
+        found = losses(EMBEDDED_MODEL, quantization)
     print(f"\nnone {in_full}, {quantization} {found}")
     assert in_full[1] < in_full[0] - 1
     for ours, wanted in zip(found[1:], in_full[1:], strict=True):

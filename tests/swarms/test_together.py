@@ -38,6 +38,26 @@ def test_a_run_goes_on_without_a_killed_peer_and_one_that_joins_has_what_was_lea
         newcomer = start(2)
         first = newcomer.wait_for(lambda words: "update" in words)
         assert first["update"] >= 2  # it begins where the others are
-        target = 0.85 * one.losses[0]
+        target = 0.85 * next(iter(one.losses.values()))
         learned = newcomer.wait_for(lambda words: words.get("update", 0) > first["update"] and words["loss"] < target)
         one.wait_update(learned["update"])
+
+
+def test_a_peer_that_was_killed_while_it_wrote_or_before_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from peers import Peer
+
+    script, whole = tmp_path / "peer.py", '{"update": 1, "loss": 2.0, "num_peers": 1}'
+    printing = f"for said in ({whole!r} + chr(10), {whole[:20]!r}): print(said, end='', flush=True)"
+    script.write_text(f"import signal\n{printing}\nsignal.pause()\n")
+    peer, silent = (Peer(name, str(script), []) for name in ("half", "silent"))
+    silent.kill()
+    peer.wait_update(1)
+    peer.kill()
+    with pytest.raises(SystemExit, match="half ended too early"):
+        peer.wait_update(2)
+    with pytest.raises(SystemExit, match="silent failed"):
+        silent.wait_done()
+    assert peer.outcome["update"] == 1 and silent.outcome == {}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import HIDDEN, VOCAB, load_local, random_ids
+from changing import loss_with_virtual_tokens, virtual_tokens, with_room
+from peft import PromptTuningConfig, get_peft_model
+from swarms_help import weights
+from tiny import HIDDEN, load_local, random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from swarm import AutoDistributedModelForSequenceClassification
 from swarm.client import ClientConfig
-from swarm.errors import BadRequest, PromptTooLong
+from swarm.client.prompts import Prompts
+from swarm.errors import BadCheckpoint, BadRequest, PromptTooLong
 from swarm.link import JoinLink
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -75,6 +77,25 @@ def test_padded_batches(llama, side):
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     assert_same_training(llama.remote, llama.local, **inputs)
     assert_same_training(llama.remote, llama.local, **inputs, position_ids=position_ids)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 9, dtype=torch.int64)], ids=["no mask", "mask"])
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}], ids=["no cache", "default cache"])
+def test_positions_that_begin_anew_mean_several_texts_where_they_do_locally(llama, mask, options):
+    ids, positions = random_ids(2, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
+    logits = []
+    for model in (llama.remote, llama.local):
+        with torch.no_grad():
+            output = model(ids, position_ids=positions, attention_mask=mask, **options)
+            logits.append(output.logits)
+            if not options:
+                logits[-1] = torch.cat(
+                    [logits[-1], model(ids[:, :2], past_key_values=output.past_key_values).logits], 1
+                )
+            alone = model(ids[:, 4:], use_cache=False).logits
+    assert error(*logits) <= GRADIENT_TOLERANCE
+    apart = error(logits[0][:, 4:9], alone) <= GRADIENT_TOLERANCE
+    assert apart == (mask is None and bool(options))
 
 
 def test_micro_batches_change_nothing(llama, swarms):
@@ -160,39 +181,6 @@ def test_gradients_do_not_flow_through_a_cache(llama):
 # Prompt tuning
 
 
-@contextmanager
-def deep_prompts(local: Any, deep_NBPD: Tensor | None) -> Iterator[None]:
-    """Add prompts to the first positions of what enters each block, when a call starts at position 0."""
-
-    def add(prompt_BPD: Tensor) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x_BLD = args[0]
-            if x_BLD.shape[1] == 1:  # decoding: the virtual tokens are in the cache
-                return None
-            length = prompt_BPD.shape[1]
-            return (torch.cat([x_BLD[:, :length] + prompt_BPD, x_BLD[:, length:]], dim=1), *args[1:]), kwargs
-
-        return hook
-
-    with ExitStack() as hooks:
-        for layer, prompt_BPD in zip(local.model.layers, deep_NBPD if deep_NBPD is not None else (), strict=False):
-            hooks.callback(layer.register_forward_pre_hook(add(prompt_BPD), with_kwargs=True).remove)
-        yield
-
-
-def oracle_loss(
-    local: Any, embeddings_PD: Tensor, deep_NBPD: Tensor | None, ids: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Prompt tuning of the whole model, written plainly."""
-    num_virtual = embeddings_PD.shape[0]
-    x_BLD = torch.cat([embeddings_PD.expand(len(ids), -1, -1), local.model.embed_tokens(ids)], dim=1)
-    if mask is not None:
-        mask = torch.cat([mask.new_ones(len(ids), num_virtual), mask], dim=1)
-    with deep_prompts(local, deep_NBPD):
-        logits = local(inputs_embeds=x_BLD, attention_mask=mask, use_cache=False).logits[:, num_virtual:]
-    return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
-
-
 def tuned(llama: Any, swarms: Any, mode: str) -> Any:
     """A client with prompts that are not zero anywhere."""
     remote = swarms.join(llama.swarm, llama.path, tuning_mode=mode, pre_seq_len=3)
@@ -214,7 +202,8 @@ def test_prompt_tuning_equals_the_plain_way(llama, swarms, mode, padded):
     if padded:
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
-    wanted = oracle_loss(llama.local, copies[0], copies[1] if mode == "deep_ptune" else None, ids, mask)
+    deep = copies[1] if mode == "deep_ptune" else None
+    wanted = loss_with_virtual_tokens(llama.local, copies[0], deep, ids, mask)
     wanted.backward()
     loss = remote(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
     loss.backward()
@@ -228,7 +217,7 @@ def test_prompt_tuning_equals_the_plain_way(llama, swarms, mode, padded):
 def test_prompts_learn_and_nothing_else_does(llama, swarms, mode):
     remote = swarms.join(llama.swarm, llama.path, tuning_mode=mode, pre_seq_len=4)
     frozen = {name: value.clone() for name, value in remote.state_dict().items() if "swarm_prompts" not in name}
-    servers = fingerprints(llama.swarm)
+    servers = weights(llama.swarm)
     optimizer = torch.optim.Adam([each for each in remote.parameters() if each.requires_grad], lr=0.05)
     ids = random_ids(1, 6)
     losses = []
@@ -241,7 +230,7 @@ def test_prompts_learn_and_nothing_else_does(llama, swarms, mode):
     assert losses[-1] < losses[0] - 0.5
     state = remote.state_dict()
     assert all(torch.equal(state[name], value) for name, value in frozen.items())
-    assert fingerprints(llama.swarm) == servers
+    assert weights(llama.swarm) == servers
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
@@ -250,15 +239,41 @@ def test_generation_with_prompts_equals_the_plain_way(llama, swarms, mode):
     prompts = remote.swarm_prompts
     ids = random_ids(2, 6)
     with torch.no_grad():
-        x_BLD = torch.cat([prompts.embeddings_PD.expand(2, -1, -1), llama.local.model.embed_tokens(ids)], dim=1)
-        with deep_prompts(llama.local, prompts.deep_NBPD):
-            wanted = llama.local.generate(inputs_embeds=x_BLD, max_new_tokens=10, do_sample=False)
+        embedded = with_room(llama.local, prompts.pre_seq_len, ids)
+        with virtual_tokens(llama.local, prompts.embeddings_PD, prompts.deep_NBPD):
+            wanted = llama.local.generate(inputs_embeds=embedded, max_new_tokens=10, do_sample=False)
         ours = remote.generate(ids, max_new_tokens=10, do_sample=False)
         assert torch.equal(ours[:, 6:], wanted)
         with remote.inference_session(max_length=40):
             first = remote.generate(ids, max_new_tokens=4, do_sample=False)
             rest = remote.generate(max_new_tokens=6, do_sample=False)
         assert torch.equal(torch.cat([first, rest], dim=1), ours)
+
+
+def test_prompts_are_saved_and_loaded_on_another_client(llama, swarms, tmp_path: Path):
+    for mode in ("ptune", "deep_ptune"):
+        ours = tuned(llama, swarms, mode)
+        ours.swarm_prompts.save_pretrained(tmp_path / mode)
+        again = swarms.join(llama.swarm, llama.path, prompts=tmp_path / mode)
+        assert [name for name, each in again.named_parameters() if each.requires_grad] == [
+            f"swarm_prompts.{name}" for name, _ in again.swarm_prompts.named_parameters()
+        ]
+        ids = random_ids(2, 6)
+        with torch.no_grad():
+            assert torch.equal(again(ids, use_cache=False).logits, ours(ids, use_cache=False).logits)
+
+
+def test_prompts_that_are_none_or_of_another_model_are_refused(llama, swarms, tmp_path: Path):
+    path, wrong = str(llama.path), tmp_path / "wrong"
+    Prompts("ptune", 3, 6, HIDDEN // 2, torch.float32).save_pretrained(wrong)
+    with pytest.raises(BadRequest, match="leave these out"):
+        swarms.join(llama.swarm, path, tuning_mode="ptune", pre_seq_len=3, prompts=wrong)
+    with pytest.raises(BadCheckpoint, match="those of another model"):
+        swarms.join(llama.swarm, path, prompts=wrong)
+    for name, content in (("prompts.safetensors", "no tensors"), ("prompts.json", "[]")):
+        (wrong / name).write_text(content)
+        with pytest.raises(BadCheckpoint, match="there are no prompts in"):
+            swarms.join(llama.swarm, path, prompts=wrong)
 
 
 def test_tuning_modes_that_do_not_exist_are_refused(llama, swarms):
@@ -287,21 +302,28 @@ def test_sequence_classification(llama, swarms):
         assert error(ours, theirs) <= GRADIENT_TOLERANCE
 
 
-def fingerprints(swarm: Any) -> list[str]:
-    """A hash of all weights of each server in this process."""
-    result = []
-    for server in swarm.servers:
-        digest = hashlib.sha256()
-        span = server.running.sessions.views.span
-        for name, parameter in sorted(span.named_parameters()):
-            assert not parameter.requires_grad and parameter.grad is None, name
-            digest.update(parameter.detach().numpy().tobytes())
-        result.append(digest.hexdigest())
-    return result
+def test_a_classifier_with_prompts_looks_at_the_last_token_of_padded_batches(llama, swarms):
+    local = load_local(llama.path, AutoModelForSequenceClassification, num_labels=3)
+    remote = swarms.join(llama.swarm, llama.path, AutoDistributedModelForSequenceClassification, num_labels=3)
+    remote.score.load_state_dict(local.score.state_dict())
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    ours, theirs = (get_peft_model(model, config).eval() for model in (remote, local))
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    ids, mask = random_ids(3, 7), torch.ones(3, 7, dtype=torch.int64)
+    ids[0, :2], mask[0, :2] = 0, 0
+    with torch.no_grad():
+        assert error(*(model(ids, attention_mask=mask).logits for model in (ours, theirs))) <= GRADIENT_TOLERANCE
+        with pytest.raises(BadRequest, match="pad on the left"):
+            ours(ids.flip(1), attention_mask=mask.flip(1))
+    how = {"num_labels": 3, "tuning_mode": "ptune", "pre_seq_len": 4}
+    own = swarms.join(llama.swarm, llama.path, AutoDistributedModelForSequenceClassification, **how)
+    with torch.no_grad():  # with prompts of our own it is told the token ids
+        padded, alone = own(ids.flip(1), attention_mask=mask.flip(1)).logits, own(ids[:1, 2:].flip(1)).logits
+    assert error(padded[:1], alone) <= GRADIENT_TOLERANCE
 
 
 def test_training_changes_the_client_and_no_server(llama, swarms):
-    before = fingerprints(llama.swarm)
+    before = weights(llama.swarm)
     remote = swarms.join(llama.swarm, llama.path)
     local = load_local(llama.path)
     for name, parameter in local.named_parameters():
@@ -317,7 +339,7 @@ def test_training_changes_the_client_and_no_server(llama, swarms):
             optimizer.step()
         results.append(loss.item())
     assert results[0] == pytest.approx(results[1], abs=1e-4)
-    assert fingerprints(llama.swarm) == before
+    assert weights(llama.swarm) == before
 
 
 def test_two_clients_train_apart(llama, swarms):

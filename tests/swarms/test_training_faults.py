@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from test_peft import TOLERANCE, history, trained
+from test_trainer import TOLERANCE, history, trained
 from tiny import HIDDEN, random_ids
 from torch import Tensor
 

@@ -18,7 +18,6 @@ from swarm.model.targets import Width
 from swarm.ranges import BlockRange
 from swarm.server import adapters
 from swarm.server.adapters import LEAST_BYTES, MAX_ARRIVING, AdapterStore, Lease
-from swarm.server.checks import place_of
 from swarm.v1 import blocks_pb2 as pb
 
 BLOCKS = BlockRange(2, 4)
@@ -285,13 +284,6 @@ async def test_an_upload_that_comes_whole_is_held_and_counted_once() -> None:
         await asyncio.sleep(0.001)
     upload.task.result()
     assert store.statistics().used_bytes == len(data) and store.statistics().num_adapters == 1
-
-
-def test_whose_connections_are_of_one_place() -> None:
-    assert place_of("ipv4:1.2.3.4:5") == place_of("ipv4:1.2.3.4:6") != place_of("ipv4:1.2.3.5:5")
-    assert place_of("ipv6:%5B2001:db8::1%5D:5") == place_of("ipv6:%5B2001:db8::2%5D:6")  # one customer has both
-    assert place_of("ipv6:%5B::1%5D:5") != place_of("ipv6:%5B::1%5D:6")
-    assert place_of("ipv4:127.0.0.1:5") != place_of("ipv4:127.0.0.1:6")  # the tunnel's connections
 
 
 # What memory there is not

@@ -10,6 +10,7 @@ from swarm.errors import BadRequest, Draining, PromptTooLong, ProtocolError
 from swarm.ranges import BlockRange
 from swarm.server import checks
 from swarm.server.checks import ServiceLimits
+from swarm.streams import Step
 from swarm.v1 import blocks_pb2 as pb
 
 LIMITS = ServiceLimits(max_step_tokens=100, max_batch_size=8, max_virtual_tokens=4)
@@ -139,3 +140,27 @@ def test_beams_are_sequences_of_the_batch():
 def test_limits_are_positive():
     with pytest.raises(BadRequest, match="max_batch_size must be positive"):
         ServiceLimits(max_batch_size=0)
+
+
+def test_a_step_names_what_later_hops_hold_of_no_more_hops_than_there_can_be_and_never_falling():
+    checks.check_held([])
+    checks.check_held([0, 5, 5, 9])
+    with pytest.raises(ProtocolError, match="no hop may lack what a later one holds"):
+        checks.check_held([5, 4])
+    with pytest.raises(ProtocolError, match="later hops hold"):
+        checks.check_held([0] * (checks.MAX_HOPS + 1))
+
+
+@pytest.mark.parametrize(("held", "start", "rest"), [((), 10, ()), ((3, 20), 10, (20,)), ((12, 20), 12, (20,))])
+def test_a_hop_passes_on_what_the_next_one_lacks(held, start, rest):
+    x_BLD, y_BLD = torch.zeros(1, 4, 2), torch.arange(8.0).view(1, 4, 2)
+    step = Step(10, 1, x_BLD, torch.ones(1, 4), torch.arange(10, 14)[None], held=held)
+    further = step.passed_on(y_BLD)
+    assert further is not None and (further.position, further.end, tuple(further.held)) == (start, 14, rest)
+    assert torch.equal(further.x_BLD, y_BLD[:, start - 10 :])
+    assert further.mask_BL is not None and further.mask_BL.shape == (1, 14 - start)
+    assert further.position_ids_BL is not None and further.position_ids_BL.tolist() == [list(range(start, 14))]
+
+
+def test_a_hop_passes_on_nothing_where_the_next_one_holds_all():
+    assert Step(10, 0, torch.zeros(1, 4, 2), held=(14, 14)).passed_on(torch.zeros(1, 4, 2)) is None

@@ -88,10 +88,18 @@ class Bench:
                 self.engine.forget(session)
 
     def step(
-        self, session: ServerSession, length: int, *, position: int | None = None, num_outputs: int | None = None
+        self,
+        session: ServerSession,
+        length: int,
+        *,
+        position: int | None = None,
+        num_outputs: int | None = None,
+        apart: float = 0.0,
     ) -> asyncio.Future[Tensor]:
+        """Args: apart: how far the hidden states of a sequence are from those of the next one, and of others' steps."""
         self._step_ids[session] = self._step_ids.get(session, 0) + 1
         x_BLD = torch.full((session.batch_size, length, 2), float(length))
+        x_BLD += apart * torch.arange(1, session.batch_size + 1)[:, None, None]
         at = session.cache.length if position is None else position
         step = StepInput(
             self._step_ids[session], at, length if num_outputs is None else num_outputs, [], x_BLD, None, None
@@ -214,6 +222,77 @@ async def test_pages_that_never_come_free_are_cache_full_and_the_holder_goes_on(
         with pytest.raises(CacheFull, match="no cache came free"):
             await bench.step(second, 8)
         await bench.step(first, 1)
+
+
+async def test_a_full_cache_sends_away_who_came_last_and_those_before_go_on():
+    async with open_bench(4) as bench, bench.session(max_tokens=16) as first:
+        async with bench.session(max_tokens=8) as second:
+            await bench.step(first, 8)
+            await bench.step(second, 8, apart=1.0)
+            await asyncio.gather(*(bench.step(first, 1, position=at) for at in range(8, 13)))
+            assert isinstance(second.failure.exception(), CacheFull) and second.cache.closed
+            with pytest.raises(SessionLost):
+                await bench.step(second, 1, position=8)
+        await bench.step(first, 1)
+        assert bench.used_pages == 4 and not first.failure.done()
+
+
+async def test_who_came_last_is_not_helped_at_the_cost_of_those_before(monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_PAGES_WAIT_S", 0.0)
+    async with open_bench(4) as bench, bench.session(max_tokens=12) as first, bench.session(max_tokens=8) as second:
+        await bench.step(first, 12)
+        await bench.step(second, 4, apart=1.0)
+        with pytest.raises(CacheFull, match="no cache came free"):
+            await bench.step(second, 1)
+        await bench.step(first, 1, position=11)
+
+
+async def test_a_long_prompt_leaves_pages_for_those_who_were_here_before():
+    async with open_bench(32, max_tokens=8) as bench, bench.session() as first:
+        await bench.step(first, 4)
+        async with bench.session(max_tokens=128) as second:
+            prompt = bench.step(second, 128, apart=1.0)
+            async with asyncio.timeout(30):
+                while not bench.engine.statistics().counters.num_out_of_pages:
+                    await asyncio.sleep(0)
+            await bench.step(first, 1)
+            assert not prompt.done() and not second.failure.done()
+        with pytest.raises(asyncio.CancelledError):
+            await prompt
+
+
+async def test_a_step_that_waits_for_pages_has_its_beams_in_order_once():
+    async with (
+        open_bench(4) as bench,
+        bench.session(max_tokens=8) as first,
+        bench.session(batch_size=2, max_tokens=8) as beams,
+    ):
+        await bench.step(first, 4)
+        await bench.step(beams, 4, apart=1.0)
+        before = [list(beams.cache.runs(row, 4)) for row in range(2)]
+        step = StepInput(2, 4, 1, [1, 0], torch.ones(2, 1, 2), None, None)
+        waiting = bench.engine.step(beams, step, begins_round=True)
+        for look in range(1, 4):
+            async with asyncio.timeout(30):
+                while bench.engine.statistics().counters.num_out_of_pages < 1:
+                    await asyncio.sleep(0)
+            await bench.step(first, 4, position=0, apart=-look)  # something came free: it looks again
+        assert [list(beams.cache.runs(row, 4)) for row in range(2)] == before[::-1] != before
+        bench.engine.forget(beams)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+async def test_nothing_is_expected_of_a_session_that_was_forgotten_during_its_pass():
+    async with open_bench() as bench, bench.session() as first, bench.session() as second:
+        await bench.step(first, 1)
+        busy = await bench.busy(first)
+        bench.engine.forget(first)
+        bench.executor.let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await busy
+        await bench.step(second, 1)
+        assert list(bench.engine._returns._sessions) == [second]
 
 
 async def test_what_a_forgotten_session_had_queued_never_runs():

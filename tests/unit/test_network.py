@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
+import torch
 from fakes import FINGERPRINT, announcement, peer_id
 
+from swarm.client.chain import ChainConfig
 from swarm.client.config import ClientConfig
+from swarm.client.hedging import PATIENCE_S
 from swarm.client.known_servers import ReadBudget
+from swarm.client.lane import Lane
 from swarm.client.network import PROBE_TIMEOUT_S, Attempt, Network
 from swarm.client.routing import Hop, Needs, plan_route
 from swarm.errors import (
@@ -24,10 +30,13 @@ from swarm.errors import (
     PeerUnavailable,
     PromptTooLong,
     SessionLost,
+    TooManyRequests,
 )
 from swarm.memory_directory import MemoryDirectory
 from swarm.peers import PeerAddress
 from swarm.ranges import BlockRange
+from swarm.streams import Step
+from swarm.throughput import Throughput
 
 NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
 
@@ -35,6 +44,7 @@ NEEDS = Needs(BlockRange(0, 12), FINGERPRINT)
 class FakeConnector:
     def __init__(self) -> None:
         self.forgotten: list[str] = []
+        self.throughput, self.ways = Throughput(), {}
 
     async def forget(self, peer: str) -> None:
         self.forgotten.append(peer)
@@ -384,11 +394,11 @@ def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_a
         network._answers = answers  # type: ignore[method-assign]
 
         async def avoided(*asked: Hop, number: int = 1) -> frozenset[str]:
-            return (await network.elsewhere(Attempt(), asked, number)).refused_by
+            return (await network.elsewhere(Attempt(), NEEDS, asked, number)).refused_by
 
         assert await avoided(b) == {b.peer_id}, "all, where none is slow to answer"
         assert await avoided() == set()
-        assert await avoided(a, b, c, number=2) == {a.peer_id, b.peer_id, c.peer_id}
+        assert await avoided(a, b, number=2) == {a.peer_id, b.peer_id}
         assert await avoided(a, b, c) == {a.peer_id, c.peer_id}
         assert {hop.peer_id for hop in await network.route(NEEDS, Attempt())} == {b.peer_id}
         await asyncio.sleep(1.5)
@@ -398,3 +408,176 @@ def test_when_something_stalls_those_that_are_slow_to_answer_are_suspected_and_a
         await network.aclose()
 
     run(test)
+
+
+def test_a_peer_with_too_many_requests_is_left_alone_as_long_as_it_says_and_not_blamed():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name in "AB":
+            await directory.announce(announcement(name, 0, 12))
+        network = make_network(directory)
+        first = (await network.route(NEEDS, Attempt()))[0].peer_id
+        busy = TooManyRequests("come back later", 30.0)
+        busy.peer_id = first
+        assert await network.retrying(Attempts(*[busy] * 50)) == "done"  # however often: it is no failure
+        assert (await network.route(NEEDS, Attempt()))[0].peer_id != first
+        assert not network._missing
+        await network.aclose()
+
+    run(test)
+
+
+def test_a_lone_server_with_too_many_requests_is_waited_for():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory, route_timeout_s=30.0)
+        loop = asyncio.get_running_loop()
+        answers = [at_peer(TooManyRequests("come back later", 0.2), "A") for _ in range(3)]
+
+        async def ask(attempt: Attempt) -> float:
+            await network.route(NEEDS, attempt)
+            if answers:
+                raise answers.pop(0)
+            return loop.time()
+
+        began_s = loop.time()
+        assert await network.retrying(ask) - began_s > 0.5
+        assert not answers
+        await network.aclose()
+
+    asyncio.run(test())
+
+
+def test_a_lone_server_that_stays_busy_is_given_up_after_route_timeout_s():
+    async def test() -> None:
+        network = make_network(route_timeout_s=5.0)
+
+        async def ask(attempt: Attempt) -> None:
+            await asyncio.sleep(1.0)
+            raise at_peer(TooManyRequests("come back later", 1.0), "A")
+
+        with pytest.raises(TooManyRequests):
+            await network.retrying(ask)
+        assert 5.0 <= asyncio.get_running_loop().time() < 7.0
+        await network.aclose()
+
+    run(test)
+
+
+def test_the_way_that_goes_elsewhere_leaves_out_whoever_there_is_a_way_without():
+    """Any of those that answer may be the one that stalls; without the only server of some blocks there is no way."""
+
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name, start, end in (("A", 0, 6), ("B", 6, 12), ("C", 6, 12), ("D", 6, 12)):
+            await directory.announce(announcement(name, start, end))
+        network = make_network(directory)
+        hops = {server.peer_id: Hop(server, server.blocks) for server in await network.servers(FINGERPRINT)}
+        a, b, c, d = (hops[peer_id(name)] for name in "ABCD")
+
+        async def answers(_: Hop) -> bool:
+            return True
+
+        network._answers = answers  # type: ignore[method-assign]
+        first = await network.elsewhere(Attempt(), NEEDS, [a, b], 1)
+        assert first.refused_by == {b.peer_id}
+        second = await network.elsewhere(Attempt(), NEEDS, [a, b, a, c], 2)
+        assert second.refused_by == {b.peer_id, c.peer_id}
+        assert await network.route(NEEDS, second) == [a, d]
+
+    run(test)
+
+
+def test_of_several_servers_that_give_no_result_the_one_that_is_slowest_to_answer_is_blamed():
+    async def test() -> None:
+        network = make_network()
+        hops = [
+            Hop(announcement(name, at, at + 4), BlockRange(at, at + 4)) for name, at in (("A", 0), ("B", 4), ("C", 8))
+        ]
+
+        async def answers(hop: Hop) -> bool:
+            await asyncio.sleep(2.0 if hop is hops[1] else 0.0)
+            return True
+
+        network._answers = answers  # type: ignore[method-assign]
+        with pytest.raises(PeerUnavailable, match=r"4:8 .* gave no result in 60 s") as caught:
+            await network.while_alive(asyncio.Event().wait(), hops, 60.0)
+        assert caught.value.peer_id == hops[1].peer_id
+
+    run(test)
+
+
+def test_a_link_by_which_a_peer_answers_is_kept_though_others_cannot_reach_it():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        await directory.announce(announcement("A", 0, 12))
+        network = make_network(directory)
+        await network.servers(FINGERPRINT)
+        alive = True
+
+        async def answers(_: Hop) -> bool:
+            return alive
+
+        network._answers = answers  # type: ignore[method-assign]
+        await network.note_failure(at_peer(PeerUnavailable("a hop before it cannot reach it"), "A"))
+        assert network._avoided() == {peer_id("A")}
+        await asyncio.gather(*network._missing.values())
+        assert network.connector.forgotten == [] and network._missing == {}
+        assert network._avoided() == {peer_id("A")}, "for a while it is left out all the same"
+        alive = False
+        await network.note_failure(at_peer(PeerUnavailable("it hung up"), "A"))
+        await asyncio.sleep(0.5)
+        assert network.connector.forgotten == [peer_id("A")] and peer_id("A") in network._missing
+        await network.aclose()
+
+    run(test)
+
+
+def test_a_missing_route_that_the_directory_knows_by_now_is_not_slept_for():
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        assert await make_network().retrying(Attempts(NoRoute("none"))) == "done"
+        assert loop.time() == 0.0
+        assert await make_network().retrying(Attempts(NoRoute("none"), NoRoute("none"))) == "done"
+        assert loop.time() == 0.5
+
+    run(test)
+
+
+def test_a_peer_that_is_back_is_not_preferred_before_it_has_done_what_it_was_asked():
+    async def test() -> None:
+        directory = MemoryDirectory()
+        for name, rate in (("A", 100.0), ("B", 90.0)):
+            await directory.announce(announcement(name, 0, 12, decode_tokens_per_s=rate))
+        network = make_network(directory)
+
+        async def taken() -> str:
+            return (await network.route(NEEDS, Attempt()))[0].peer_id
+
+        assert await taken() == peer_id("A")
+        network._failures.failed(peer_id("A"), -1e6)
+        network._failures.failed(peer_id("A"), time.monotonic())
+        network._failures.reached(peer_id("A"))
+        assert network._avoided() == set() and await taken() == peer_id("B")
+        assert "failed some time ago" in str(await network.explain_route(NEEDS))
+        network.succeeded(peer_id("A"))
+        assert await taken() == peer_id("A")
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 40])
+def test_every_step_has_a_bound_also_the_first_one_and_the_first_one_after_a_prompt(num_prompt_tokens):
+    """A server that answers and does not compute holds nobody until the timeout of the step."""
+    server = announcement("A", 0, 12)
+    hops, network = [Hop(server, server.blocks)], make_network()
+    config = ChainConfig(fingerprint=FINGERPRINT, batch_size=1, max_tokens=64, hidden_size=8, open_timeout_s=5.0)
+    lane = Lane(network, NEEDS, config, lambda _: None)
+    step = Step(0, 1, torch.zeros(1, 40, 8))
+    if num_prompt_tokens:
+        lane._chain, lane._lengths = cast(Any, object()), [40]
+        for times in (lane.times, network.feedings):
+            times.took(40, 2.0)
+        step = Step(40, 1, torch.zeros(1, 1, 8))
+    assert PATIENCE_S <= lane.bound_s(step, hops) < 3 * PATIENCE_S

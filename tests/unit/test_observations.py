@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.client.observations import HALF_LIFE_S, FailureMemory, SpeedMemory
+from swarm.client.observations import HALF_LIFE_S, MAX_REMEMBERED, FailureMemory, SpeedMemory
 
 
 def test_a_peer_is_avoided_twice_as_long_after_each_failure_up_to_a_bound():
@@ -16,6 +16,34 @@ def test_a_peer_is_avoided_twice_as_long_after_each_failure_up_to_a_bound():
     assert memory.avoided(100.0) == set()
     memory.failed("A", now_s=200.0)
     assert memory.avoided(200.5) == {"A"} and memory.avoided(201.0) == set()
+
+
+def test_failures_of_long_ago_no_longer_make_the_next_one_count_for_more():
+    memory = FailureMemory(1.0, 60.0)
+    for _ in range(5):
+        memory.failed("A", now_s=0.0)
+    assert memory.avoided(15.9) == {"A"} and memory.weights(0.0) == {"A": 5.0}
+    assert memory.weights(HALF_LIFE_S) == {"A": 2.5} and memory.weights(7 * HALF_LIFE_S) == {}
+    memory.failed("A", now_s=20 * HALF_LIFE_S)
+    assert memory.avoided(20 * HALF_LIFE_S + 1.01) == set()
+
+
+def test_a_peer_that_is_reached_again_counts_for_less_until_it_succeeds():
+    memory = FailureMemory(10.0, 60.0)
+    memory.failed("A", now_s=0.0)
+    memory.reached("A")
+    memory.reached("B")
+    assert memory.avoided(1.0) == set() and memory.weights(0.0) == {"A": 1.0}
+    memory.succeeded("A")
+    assert memory.weights(0.0) == {}
+
+
+def test_peers_that_come_and_fail_for_weeks_are_not_all_remembered():
+    memory = FailureMemory(1.0, 60.0)
+    for number in range(3 * MAX_REMEMBERED):
+        memory.failed(str(number), now_s=float(number))
+    assert len(memory._failures) == MAX_REMEMBERED
+    assert str(3 * MAX_REMEMBERED - 1) in memory.weights(3.0 * MAX_REMEMBERED)
 
 
 def test_ten_thousand_failures_do_not_overflow():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,7 @@ import pytest
 from fakes import peer_id
 
 from swarm.dialling import OutsideOnly
-from swarm.errors import CacheFull, PeerUnavailable, ProtocolError
+from swarm.errors import CacheFull, PeerUnavailable, ProtocolError, ResourceError
 from swarm.identity import Identity
 from swarm.peers import Connector, PeerAddress
 from swarm.rpc import errors_from_wire, from_wire
@@ -102,3 +103,87 @@ async def test_every_error_of_a_call_names_the_peer():
         async with errors_from_wire("A"):
             raise ProtocolError("lying bytes")
     assert caught.value.peer_id == "A"
+
+
+class Opening:
+    """Opens tunnels to nowhere when it is let, and counts those that are open."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.may_go_on = asyncio.Event()
+        self.errors: list[Exception] = []
+        self.num_asked = self.num_open = 0
+
+    @asynccontextmanager
+    async def __call__(self, peer: str, multiaddrs: tuple[str, ...]) -> AsyncIterator[str]:
+        self.num_asked += 1
+        self.asked.set()
+        await self.may_go_on.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        self.num_open += 1
+        try:
+            yield "unix:/nowhere"
+        finally:
+            self.num_open -= 1
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def connected(monkeypatch) -> None:
+    """Every channel connects."""
+
+    async def becomes_ready(channel: object, timeout_s: float) -> bool:
+        return True
+
+    monkeypatch.setattr("swarm.peers._becomes_ready", becomes_ready)
+
+
+async def use(connector: Connector, address: PeerAddress) -> None:
+    async with connector.lease(address):
+        pass
+
+
+async def test_a_failure_that_nobody_waited_for_is_not_what_the_next_caller_gets(certificate, connected):
+    opening = Opening()
+    connector = Connector(opening)
+    address = PeerAddress(peer_id("A"), (), certificate, ("/ip4/192.0.2.1/tcp/1",))
+    hurried = asyncio.create_task(use(connector, address))
+    await opening.asked.wait()
+    hurried.cancel()
+    await asyncio.gather(hurried, return_exceptions=True)
+    opening.errors = [PeerUnavailable("it was away at that time")]
+    opening.may_go_on.set()
+    await asyncio.wait(set(connector._links.values()))
+    await use(connector, address)
+    assert opening.num_asked == 2
+    await connector.aclose()
+    assert opening.num_open == 0
+
+
+async def test_a_renewal_that_is_cancelled_at_any_moment_leaves_no_link_without_an_owner(certificate, connected):
+    address = PeerAddress(peer_id("A"), (), certificate, ("/ip4/192.0.2.1/tcp/1",))
+    for num_rounds in range(12):
+        opening = Opening()
+        opening.may_go_on.set()
+        connector = Connector(opening)
+        await use(connector, address)
+        renewing = asyncio.create_task(connector.renew(peer_id("A")))
+        for _ in range(num_rounds):
+            await asyncio.sleep(0)
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+        await use(connector, address)
+        await connector.aclose()
+        assert opening.num_open == 0, num_rounds
+
+
+async def test_a_tunnel_that_has_no_room_here_is_one_way_that_failed(certificate):
+    opening = Opening()
+    opening.may_go_on.set()
+    opening.errors = [ResourceError("cannot open a local socket for a tunnel")]
+    connector = Connector(opening)
+    with pytest.raises(PeerUnavailable, match="local socket") as caught:
+        await use(connector, PeerAddress(peer_id("A"), (), certificate, ("/ip4/192.0.2.1/tcp/1",)))
+    assert caught.value.peer_id == peer_id("A") and not connector._links
+    await connector.aclose()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
 from pydantic import ValidationError
 
+from swarm import punching, tunnel
 from swarm.dialling import Anywhere, OutsideOnly
+from swarm.errors import PeerUnavailable
 from swarm.mirror import open_mirror
 from swarm.peers import Connector
 from swarm.punching import Introduction, Introductions, Meeting, Puncher
@@ -87,6 +90,33 @@ async def test_a_mirror_sees_who_shows_the_token_from_the_place_it_belongs_to():
 async def test_nobody_is_called_anew_who_is_not_called_at_all():
     renew: Callable[[str], Awaitable[bool]] = Connector(None).renew
     assert not await renew("12D3KooW")
+
+
+@pytest.mark.parametrize(("error", "raised"), [(OSError(), PeerUnavailable), (asyncio.CancelledError(), None)])
+async def test_a_connection_that_comes_to_nothing_is_closed(monkeypatch, error, raised):
+    async def fail(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(asyncio, "open_connection", fail)
+    with socket.socket() as connected:
+        with pytest.raises(raised or type(error)):
+            await punching._as_stream(connected, OUTSIDE)
+        assert connected.fileno() == -1
+
+
+async def test_a_punched_connection_is_closed_where_no_tunnel_can_be_opened_over_it(monkeypatch):
+    told = Told()
+    puncher = Puncher(None, Anywhere())
+    puncher._connections["peer"] = None, told
+
+    def full() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tunnel, "open_socket_directory", full)
+    with pytest.raises(OSError, match="no space"):
+        async with tunnel.open_tunnel(None, "peer", [], puncher=puncher):
+            pass
+    assert told.is_closed
 
 
 @pytest.mark.parametrize(("succeeds", "num_tried"), [(False, 3), (True, 1)])

@@ -15,11 +15,9 @@ from swarm.dialling import Anywhere, UntilSeenOutside
 from swarm.errors import BadRequest, PeerUnavailable
 from swarm.pipes import Stream
 from swarm.relaying import (
-    BURST_S,
     MAX_ASKING_PER_PLACE,
     Guest,
     RelayConfig,
-    Throttle,
     may_carry,
     may_register,
     serve_relay,
@@ -66,15 +64,6 @@ def test_a_relay_takes_no_more_places_than_the_process_has_files():
 def test_a_relay_that_carries_nothing_is_no_relay():
     with pytest.raises(BadRequest):
         RelayConfig(max_bytes_per_s=0)
-
-
-def test_bytes_wait_so_that_no_more_than_the_rate_passes():
-    throttle = Throttle(1000.0)
-    assert throttle.wait_s(int(1000 * BURST_S), 0.0) == 0.0  # a burst
-    assert throttle.wait_s(500, 0.0) == pytest.approx(0.5)
-    assert throttle.wait_s(500, 0.5) == pytest.approx(0.5)
-    assert throttle.wait_s(100, 100.0) == 0.0  # after a pause, but what was not used then is lost
-    assert throttle.wait_s(1000, 100.0) == pytest.approx(1.1 - BURST_S)
 
 
 def test_addresses_through_relays_are_read_as_they_are_written():

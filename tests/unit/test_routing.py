@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import FINGERPRINT, announcement, peer_id
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import AdapterListing, Announcement
 from swarm.client.hosted import choose_adapter
-from swarm.client.routing import HOP_COST_S, TUNNEL_COST_S, Hop, Needs, Roster, View, route_costs
+from swarm.client.routing import HOP_COST_S, TUNNEL_COST_S, Hop, Needs, Roster, View, explain, route_costs
 from swarm.client.routing import plan_route as plan_route_of
 from swarm.coordinates import Coordinates
 from swarm.errors import BadRequest, NoRoute, PromptTooLong
@@ -165,6 +166,9 @@ def test_a_cache_that_is_full_of_this_session_does_not_matter():
     servers = [announcement("A", 0, 12, cache_free_tokens=0), announcement("B", 0, 6), announcement("C", 6, 12)]
     assert len(plan_route(servers, needs)) == 2
     assert len(plan_route(servers, needs, View(holding={peer_id("A")}))) == 1
+    twins = [announcement(name, 0, 12, forward_tokens_per_s=rate) for name, rate in (("A", 5000.0), ("B", 1000.0))]
+    assert described(plan_route(twins, needs.fed(90, 1))) == [("A", 0, 12)]
+    assert described(plan_route(twins, needs.fed(90, 1), View(holding={peer_id("B")}))) == [("B", 0, 12)]
 
 
 def test_batches_go_where_there_is_less_to_do():
@@ -178,15 +182,69 @@ def test_batches_go_where_there_is_less_to_do():
 def test_the_costs_of_a_route_are_those_that_it_was_chosen_for():
     here = Coordinates(0, 0, 0.01)
     servers = [announcement("A", 0, 6, coordinates=here), announcement("B", 6, 12, coordinates=here, direct=[])]
+    unmeasured = View(here=here, rtts_s={peer_id("A"): 0.1})
+    _, second = route_costs(plan_route(servers, ALL, unmeasured), ALL, unmeasured)
+    assert second.network_s == pytest.approx(0.01 + HOP_COST_S + TUNNEL_COST_S + 0.01)
     view = View(here=here, rtts_s={peer_id("A"): 0.1, peer_id("B"): 0.2})
     first, second = route_costs(plan_route(servers, ALL, view), ALL, view)
     assert first.network_s == pytest.approx(0.05 + HOP_COST_S)
-    assert second.network_s == pytest.approx(0.01 + HOP_COST_S + TUNNEL_COST_S + 0.1)
+    assert second.network_s == pytest.approx(0.01 + HOP_COST_S + 0.1), "what was measured went through the tunnel"
     assert first.compute_s == second.compute_s == pytest.approx(0.01)
     batch = replace(ALL, batch_tokens=100, batch_size=1)
     first, second = route_costs(plan_route(servers, batch, view), batch, view)
     assert first.network_s == pytest.approx(0.1 + HOP_COST_S) and first.compute_s == pytest.approx(0.1)
-    assert second.network_s == pytest.approx(0.2 + HOP_COST_S + TUNNEL_COST_S)
+    assert second.network_s == pytest.approx(0.2 + HOP_COST_S)
+
+
+def test_a_server_where_steps_wait_is_worth_a_detour_by_what_it_said_last():
+    servers = [announcement("A", 0, 12, queue_s=0.3), announcement("B", 0, 6), announcement("C", 6, 12)]
+    assert len(plan_route(servers, ALL)) == 2
+    assert len(plan_route(servers, ALL, View(queues_s={peer_id("A"): 0.0}))) == 1
+    assert len(plan_route(servers, ALL, View(queues_s={peer_id("A"): 0.0, peer_id("B"): 0.3}))) == 1
+    (cost,) = route_costs([Hop(servers[0], BlockRange(0, 12))], ALL)
+    assert cost.queue_s == pytest.approx(0.3)
+
+
+def test_a_long_prompt_goes_where_prompts_are_fast_and_a_short_one_where_steps_are():
+    """Of a session of which many steps are expected, both count."""
+    servers = [
+        announcement("A", 0, 12, decode_tokens_per_s=100.0, forward_tokens_per_s=200.0),
+        announcement("B", 0, 12, decode_tokens_per_s=50.0, forward_tokens_per_s=5000.0),
+    ]
+    session = replace(ALL, session_tokens=2048)
+    assert described(plan_route(servers, session.fed(6, 1))) == [("A", 0, 12)]
+    assert described(plan_route(servers, session.fed(1000, 1))) == [("B", 0, 12)]
+    assert described(plan_route(servers, session.fed(40, 8))) == [("B", 0, 12)]
+
+
+def test_a_long_prompt_goes_over_lines_that_carry_much():
+    wide, narrow = 12.5e6, 0.25e6
+    first = [announcement("A", 0, 6, bytes_per_s=narrow), announcement("B", 0, 6, bytes_per_s=wide, queue_s=0.01)]
+    servers = [each.model_copy(update={"hidden_size": 4096}) for each in (*first, announcement("C", 6, 12))]
+    session = replace(ALL, session_tokens=2048)
+    assert described(plan_route(servers, session.fed(6, 1)))[0][0] == "A"
+    assert described(plan_route(servers, session.fed(1000, 1)))[0][0] == "B"
+    ours = View(bytes_per_s={peer_id("B"): narrow / 10}, line_bytes_per_s=wide)
+    assert described(plan_route(servers, session.fed(1000, 1), ours))[0][0] == "A"
+
+
+def test_a_cache_must_have_room_for_all_sequences_of_a_session():
+    servers = [announcement("A", 0, 12, cache_free_tokens=1000), announcement("B", 0, 6), announcement("C", 6, 12)]
+    session = replace(ALL, session_tokens=300)
+    assert len(plan_route(servers, session.fed(1, 3))) == 1
+    assert len(plan_route(servers, session.fed(1, 4))) == 2
+
+
+def test_an_explanation_shows_queue_room_and_way_and_the_next_best_route():
+    roster = Roster([announcement("A", 0, 12, queue_s=0.002), announcement("B", 0, 12, direct=[])])
+    hops = plan_route_of(roster, ALL)
+    text = str(explain(hops, roster, ALL, View(), {peer_id("A"): "through relay R"}))
+    assert "queue      2.0 ms" in text and "room for 10000 tokens" in text and "through relay R" in text
+    assert "next best: 0:12 at server-B" in text
+    alone = Roster(roster.servers[:1])
+    assert "next best" not in str(explain(hops, alone, ALL, View())) and "direct" in str(
+        explain(hops, alone, ALL, View())
+    )
 
 
 def cheapest_s(servers: list[Announcement], needs: Needs, view: View, taken: tuple[Hop, ...] = ()) -> float:
@@ -205,7 +263,10 @@ def cheapest_s(servers: list[Announcement], needs: Needs, view: View, taken: tup
 
 spans = st.tuples(st.integers(0, 5), st.integers(1, 6)).map(sorted).filter(lambda span: span[0] < span[1])
 places = st.builds(Coordinates, st.floats(-0.1, 0.1), st.floats(-0.1, 0.1), st.floats(0, 0.02))
-kinds = st.tuples(spans, st.sampled_from([0.0, 5.0, 50.0, 500.0]), st.none() | places, st.sampled_from([1.0, 8.0]))
+kinds = st.tuples(
+    spans, st.sampled_from([0.0, 5.0, 50.0, 500.0]), st.none() | places, st.sampled_from([1.0, 8.0]),
+    st.sampled_from([0.0, 1e3, 1e5]), st.sampled_from([0.0, 0.03]),
+)  # fmt: skip
 
 
 @given(st.lists(kinds, max_size=4), spans, st.sampled_from([0, 100]), st.none() | places)
@@ -214,14 +275,15 @@ def test_every_route_is_valid_and_as_cheap_as_the_best_of_all(kinds, wanted, bat
     servers = [
         announcement(
             name, start, end, decode_tokens_per_s=rate, forward_tokens_per_s=10 * rate,
-            coordinates=place if here is not None else None,
+            coordinates=place if here is not None else None, bytes_per_s=line, queue_s=queue_s,
         )
-        for name, ((start, end), rate, place, _) in zip("ABCD", kinds, strict=False)
+        for name, ((start, end), rate, place, _, line, queue_s) in zip("ABCD", kinds, strict=False)
     ]  # fmt: skip
     if any(server.coordinates is None for server in servers):  # the triangle inequality holds for places alone
         servers = [server.model_copy(update={"coordinates": None}) for server in servers]
     slowness = {server.peer_id: kind[3] for server, kind in zip(servers, kinds, strict=True)}
     needs = Needs(BlockRange(*wanted), FINGERPRINT, batch_tokens=batch_tokens, batch_size=int(batch_tokens > 0))
+    needs = needs if batch_tokens else replace(needs, session_tokens=64).fed(32, 1)
     view = View(here=here, slowness=slowness)
     best_s = cheapest_s(servers, needs, view)
     try:
@@ -268,3 +330,36 @@ def test_a_name_means_the_adapter_that_is_served_for_most_blocks():
             choose_adapter(HOSTING, wanted, blocks)
     with pytest.raises(BadRequest, match="they host none$"):
         choose_adapter(HOSTING[:1], "poet", blocks)
+
+
+def test_as_many_routes_can_share_a_batch_as_the_block_with_the_fewest_servers_allows():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 6), announcement("C", 6, 12), announcement("D", 4, 8)]
+    roster, batch = Roster(servers), replace(ALL, batch_tokens=100, batch_size=1)
+    assert roster.num_routes(batch, ()) == 2
+    assert roster.num_routes(replace(batch, blocks=BlockRange(5, 7)), ()) == 3
+    assert roster.num_routes(batch, {peer_id("A")}) == 1 and roster.num_routes(batch, set(map(peer_id, "AB"))) == 0
+    assert Roster().num_routes(batch, ()) == 0
+
+
+def test_batches_are_shared_by_what_was_measured_of_batches():
+    servers = [announcement("A", 0, 12), announcement("B", 0, 12, forward_tokens_per_s=900.0)]
+    batch, slow = replace(ALL, batch_tokens=100, batch_size=1), {peer_id("A"): 2.0}
+    assert described(plan_route(servers, batch, View(slowness=slow))) == [("A", 0, 12)]
+    assert described(plan_route(servers, batch, View(batch_slowness=slow))) == [("B", 0, 12)]
+    assert described(plan_route(servers, ALL, View(batch_slowness=slow))) == [("A", 0, 12)]
+
+
+def test_a_roster_that_follows_another_one_knows_the_same_as_one_made_anew():
+    place = Coordinates(0.01, 0.02, 0.003)
+    before = [announcement(name, 0, 12, queue_s=0.1) for name in "ABCD"]
+    roster = Roster(before)
+    assert plan_route_of(roster, ALL)
+    changed = announcement("B", 3, 9, coordinates=place, direct=[])
+    after = [before[3], changed, announcement("E", 0, 12, model_fingerprint="e" * 32), before[0]]
+    following, anew = Roster(after, before=roster), Roster(after)
+    for needs in (ALL, replace(ALL, batch_tokens=100, batch_size=1)):
+        assert list(following.usable(needs, ())) == list(anew.usable(needs, ())) == [0, 1, 2]
+        assert plan_route_of(following, needs) == plan_route_of(anew, needs)
+    columns = [name for name, value in vars(anew).items() if isinstance(value, np.ndarray)]
+    assert len(columns) > 12
+    assert all((getattr(following, name) == getattr(anew, name)).all() for name in columns)

@@ -15,8 +15,9 @@ from test_adapter_store import BLOCKS as ADAPTED_BLOCKS
 from test_engine import BLOCKS, FakeViews
 from torch import Tensor
 
-from swarm.errors import BadRequest, CacheFull, PeerUnavailable, PromptTooLong, SessionLost
+from swarm.errors import BadRequest, CacheFull, PeerUnavailable, PromptTooLong, SessionLost, TooManyRequests
 from swarm.server.adapters import Lease
+from swarm.server.callers import OWN, Caller
 from swarm.server.kv_cache import PageNames, StepInput
 from swarm.server.pages import PagePool
 from swarm.server.sessions import ServerSession, SessionKey, SessionTable
@@ -25,9 +26,9 @@ PAGE = 4
 LATE_S = 60.0
 
 
-def make_table(num_pages: int, *, grace_s: float = 60.0) -> SessionTable:
+def make_table(num_pages: int, *, grace_s: float = 60.0, share: float = 1.0) -> SessionTable:
     pool = PagePool(num_pages, PAGE)
-    return SessionTable(FakeViews(), pool, 1 << 20, packed=True, grace_s=grace_s)  # type: ignore[arg-type]
+    return SessionTable(FakeViews(), pool, 1 << 20, packed=True, grace_s=grace_s, share=share)  # type: ignore[arg-type]
 
 
 def make_key(*, session_id: bytes | None = None, **fields: Any) -> SessionKey:
@@ -53,7 +54,9 @@ class Visitor:
         epoch: int = 1,
         adapters: Lease | None = None,
         timeout_s: float = LATE_S,
+        caller: Caller = OWN,
     ) -> None:
+        self._caller = caller
         self._leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.session: ServerSession | None = None
         self.task = asyncio.create_task(self._hold(table, key, epoch, adapters, timeout_s))
@@ -62,9 +65,10 @@ class Visitor:
         self, table: SessionTable, key: SessionKey, epoch: int, adapters: Lease | None, timeout_s: float
     ) -> None:
         async with table.open(
-            key, epoch=epoch, prompts_NBPD=None, adapters=adapters, timeout_s=timeout_s
+            key, epoch=epoch, prompts_NBPD=None, adapters=adapters, timeout_s=timeout_s, caller=self._caller
         ) as self.session:
-            await self._leave
+            await asyncio.wait({self._leave, self.session.failure}, return_when=asyncio.FIRST_COMPLETED)
+            await (self._leave if self._leave.done() else self.session.failure)
 
     async def leave(self) -> None:
         self._leave.set_result(None)
@@ -229,6 +233,43 @@ async def test_nobody_opens_the_session_of_another_or_of_another_epoch():
         assert table.get(key.session_id, 1).cache.length == 7
 
 
+async def test_a_session_that_ends_for_want_of_pages_keeps_none():
+    table = make_table(8)
+    visitor = Visitor(table, make_key())
+    await settle()
+    assert visitor.session is not None
+    fill(table, visitor.session, 9)
+    await visitor.break_off(CacheFull("no pages"))
+    assert table.pool.num_used == 0 and table.statistics().num_kept == 0
+
+
+async def test_kept_caches_do_not_give_way_in_vain():
+    table = make_table(8)
+    async with visiting(table, make_key(), 16):
+        kept = Visitor(table, make_key())
+        await settle()
+        assert kept.session is not None
+        fill(table, kept.session, 8)
+        await kept.break_off()
+        newcomer = Visitor(table, make_key(batch_size=5, max_tokens=4), timeout_s=0.0)
+        await settle()
+        assert newcomer.task.done() and isinstance(newcomer.task.exception(), CacheFull)
+        assert table.statistics().num_kept == 1
+    table.drop_kept()
+
+
+async def test_what_is_kept_is_news_for_a_step_that_waits_for_pages():
+    table = make_table(8)
+    visitor = Visitor(table, make_key())
+    await settle()
+    assert visitor.session is not None
+    fill(table, visitor.session, 9)
+    before = table.num_releases
+    await visitor.break_off()
+    assert table.num_releases > before and table.statistics().num_kept == 1
+    table.drop_kept()
+
+
 async def test_kept_caches_give_way_to_who_needs_their_pages_oldest_first():
     table = make_table(4)
     keys = [make_key(max_tokens=8), make_key(max_tokens=8)]
@@ -337,3 +378,55 @@ async def test_sessions_that_are_kept_end_when_the_room_of_their_adapters_is_nee
     for visitor in (visitors[0], again, anew):
         await visitor.leave()
     assert store.statistics().num_used == 0 and table.pool.num_used == 0
+
+
+A, B = Caller("192.0.2.1"), Caller("192.0.2.2")
+
+
+async def test_who_holds_least_is_let_in_first() -> None:
+    table = make_table(16)
+    first, second = (Visitor(table, make_key(max_tokens=60), caller=A) for _ in range(2))
+    await settle()
+    assert first.session is not None and second.session is not None
+    fill(table, first.session, 32)
+    fill(table, second.session, 24)
+    waiting = [Visitor(table, make_key(batch_size=8), caller=A), Visitor(table, make_key(batch_size=2), caller=B)]
+    await settle()
+    assert [each.session is not None for each in waiting] == [False, False]
+    await second.leave()
+    await settle()
+    assert [each.session is not None for each in waiting] == [False, True]
+    for each in (first, *waiting):
+        await each.break_off()
+
+
+async def test_a_caller_with_most_of_the_cache_gives_up_what_it_uses_least_when_others_wait() -> None:
+    table = make_table(16, share=0.5)
+    hog = [Visitor(table, make_key(max_tokens=64), caller=A) for _ in range(3)]
+    await settle()
+    for number, each in enumerate(hog):
+        assert each.session is not None
+        fill(table, each.session, 20)
+        each.session.used_at_s = float(number)
+    own = Visitor(table, make_key(batch_size=2), caller=B)
+    await asyncio.gather(hog[0].task, return_exceptions=True)
+    await settle()
+    assert isinstance(hog[0].task.exception(), TooManyRequests) and own.session is not None
+    assert not hog[1].task.done() and not hog[2].task.done()
+    assert table.statistics().num_reclaimed == 1 and table.statistics().num_kept == 0
+    for each in (*hog[1:], own):
+        await each.break_off()
+
+
+async def test_nothing_is_taken_from_who_has_no_more_than_its_share_or_is_this_machine() -> None:
+    for caller, share in ((A, 1.0), (OWN, 0.1)):
+        table = make_table(4, share=share)
+        holder = Visitor(table, make_key(), caller=caller)
+        await settle()
+        assert holder.session is not None
+        fill(table, holder.session, 16)
+        late = Visitor(table, make_key(), caller=B, timeout_s=0.01)
+        with suppress(CacheFull):
+            await late.task
+        assert late.session is None and not holder.task.done()
+        await holder.leave()

@@ -1,0 +1,85 @@
+"""What a server says about itself, in which order, and when the directory cannot be reached."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fakes import announcement
+
+from swarm.announcement import Announcement
+from swarm.errors import PeerUnavailable
+from swarm.server import announcer as announcer_module
+from swarm.server.announcer import announced
+
+
+class NoSurvey:
+    """Stands for Survey: nobody is called."""
+
+    here = None
+
+    async def visit(self, servers: object, most: int) -> None:
+        pass
+
+
+class SlowDirectory:
+    """Takes announcements one by one, as it is told."""
+
+    def __init__(self) -> None:
+        self.taken: list[Announcement] = []
+        self.asked = 0
+        self.reachable = True
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def announce(self, what: Announcement) -> None:
+        self.asked += 1
+        if not self.reachable:
+            raise PeerUnavailable("no network")
+        if what.state == "online":
+            await self.open.wait()
+        self.taken.append(what)
+
+    async def servers(self, fingerprint: str, **more: Any) -> list[Announcement]:
+        return []
+
+    async def withdraw(self, what: Announcement) -> None:
+        pass
+
+
+async def test_what_is_said_last_is_written_last():
+    directory = SlowDirectory()
+    async with announced(directory, announcement("a", 0, 4), NoSurvey(), 3600.0) as (announcer, _):  # type: ignore[arg-type]
+        directory.open.clear()
+        slow = asyncio.create_task(announcer.say())
+        await asyncio.sleep(0)
+        leaving = asyncio.create_task(announcer.say(state="draining"))
+        await asyncio.sleep(0)
+        directory.open.set()
+        assert await slow and await leaving
+        assert [each.state for each in directory.taken] == ["online", "online", "draining"]
+
+
+async def test_an_announcement_that_failed_is_tried_again_long_before_the_next_period(monkeypatch: pytest.MonkeyPatch):
+    waits_s: list[float] = []
+    tick, yield_to_others = asyncio.Event(), asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        waits_s.append(seconds)
+        await tick.wait()
+        tick.clear()
+
+    monkeypatch.setattr(announcer_module.asyncio, "sleep", sleep)
+    directory = SlowDirectory()
+    async with announced(directory, announcement("a", 0, 4), NoSurvey(), 15.0):  # type: ignore[arg-type]
+        directory.reachable = False
+        for asked in range(2, 8):
+            while len(waits_s) < asked:
+                await yield_to_others(0)
+            directory.reachable = asked == 7
+            tick.set()
+            while directory.asked < asked:
+                await yield_to_others(0)
+    periods = [each for each in waits_s if each != announcer_module.SURVEY_PERIODS * 15.0]
+    assert periods[:6] == [15.0, 1.0, 2.0, 4.0, 7.5, 7.5]
