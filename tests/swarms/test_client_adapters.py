@@ -261,7 +261,8 @@ def test_adapters_of_an_open_session_stay(small, swarms):
         for seed in range(1, 5):
             remote._swarm.adapters = lambda seed=seed: make_adapters(swarm, seed=seed)
             remote(ids, use_cache=False)
-        assert all(store.statistics().num_used == 3 for store in stores(swarm))
+        # A server gives a batch's back when its answer has left: the client may be ahead of that.
+        wait_until(lambda: all(store.statistics().num_used == 3 for store in stores(swarm)), "batches give theirs back")
         remote._swarm.adapters = lambda: adapters
         with torch.no_grad():
             rest = remote.generate(max_new_tokens=8, do_sample=False)
