@@ -30,6 +30,21 @@ RETRY_S = 1.0
 """How soon an announcement that failed is tried again; then after twice as long, up to half a period."""
 
 
+def next_wait_s(said: bool, waited_s: float, period_s: float) -> float:
+    """How long to wait before the next announcement.
+
+    After one that failed not a whole period: the network may be back at any moment, and clients forget this server
+    meanwhile.
+
+    Args:
+        said: whether the one now made is in the directory.
+        waited_s: how long was waited before it.
+    """
+    if said:
+        return period_s
+    return min(RETRY_S if waited_s == period_s else 2 * waited_s, period_s / 2)
+
+
 class Announcer:
     """One server's announcement; see `announced`."""
 
@@ -79,10 +94,7 @@ class Announcer:
         wait_s = self._period_s
         while True:
             await asyncio.sleep(wait_s)
-            if await self.say():
-                wait_s = self._period_s
-            else:  # the network may be back at any moment, and clients forget this server meanwhile
-                wait_s = min(RETRY_S if wait_s == self._period_s else 2 * wait_s, self._period_s / 2)
+            wait_s = next_wait_s(await self.say(), wait_s, self._period_s)
 
     async def _keep_looking_around(self) -> None:
         """See now and then how far other servers are."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 from fakes import announcement
 
 from swarm.announcement import Announcement
 from swarm.errors import PeerUnavailable
-from swarm.server import announcer as announcer_module
-from swarm.server.announcer import announced
+from swarm.server.announcer import announced, next_wait_s
 
 
 class NoSurvey:
@@ -61,25 +59,20 @@ async def test_what_is_said_last_is_written_last():
         assert [each.state for each in directory.taken] == ["online", "online", "draining"]
 
 
-async def test_an_announcement_that_failed_is_tried_again_long_before_the_next_period(monkeypatch: pytest.MonkeyPatch):
-    waits_s: list[float] = []
-    tick, yield_to_others = asyncio.Event(), asyncio.sleep
+def test_an_announcement_that_failed_is_tried_again_long_before_the_next_period():
+    waits_s = [15.0]
+    for said in [False, False, False, False, False, True, False]:
+        waits_s.append(next_wait_s(said, waits_s[-1], 15.0))
+    assert waits_s == [15.0, 1.0, 2.0, 4.0, 7.5, 7.5, 15.0, 1.0]
 
-    async def sleep(seconds: float) -> None:
-        waits_s.append(seconds)
-        await tick.wait()
-        tick.clear()
 
-    monkeypatch.setattr(announcer_module.asyncio, "sleep", sleep)
+async def test_a_directory_that_comes_back_hears_of_the_server():
     directory = SlowDirectory()
-    async with announced(directory, announcement("a", 0, 4), NoSurvey(), 15.0):  # type: ignore[arg-type]
-        directory.reachable = False
-        for asked in range(2, 8):
-            while len(waits_s) < asked:
-                await yield_to_others(0)
-            directory.reachable = asked == 7
-            tick.set()
-            while directory.asked < asked:
-                await yield_to_others(0)
-    periods = [each for each in waits_s if each != announcer_module.SURVEY_PERIODS * 15.0]
-    assert periods[:6] == [15.0, 1.0, 2.0, 4.0, 7.5, 7.5]
+    directory.reachable = False
+    async with announced(directory, announcement("a", 0, 4), NoSurvey(), 0.02):  # type: ignore[arg-type]
+        while directory.asked < 3:
+            await asyncio.sleep(0.01)
+        directory.reachable = True
+        while not directory.taken:
+            await asyncio.sleep(0.01)
+    assert directory.taken[0].state == "online"
