@@ -4,44 +4,115 @@
 #include "shares.h"
 
 #if HAS_KERNELS
-#define PART 2048 /* columns after which another row of w has its turn, where eight rows of x exceed the L1 cache */
+#define ROWS 6 /* of w at a time: as many sums as an instruction takes turns, and no more lines than an L1 set holds */
 
-/* Columns [from, to) of R rows of w from n on times C rows of x from m on, in 16 bits. Several rows of w, for an
- * instruction adds to a sum only when the one before it has; of each, those are asked for from memory that come next.
- * Sums that go on are in `sums`, those that do not are left there. */
-INLINE void dot_halves(const struct product *p, long n, long m, long from, long to, __m512 *sums, const int R,
-                       const int C) {
-  const long K = p->K, whole = K / 32 * 32;
-  const uint16_t *w = (const uint16_t *)p->w + n * K, *x = (const uint16_t *)p->x + m * K;
-  __m512 total[2][8];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) total[r][c] = from ? sums[r * C + c] : _mm512_setzero_ps();
-  for (long k = from; k < to; k += 32) {
-    const __mmask32 mask = k < whole ? 0xffffffff : 0xffff;
-    __m512bh x_k[8];
-    UNROLL for (int c = 0; c < C; c++) x_k[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + c * K + k);
-    UNROLL for (int r = 0; r < R; r++) {
-      const __m512bh w_k = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * K + k);
-      _mm_prefetch((const char *)(w + r * K + k) + (R > 1 ? R * K * 2 : AHEAD), _MM_HINT_T0);
-      UNROLL for (int c = 0; c < C; c++) total[r][c] = _mm512_dpbf16_ps(total[r][c], w_k, x_k[c]);
-    }
+/* Turn 16 rows of 16 numbers of 32 bits into columns: v[i] holds number i of each row, after which it held row i. */
+INLINE void transpose(__m512i v[TILE]) {
+  __m512i u[TILE];
+  UNROLL for (int i = 0; i < TILE; i += 2) {
+    u[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    u[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
-    if (to < K) sums[r * C + c] = total[r][c];
-    else put(p, m + c, n + r, _mm512_reduce_add_ps(total[r][c]));
+  UNROLL for (int i = 0; i < TILE; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+    v[i + 2 * j] = _mm512_unpacklo_epi64(u[i + j], u[i + j + 2]);
+    v[i + 2 * j + 1] = _mm512_unpackhi_epi64(u[i + j], u[i + j + 2]);
+  }
+  /* Now v[4 g + c] has numbers c, c + 4, c + 8 and c + 12 of rows 4 g to 4 g + 3, one after the other. */
+  UNROLL for (int c = 0; c < 4; c++) {
+    const __m512i low = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x44), high = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xee);
+    const __m512i low2 = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x44);
+    const __m512i high2 = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xee);
+    u[c] = _mm512_shuffle_i32x4(low, low2, 0x88), u[c + 4] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    u[c + 8] = _mm512_shuffle_i32x4(high, high2, 0x88), u[c + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  UNROLL for (int i = 0; i < TILE; i++) v[i] = u[i];
 }
 
-/* Rows [begin, end) of w times C rows of x from m on, in 16 bits. */
-INLINE void dots_halves(const struct product *p, long begin, long end, long m, const int C) {
-  const int R = C > 4 ? 2 : 1;
-  const long K = p->K, part = C > 4 ? PART : K;
-  __m512 sums[BLOCK_ROWS * 8];
-  for (long from = 0; from < K; from += part) {
-    const long to = from + part < K ? from + part : K;
-    long n = begin;
-    for (; n + R <= end; n += R) dot_halves(p, n, m, from, to, sums + (n - begin) * C, R, C);
-    for (; n < end; n++) dot_halves(p, n, m, from, to, sums + (n - begin) * C, 1, C);
+/* 16 rows of w from n on, of which R are there, times C rows of x: as below, with a sum for each row of w in a lane. */
+INLINE void dots_of_rows(const struct product *p, long n, const int R, const int C) {
+  const long half = p->K / 2;
+  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->x;
+  __m512 sums[SIDE_BY_SIDE - 1][2];
+  UNROLL for (int c = 0; c < C; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
+  for (long k = 0; k < half; k += TILE) {
+    const __mmask16 mask = k + TILE <= half ? 0xffff : 0xff;
+    __m512i v[TILE];
+    for (int r = 0; r < R; r++) {
+      _mm_prefetch((const char *)(w + R * half + R * k + r * TILE), _MM_HINT_T1);
+      v[r] = _mm512_maskz_loadu_epi32(mask, w + r * half + k);
+    }
+    for (int r = R; r < TILE; r++) v[r] = _mm512_setzero_si512();
+    transpose(v);
+    UNROLL for (int i = 0; i < TILE; i++) {
+      if (k + i >= half) break;
+      UNROLL for (int c = 0; c < C; c++) {
+        const __m512bh x_k = (__m512bh)_mm512_set1_epi32((int)x[c * half + k + i]);
+        sums[c][i % 2] = _mm512_dpbf16_ps(sums[c][i % 2], x_k, (__m512bh)v[i]);
+      }
+    }
   }
+  UNROLL for (int c = 0; c < C; c++) {
+    float y[TILE];
+    _mm512_storeu_ps(y, _mm512_add_ps(sums[c][0], sums[c][1]));
+    for (int r = 0; r < R; r++) put(p, c, n + r, y[r]);
+  }
+}
+
+INLINE void share_few(const struct product *p, const int C) {
+  const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
+  long n = begin;
+  for (; n + TILE <= end; n += TILE) dots_of_rows(p, n, TILE, C);
+  if (n < end) dots_of_rows(p, n, (int)(end - n), C);
+}
+
+/* Columns [2 from, 2 to) of R rows of w times T tiles of x, a pair of columns after the other: a pair of w meets that of
+ * every row of x in one instruction. Of two pairs each has sums of its own, for an instruction adds only when the one
+ * before it has. */
+INLINE void add_pairs(const uint32_t *w, const uint32_t *x, long half, long from, long to, __m512 sums[ROWS][2][2],
+                      const int R, const int T) {
+  for (long k = from; k < to; k += 2)
+    UNROLL for (int i = 0; i < 2; i++) {
+      __m512bh x_k[2];
+      UNROLL for (int t = 0; t < T; t++) x_k[t] = (__m512bh)_mm512_loadu_si512(x + (t * half + k + i) * TILE);
+      UNROLL for (int r = 0; r < R; r++) {
+        const __m512bh w_k = (__m512bh)_mm512_set1_epi32((int)w[r * half + k + i]);
+        UNROLL for (int t = 0; t < T; t++) sums[r][t][i] = _mm512_dpbf16_ps(sums[r][t][i], x_k[t], w_k);
+      }
+    }
+}
+
+/* R rows of w from n on times T tiles of x from row m on. As many that come next are asked for from memory, in the order
+ * in which they lie there. */
+INLINE void dots_of_tiles(const struct product *p, long n, long m, const int R, const int T) {
+  const long half = p->K / 2;
+  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->pairs + m * half;
+  __m512 sums[ROWS][2][2];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int t = 0; t < T; t++) sums[r][t][0] = sums[r][t][1] = _mm512_setzero_ps();
+  for (long k = 0; k < half; k += TILE) {
+    if (m == 0) UNROLL for (int r = 0; r < R; r++)
+      _mm_prefetch((const char *)(w + R * half + R * k + r * TILE), _MM_HINT_T1);
+    add_pairs(w, x, half, k, k + TILE < half ? k + TILE : half, sums, R, T);
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
+    float y[TILE];
+    _mm512_storeu_ps(y, _mm512_add_ps(sums[r][t][0], sums[r][t][1]));
+    for (long c = 0; c < TILE && m + t * TILE + c < p->M; c++) put(p, m + t * TILE + c, n + r, y[c]);
+  }
+}
+
+/* Some rows of w times all of x, laid side by side. */
+INLINE void all_tiles(const struct product *p, long n, const int R) {
+  long m = 0;
+  for (; m + TILE < p->M; m += 2 * TILE) dots_of_tiles(p, n, m, R, 2);
+  if (m < p->M) dots_of_tiles(p, n, m, R, 1);
+}
+
+INLINE void share_laid_out(const struct product *p) {
+  const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
+  long n = begin;
+  for (; n + ROWS <= end; n += ROWS) all_tiles(p, n, ROWS);
+  for (; n < end; n++) all_tiles(p, n, 1);
 }
 
 /* The columns 32 i to 32 i + 31 of a group of w, as 16-bit integers. */
@@ -80,11 +151,17 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
 }
 
 INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C) {
-  if (bits == 16) dots_halves(p, begin, end, m, C);
-  else for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
+  for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
 }
 
-__attribute__((target(ISA))) void share_wide_half(const struct product *p) { share(p, 16); }
+__attribute__((target(ISA))) void share_wide_half(const struct product *p) {
+  switch (p->M) {
+    case 1: return share_few(p, 1);
+    case 2: return share_few(p, 2);
+    case 3: return share_few(p, 3);
+    default: share_laid_out(p);
+  }
+}
 __attribute__((target(ISA))) void share_wide_int8(const struct product *p) { share(p, 8); }
 __attribute__((target(ISA))) void share_wide_int4(const struct product *p) { share(p, 4); }
 
