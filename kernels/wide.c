@@ -4,115 +4,93 @@
 #include "shares.h"
 
 #if HAS_KERNELS
-#define ROWS 6 /* of w at a time: as many sums as an instruction takes turns, and no more lines than an L1 set holds */
+/* In 16 bits, the sum of a row of w and a row of x is made of CHAINS sums, each of every CHAINS-th pair of columns, in
+ * their order: the same whatever else is computed with them. An instruction adds a pair to each of 16 sums. */
+#define CHAINS 4
+#define ROWS 6 /* of w at a time: with their sums they fit into registers, with their lines into a set of the L1 cache */
 
-/* Turn 16 rows of 16 numbers of 32 bits into columns: v[i] holds number i of each row, after which it held row i. */
-INLINE void transpose(__m512i v[TILE]) {
-  __m512i u[TILE];
-  UNROLL for (int i = 0; i < TILE; i += 2) {
-    u[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    u[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+/* Up to four rows of w in turn, the pairs of columns k to k + 15 of each: out[i] gets pairs 4 i to 4 i + 3 of all four. */
+INLINE void turn(const uint32_t *const rows[4], long k, __mmask16 mask, __m512i out[4]) {
+  __m512i v[4], u[4];
+  UNROLL for (int r = 0; r < 4; r++) v[r] = _mm512_maskz_loadu_epi32(mask, rows[r] + k);
+  UNROLL for (int i = 0; i < 2; i++) {
+    u[2 * i] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x44);
+    u[2 * i + 1] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xee);
   }
-  UNROLL for (int i = 0; i < TILE; i += 4) UNROLL for (int j = 0; j < 2; j++) {
-    v[i + 2 * j] = _mm512_unpacklo_epi64(u[i + j], u[i + j + 2]);
-    v[i + 2 * j + 1] = _mm512_unpackhi_epi64(u[i + j], u[i + j + 2]);
+  UNROLL for (int i = 0; i < 2; i++) {
+    out[2 * i] = _mm512_shuffle_i32x4(u[i], u[i + 2], 0x88);
+    out[2 * i + 1] = _mm512_shuffle_i32x4(u[i], u[i + 2], 0xdd);
   }
-  /* Now v[4 g + c] has numbers c, c + 4, c + 8 and c + 12 of rows 4 g to 4 g + 3, one after the other. */
-  UNROLL for (int c = 0; c < 4; c++) {
-    const __m512i low = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x44), high = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xee);
-    const __m512i low2 = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x44);
-    const __m512i high2 = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xee);
-    u[c] = _mm512_shuffle_i32x4(low, low2, 0x88), u[c + 4] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    u[c + 8] = _mm512_shuffle_i32x4(high, high2, 0x88), u[c + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-  UNROLL for (int i = 0; i < TILE; i++) v[i] = u[i];
 }
 
-/* 16 rows of w from n on, of which R are there, times C rows of x: as below, with a sum for each row of w in a lane. */
+/* R <= 8 rows of w from n on times C rows of x: lanes hold the chains of four rows of w. */
 INLINE void dots_of_rows(const struct product *p, long n, const int R, const int C) {
   const long half = p->K / 2;
-  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->x;
-  __m512 sums[SIDE_BY_SIDE - 1][2];
-  UNROLL for (int c = 0; c < C; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
+  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->x, *rows[2][4];
+  UNROLL for (int r = 0; r < 8; r++) rows[r / 4][r % 4] = w + (r < R ? r : R - 1) * half;
+  __m512 sums[2][SIDE_BY_SIDE - 1];
+  UNROLL for (int c = 0; c < C; c++) sums[0][c] = sums[1][c] = _mm512_setzero_ps();
   for (long k = 0; k < half; k += TILE) {
     const __mmask16 mask = k + TILE <= half ? 0xffff : 0xff;
-    __m512i v[TILE];
-    for (int r = 0; r < R; r++) {
-      _mm_prefetch((const char *)(w + R * half + R * k + r * TILE), _MM_HINT_T1);
-      v[r] = _mm512_maskz_loadu_epi32(mask, w + r * half + k);
-    }
-    for (int r = R; r < TILE; r++) v[r] = _mm512_setzero_si512();
-    transpose(v);
-    UNROLL for (int i = 0; i < TILE; i++) {
-      if (k + i >= half) break;
+    UNROLL for (int r = 0; r < 8; r++) _mm_prefetch((const char *)(w + 8 * half + 8 * k + r * TILE), _MM_HINT_T1);
+    __m512i w_k[2][4];
+    UNROLL for (int g = 0; g < 2; g++) turn(rows[g], k, mask, w_k[g]);
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (k + CHAINS * i >= half) break;
       UNROLL for (int c = 0; c < C; c++) {
-        const __m512bh x_k = (__m512bh)_mm512_set1_epi32((int)x[c * half + k + i]);
-        sums[c][i % 2] = _mm512_dpbf16_ps(sums[c][i % 2], x_k, (__m512bh)v[i]);
+        const __m128i pairs = _mm_loadu_si128((const __m128i *)(x + c * half + k + CHAINS * i));
+        const __m512bh x_k = (__m512bh)_mm512_broadcast_i32x4(pairs);
+        UNROLL for (int g = 0; g < 2; g++) sums[g][c] = _mm512_dpbf16_ps(sums[g][c], x_k, (__m512bh)w_k[g][i]);
       }
     }
   }
+  float y[16 * 2];
   UNROLL for (int c = 0; c < C; c++) {
-    float y[TILE];
-    _mm512_storeu_ps(y, _mm512_add_ps(sums[c][0], sums[c][1]));
-    for (int r = 0; r < R; r++) put(p, c, n + r, y[r]);
+    UNROLL for (int g = 0; g < 2; g++) _mm512_storeu_ps(y + 16 * g, sums[g][c]);
+    for (int r = 0; r < R; r++) put(p, c, n + r, (y[4 * r] + y[4 * r + 1]) + (y[4 * r + 2] + y[4 * r + 3]));
   }
 }
 
 INLINE void share_few(const struct product *p, const int C) {
   const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
   long n = begin;
-  for (; n + TILE <= end; n += TILE) dots_of_rows(p, n, TILE, C);
+  for (; n + 8 <= end; n += 8) dots_of_rows(p, n, 8, C);
   if (n < end) dots_of_rows(p, n, (int)(end - n), C);
 }
 
-/* Columns [2 from, 2 to) of R rows of w times T tiles of x, a pair of columns after the other: a pair of w meets that of
- * every row of x in one instruction. Of two pairs each has sums of its own, for an instruction adds only when the one
- * before it has. */
-INLINE void add_pairs(const uint32_t *w, const uint32_t *x, long half, long from, long to, __m512 sums[ROWS][2][2],
-                      const int R, const int T) {
-  for (long k = from; k < to; k += 2)
-    UNROLL for (int i = 0; i < 2; i++) {
-      __m512bh x_k[2];
-      UNROLL for (int t = 0; t < T; t++) x_k[t] = (__m512bh)_mm512_loadu_si512(x + (t * half + k + i) * TILE);
-      UNROLL for (int r = 0; r < R; r++) {
-        const __m512bh w_k = (__m512bh)_mm512_set1_epi32((int)w[r * half + k + i]);
-        UNROLL for (int t = 0; t < T; t++) sums[r][t][i] = _mm512_dpbf16_ps(sums[r][t][i], x_k[t], w_k);
-      }
-    }
-}
-
-/* R rows of w from n on times T tiles of x from row m on. As many that come next are asked for from memory, in the order
- * in which they lie there. */
-INLINE void dots_of_tiles(const struct product *p, long n, long m, const int R, const int T) {
+/* R rows of w from n on times a tile of x, laid side by side, from row m on: lanes hold the rows of the tile. As many rows
+ * of w that come next are asked for from memory, in the order in which they lie there. */
+INLINE void dots_of_tile(const struct product *p, long n, long m, const int R) {
   const long half = p->K / 2;
   const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->pairs + m * half;
-  __m512 sums[ROWS][2][2];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int t = 0; t < T; t++) sums[r][t][0] = sums[r][t][1] = _mm512_setzero_ps();
-  for (long k = 0; k < half; k += TILE) {
+  __m512 sums[ROWS][CHAINS];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < CHAINS; i++) sums[r][i] = _mm512_setzero_ps();
+  for (long from = 0; from < half; from += TILE) {
+    const long to = from + TILE < half ? from + TILE : half;
     if (m == 0) UNROLL for (int r = 0; r < R; r++)
-      _mm_prefetch((const char *)(w + R * half + R * k + r * TILE), _MM_HINT_T1);
-    add_pairs(w, x, half, k, k + TILE < half ? k + TILE : half, sums, R, T);
+      _mm_prefetch((const char *)(w + R * half + R * from + r * TILE), _MM_HINT_T1);
+    for (long k = from; k < to; k += CHAINS)
+      UNROLL for (int i = 0; i < CHAINS; i++) {
+        const __m512bh x_k = (__m512bh)_mm512_load_si512(x + (k + i) * TILE);
+        UNROLL for (int r = 0; r < R; r++)
+          sums[r][i] = _mm512_dpbf16_ps(sums[r][i], x_k, (__m512bh)_mm512_set1_epi32((int)w[r * half + k + i]));
+      }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
+  UNROLL for (int r = 0; r < R; r++) {
+    const __m512 *s = sums[r];
     float y[TILE];
-    _mm512_storeu_ps(y, _mm512_add_ps(sums[r][t][0], sums[r][t][1]));
-    for (long c = 0; c < TILE && m + t * TILE + c < p->M; c++) put(p, m + t * TILE + c, n + r, y[c]);
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
+    for (long c = 0; c < TILE && m + c < p->M; c++) put(p, m + c, n + r, y[c]);
   }
-}
-
-/* Some rows of w times all of x, laid side by side. */
-INLINE void all_tiles(const struct product *p, long n, const int R) {
-  long m = 0;
-  for (; m + TILE < p->M; m += 2 * TILE) dots_of_tiles(p, n, m, R, 2);
-  if (m < p->M) dots_of_tiles(p, n, m, R, 1);
 }
 
 INLINE void share_laid_out(const struct product *p) {
   const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
   long n = begin;
-  for (; n + ROWS <= end; n += ROWS) all_tiles(p, n, ROWS);
-  for (; n < end; n++) all_tiles(p, n, 1);
+  for (; n + ROWS <= end; n += ROWS)
+    for (long m = 0; m < p->M; m += TILE) dots_of_tile(p, n, m, ROWS);
+  for (; n < end; n++)
+    for (long m = 0; m < p->M; m += TILE) dots_of_tile(p, n, m, 1);
 }
 
 /* The columns 32 i to 32 i + 31 of a group of w, as 16-bit integers. */
