@@ -48,7 +48,7 @@ def version() -> None:
 
 
 def _register() -> None:
-    from . import bootstrap, demo, doctor, generate, private, serve, status
+    from . import api, bootstrap, demo, doctor, generate, private, serve, status
 
     app.command("demo")(demo.demo_command)
     app.command("serve")(serve.serve_command)
@@ -56,6 +56,7 @@ def _register() -> None:
     app.command("status")(status.status_command)
     app.command("doctor")(doctor.doctor_command)
     app.command("generate")(generate.generate_command)
+    app.command("api")(api.api_command)
     app.command("invite")(private.invite_command)
     app.command("members")(private.members_command)
     app.command("revoke")(private.revoke_command)

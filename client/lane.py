@@ -191,9 +191,13 @@ class Lane:
         owned, self._owned = self._owned, AsyncExitStack()
         await owned.aclose()
 
+    def keep_streams(self) -> None:
+        """Leave the streams open when the feeding under way fails or is cancelled: `aclose` ends them in order."""
+        self._is_retired = True
+
     def retire(self, feeding: asyncio.Task[Any] | None = None) -> None:
         """End this lane in the background: its streams in order, and what may still be fed. It is not used again."""
-        self._is_retired = True
+        self.keep_streams()
         self._network.finish_in_background(self._end(feeding))
 
     async def _end(self, feeding: asyncio.Task[Any] | None) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class RemoteSession:
         self._hedges = Hedges()
         self._successor: Lane | None = None
         """Where the session is moving to."""
+        self._feeding: asyncio.Task[Any] | None = None
+        """The step that is under way."""
+        self._cancelled = False
         self._moving: asyncio.Task[None] | None = None
         self._num_slow, self._may_leave_at = 0, 0
         """How often slow hops were left, and the length before which none is left again: it doubles each time."""
@@ -73,6 +76,8 @@ class RemoteSession:
         Raises: NoRoute, PeerError: see Network.retrying. The session is then as it was before the step.
         """
         async with self._stepping:
+            if self._cancelled:
+                raise asyncio.CancelledError
             if self._moving is not None and self._moving.done() and not self._moving.cancelled():
                 self._moving.result()  # an error would be our bug
             if self._successor is not None:
@@ -84,7 +89,11 @@ class RemoteSession:
             async def attempt(attempt: Attempt) -> Tensor:
                 return await self._attempt(step, record, attempt)
 
-            result = await self._network.retrying(attempt)
+            self._feeding = asyncio.current_task()
+            try:
+                result = await self._network.retrying(attempt)
+            finally:
+                self._feeding = None
             self._record = record
         return result
 
@@ -193,6 +202,17 @@ class RemoteSession:
         self._record = self._record.rows(torch.tensor(rows))
         self._config = replace(self._config, batch_size=len(rows))
         self._lane = self._new_lane()
+
+    async def cancel(self) -> None:
+        """End the session in the middle of a step, which is cancelled; the servers free their caches at once."""
+        self._cancelled = True
+        lane = self._lane
+        lane.keep_streams()  # a step that breaks them leaves caches behind that wait for it to come back
+        if self._feeding is not None:
+            await cancel_and_wait([self._feeding])
+        await self.aclose()
+        if self._lane is not lane:
+            await lane.aclose()
 
     async def aclose(self) -> None:
         """Close the streams; the servers free their caches."""

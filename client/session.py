@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import torch
@@ -96,6 +97,7 @@ class InferenceSession:
         self._session: RemoteSession | None = None
         self._position = 0
         self._closed = False
+        self._cancelled = False
         self._stepping = threading.Lock()
         self.output_ids: Tensor | None = None
         """Token ids of all calls of `generate` in this session, [B, T]; None before the first."""
@@ -174,6 +176,7 @@ class InferenceSession:
             num_outputs: how many trailing positions to return; None: all.
         Returns: [B, L or num_outputs, D], dtype and device of x_BLD.
         Raises: PromptTooLong: more tokens than max_length. BadRequest: x_BLD does not fit the session.
+            concurrent.futures.CancelledError: `cancel` was called.
             NoRoute: no servers for some blocks within the timeout; the session is unchanged and can go on later.
         """
         if self._closed:
@@ -189,6 +192,8 @@ class InferenceSession:
             raise BadRequest("another thread is feeding this session: use one session per thread")
         try:
             session = self._session_for(batch_size)
+            if self._cancelled:
+                raise CancelledError
             count = length if num_outputs is None else num_outputs
             mask, ids = _as_int64(attention_mask, batch_size), _as_int64(position_ids, batch_size)
             step = Step(self._position, count, x_BLD.detach().to("cpu"), mask, ids, tuple(beam_idx))
@@ -248,6 +253,15 @@ class InferenceSession:
         self._position, self._batch_size = 0, self._wanted_batch_size
         if session is not None:
             self._loop.run(session.aclose())
+
+    def cancel(self) -> None:
+        """End the session from another thread, in the middle of a step, without waiting for it.
+
+        The step under way and all later ones raise concurrent.futures.CancelledError; servers free the cache at once.
+        """
+        self._cancelled = True
+        if (session := self._session) is not None:
+            self._loop.submit(session.cancel())
 
     def close_soon(self) -> None:
         """End the session without waiting for it; for use where nothing may block, as in a finalizer."""
