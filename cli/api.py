@@ -57,7 +57,7 @@ def api_command(
         Path | None, typer.Option(help="Jinja file, in place of the model's chat template.", show_default=False)
     ] = None,
     max_length: Annotated[
-        int, limit("Tokens of prompt and answer; default: the model's, at most 8192.", min=2, show_default=False)
+        int, limit("Tokens of prompt and answer; default: the model's, at most 8192.", show_default=False)
     ] = 0,
     max_running: Annotated[int, limit("Choices that are generated at a time.", min=1)] = 32,
     max_waiting: Annotated[int, limit("Choices that may wait beside them.", min=0)] = 256,

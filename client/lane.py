@@ -191,13 +191,19 @@ class Lane:
         owned, self._owned = self._owned, AsyncExitStack()
         await owned.aclose()
 
-    def keep_streams(self) -> None:
-        """Leave the streams open when the feeding under way fails or is cancelled: `aclose` ends them in order."""
+    async def interrupt(self, feeding: asyncio.Task[Any]) -> None:
+        """Cancel a feeding and leave the streams open, so that `aclose` ends them in order.
+
+        Streams that break leave caches behind, which servers keep for a client that may come back.
+        """
+        if self._chain is not None:
+            await self._chain.wait_written()
         self._is_retired = True
+        await cancel_and_wait([feeding])
 
     def retire(self, feeding: asyncio.Task[Any] | None = None) -> None:
         """End this lane in the background: its streams in order, and what may still be fed. It is not used again."""
-        self.keep_streams()
+        self._is_retired = True
         self._network.finish_in_background(self._end(feeding))
 
     async def _end(self, feeding: asyncio.Task[Any] | None) -> None:

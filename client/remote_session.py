@@ -206,13 +206,9 @@ class RemoteSession:
     async def cancel(self) -> None:
         """End the session in the middle of a step, which is cancelled; the servers free their caches at once."""
         self._cancelled = True
-        lane = self._lane
-        lane.keep_streams()  # a step that breaks them leaves caches behind that wait for it to come back
         if self._feeding is not None:
-            await cancel_and_wait([self._feeding])
+            await self._lane.interrupt(self._feeding)
         await self.aclose()
-        if self._lane is not lane:
-            await lane.aclose()
 
     async def aclose(self) -> None:
         """Close the streams; the servers free their caches."""
