@@ -214,7 +214,7 @@ class Door:
             host = urlsplit(origin).hostname
         except ValueError:
             host = None
-        if host not in self._config.hosts:
+        if host is None or host not in self._config.hosts:
             raise ApiError(
                 403, "web pages of other places may not use this API: allow them with --cors-origin", code="origin"
             )

@@ -177,13 +177,14 @@ class Generation:
                     raise Cancelled
             chooser = Chooser(order.sampling, constrain)
             watcher = _Watcher(engine, order, chooser, emit)
+            config = copy.deepcopy(self._config)
+            config.max_new_tokens = order.max_tokens
             prompt_ids = torch.tensor([list(order.prompt_ids)])
             engine.model.generate(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
                 session=session,
-                generation_config=self._config,
-                max_new_tokens=order.max_tokens,
+                generation_config=config,
                 logits_processor=LogitsProcessorList([chooser]),
                 stopping_criteria=StoppingCriteriaList([watcher]),
             )

@@ -7,7 +7,6 @@ at fault, and the session opens another chain and replays its record.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 2.0
 """How long ending a session in order may take before its streams are just broken off."""
-WRITE_TIMEOUT_S = 0.5
-"""How long a step that is cancelled may go on writing, so that its stream need not break."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +116,8 @@ class Chain:
         self._calls: list[grpc.aio.StreamStreamCall] = []
         self._results: dict[int, asyncio.Future[StepOutput]] = {}
         self._last_step_id = 0
-        self._failure: SwarmError | None = None
+        self._failure: BaseException | None = None
         self._finishing: asyncio.Task[None] | None = None
-        self._written = asyncio.Event()
-        """Whether nothing is being written into the first hop: a write that is cancelled breaks the stream."""
-        self._written.set()
 
     async def send(self, step: Step) -> asyncio.Future[StepOutput]:
         """Send a step into the first hop; the future gives the last hop's output, [B, num_outputs, D].
@@ -154,20 +148,9 @@ class Chain:
 
     async def _write(self, request: pb.SessionRequest, more: list[bytes]) -> None:
         began_s = time.monotonic()
-        self._written.clear()
-        try:
-            await write_message(self._calls[0].write, request, more)
-        finally:
-            self._written.set()
+        await write_message(self._calls[0].write, request, more)
         num_bytes = len(request.step.data) + sum(map(len, more))
         self._network.connector.throughput.sent(self.hops[0].peer_id, num_bytes, time.monotonic() - began_s)
-
-    async def wait_written(self) -> None:
-        """Wait, but not for long, until nothing is being written."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                while not self._written.is_set():  # the next part may have begun before we are told
-                    await self._written.wait()
 
     async def receive(self, result: asyncio.Future[StepOutput]) -> StepOutput:
         """Wait for a step's result, asking the hops whether they are alive when it takes long.
@@ -196,8 +179,11 @@ class Chain:
                 return
             await asyncio.sleep(0.01)
 
-    def fail(self, error: SwarmError) -> None:
-        """End the chain: whatever waits for a result gets this error; the first one counts."""
+    def fail(self, error: BaseException) -> None:
+        """End the chain: whatever waits for a result gets this error; the first one counts.
+
+        With a CancelledError, what is being written is written to its end: a write that is cancelled breaks the stream.
+        """
         if self._failure is None:
             self._failure = error
         for result in self._results.values():

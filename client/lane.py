@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 # B batch, L length, D hidden
 
 
+WRITE_TIMEOUT_S = 0.5
+"""How long a step that is cancelled may go on writing, so that its stream need not break."""
+
+
 class Lane:
     """One route's copy of a session.
 
@@ -196,9 +200,10 @@ class Lane:
 
         Streams that break leave caches behind, which servers keep for a client that may come back.
         """
-        if self._chain is not None:
-            await self._chain.wait_written()
         self._is_retired = True
+        if self._chain is not None:
+            self._chain.fail(asyncio.CancelledError())
+            await asyncio.wait([feeding], timeout=WRITE_TIMEOUT_S)
         await cancel_and_wait([feeding])
 
     def retire(self, feeding: asyncio.Task[Any] | None = None) -> None:

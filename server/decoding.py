@@ -252,8 +252,10 @@ class Decoding:
             if message.WhichOneof("kind") != "step":
                 raise ProtocolError("after its first message a session's stream carries steps")
             await self._take_step(read, message.step, session, from_client)
+        if from_client and closed:
+            return  # nobody waits for what is under way
         await session.under_way.join()
-        if from_client and not closed:
+        if from_client:
             raise PeerUnavailable("the client's stream ended without a word")
 
     async def _take_step(self, read: Read, wire: pb.Step, session: ServerSession, from_client: bool) -> None:

@@ -52,7 +52,7 @@ class PushLink:
                 await write_message(call.write, first, more)
                 num_bytes = len(first.step.data) + sum(map(len, more))
                 self._throughput.sent(self._peer_id, num_bytes, time.monotonic() - began_s)
-            except asyncio.InvalidStateError:  # the stream has ended: its status says why
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):  # the stream has ended: its status says why
                 await call
                 raise
 

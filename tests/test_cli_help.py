@@ -50,6 +50,7 @@ def test_every_command_shows_an_example(commands: list[str]) -> None:
         "status",
         "doctor",
         "generate",
+        "api",
         "version",
         "invite",
         "members",

@@ -65,7 +65,7 @@ import json, sys, time
 started = time.perf_counter()
 import swarm
 print(json.dumps({"seconds": time.perf_counter() - started, "heavy": [n for n in ("torch", "transformers", "grpc",
-    "hivemind") if n in sys.modules]}))
+    "hivemind", "fastapi", "uvicorn") if n in sys.modules]}))
 """
     result = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert result["heavy"] == []
