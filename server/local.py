@@ -25,6 +25,7 @@ from swarm.ranges import BlockRange
 
 from .app import Running, serve
 from .config import ServerConfig
+from .server_statistics import ServerStatistics
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
@@ -62,6 +63,9 @@ class LocalServer(Protocol):
 
     def move(self, blocks: tuple[int, int]) -> None:
         """Let it serve these blocks instead, and wait until it has left the others."""
+
+    def statistics(self) -> ServerStatistics:
+        """Count what it does and has. Raises: ResourceError: it does not run."""
 
     @property
     def alive(self) -> bool:
@@ -170,6 +174,9 @@ class ProcessServer:
         if found["blocks"] != str(wanted):
             raise ResourceError(f"the local server of blocks {self.blocks} did not move: {found[0]}")
 
+    def statistics(self) -> ServerStatistics:
+        raise BadRequest("a server in a process of its own tells Prometheus: use in_process=True, or --metrics-port")
+
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:  # once it was waited for, its number may belong to somebody else
             os.killpg(self.process.pid, number)
@@ -236,6 +243,12 @@ class ThreadServer:
 
     def resume(self) -> None:
         """Nothing to resume."""
+
+    def statistics(self) -> ServerStatistics:
+        """See LocalServer."""
+        if self.running is None or not self.alive:
+            raise ResourceError("this local server does not run")
+        return self.running.statistics()
 
     def move(self, blocks: tuple[int, int]) -> None:
         assert self.running is not None
@@ -344,6 +357,13 @@ class LocalSwarm:
         self.servers.append(server)
         server.wait_ready()
         return server
+
+    def statistics(self) -> list[ServerStatistics]:
+        """Of each server that runs, in their order; of servers in this process only.
+
+        Raises: BadRequest: they are processes of their own, which tell Prometheus.
+        """
+        return [server.statistics() for server in self.servers if server.alive]
 
     def close(self) -> None:
         """End all servers."""
