@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +151,12 @@ async def test_a_port_in_use_is_a_clear_error():
             serving = serve_metrics(taken.getsockname(), collector)
             with pytest.raises(ResourceError, match="choose another --metrics-port"), serving:
                 pass
+
+
+async def test_the_documents_name_all_metrics_and_no_others():
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    table = text[text.index("| metric |") : text.index("The 95th percentile")]
+    documented = {name.removesuffix("_total") for name in re.findall(r"`(swarm_[a-z_]+)`", table)}
+    async with open_bench() as bench:
+        collected = {metric.name for metric in collector_of(lambda: in_service(bench)).collect()}
+    assert documented == collected
