@@ -28,10 +28,6 @@ class ServerCollector(Collector):
     def __init__(self, read: Callable[[], ServerStatistics]) -> None:
         self._read = read
 
-    def describe(self) -> Iterator[Metric]:
-        """Nothing is read when it is registered: there may be nothing yet."""
-        yield from ()
-
     def collect(self) -> Iterator[Metric]:
         statistics = self._read()
         yield from self._of_callers(statistics.quotas)
