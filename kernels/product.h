@@ -4,6 +4,8 @@
 
 #if HAS_KERNELS
 #define GROUP 64
+#define TILE 16      /* rows of x that are laid side by side, and with AMX rows of w that meet them */
+#define SIDE_BY_SIDE 4 /* with AVX-512, so many rows of x or more are laid side by side */
 
 /* What products are computed with. swarm/model/kernels.py knows the same numbers. */
 enum level { AVX2, AVX512, AMX };
@@ -20,7 +22,7 @@ struct product {
   long M, N, K, padded_groups;
   /* What `prepare` makes of x: */
   float *floats;  /* [M, K] x, 16 bits only, without instructions for bfloat16 */
-  uint32_t *pairs; /* x as tiles.c lays it out, 16 bits only, with AMX */
+  uint32_t *pairs; /* x as `lay_out` lays it, 16 bits only, with AMX, or with AVX-512 and rows enough */
   int16_t *fixed; /* [M, K] x in fixed point, 8 and 4 bits only, as are these: */
   float *unit;    /* [M, padded_groups] what 1 stands for in a group of x */
   float *sum;     /* [M, padded_groups] sum of a group of x */
@@ -40,6 +42,5 @@ void multiply(const struct product *p);
 
 /* Whether this processor has what tiles.c needs; the same as above for AMX and 16 bits. */
 int has_tiles(void);
-void prepare_tiles(const struct product *p);
 void share_tiles(const struct product *p);
 #endif

@@ -116,10 +116,39 @@ INLINE void to_fixed_point(const void *x, long at, const int halves, int16_t *ou
   *sum = *unit * sum_of_lanes(_mm256_cvtepi32_ps(integer_sum));
 }
 
+/* Whether rows of x are laid side by side for this product. */
+static int is_laid_out(const struct product *p) {
+  return p->bits == 16 && (p->level == AMX || (p->level == AVX512 && p->M >= SIDE_BY_SIDE));
+}
+
+/* How many rows of x there are with those that fill the last TILE, which AMX does not want. */
+static long laid_rows(const struct product *p) {
+  return p->level == AMX ? p->M : (p->M + TILE - 1) / TILE * TILE;
+}
+
+#define LINE 16 /* pairs of columns in a line of the caches */
+
+/* A thread's share of laying up to TILE rows of x side by side: pair of columns after pair, of each pair that of every
+ * row. */
+static void lay_out(const struct product *p) {
+  const long pairs = p->K / 2;
+  const long begin = pairs * thread_number() / thread_count(), end = pairs * (thread_number() + 1) / thread_count();
+  const uint32_t *x = p->x;
+  for (long m = 0; m < p->M; m += TILE) {
+    const long C = p->M - m < TILE ? p->M - m : TILE, width = laid_rows(p) - m < TILE ? C : TILE;
+    uint32_t *out = p->pairs + m * pairs;
+    for (long from = begin; from < end; from += LINE) { /* a whole line of each row, for they may share an L1 set */
+      const long to = from + LINE < end ? from + LINE : end;
+      for (long c = 0; c < width; c++)
+        for (long k = from; k < to; k++) out[k * width + c] = c < C ? x[(m + c) * pairs + k] : 0;
+    }
+  }
+}
+
 long room_of(const struct product *p) {
   const long groups = (p->K / GROUP + 7) / 8 * 8;
-  if (p->bits == 16 && p->level == AMX) return p->M * p->K * sizeof(uint16_t);
-  if (p->bits == 16) return p->level ? 0 : p->M * p->K * sizeof *p->floats;
+  if (p->bits == 16 && !p->level) return p->M * p->K * sizeof *p->floats;
+  if (p->bits == 16) return is_laid_out(p) ? laid_rows(p) * p->K * sizeof(uint16_t) : 0;
   return p->M * (p->K * sizeof *p->fixed + 2 * groups * sizeof *p->unit);
 }
 
@@ -144,7 +173,7 @@ INLINE void prepare_fixed(const struct product *p, long begin, long end, const i
 }
 
 __attribute__((target(ISA))) void prepare(const struct product *p) {
-  if (p->bits == 16 && p->level == AMX) prepare_tiles(p);
+  if (is_laid_out(p)) lay_out(p);
   if (p->bits == 16 && p->level) return;
   const long num_units = p->bits == 16 ? p->M * p->K / 16 : p->M * p->padded_groups;
   const long begin = num_units * thread_number() / thread_count();
@@ -181,7 +210,7 @@ int product(int level, int bits, int halves, const void *x, const void *w, const
   struct product p = {.w = w, .scales = scales, .bias = bias, .y = y, .halves = halves, .x = x, .level = level,
                       .bits = bits, .M = M, .N = N, .K = K};
   const long num_bytes = room_of(&p);
-  void *room = num_bytes ? malloc(num_bytes) : NULL;
+  void *room = num_bytes ? aligned_alloc(64, (num_bytes + 63) / 64 * 64) : NULL;
   if (num_bytes && !room) return 0;
   take_room(&p, room);
   prepare(&p);

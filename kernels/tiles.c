@@ -1,8 +1,7 @@
 /* What products.c computes in 16 bits, for x86-64 with AMX: tiles of 16 rows of w and up to 16 rows of x at a time.
  *
- * A tile of w is 16 rows of 32 columns as they lie in memory. For x to meet it, `prepare_tiles` lays up to 16 rows of x
- * side by side: pair of columns after pair, of each pair that of every row. Each sum is made in the same order whatever
- * M is. Numbers that are too small to be normal ones count as 0.
+ * A tile of w is 16 rows of 32 columns as they lie in memory. For x to meet it, `lay_out` has laid up to 16 rows of x
+ * side by side. Each sum is made in the same order whatever M is. Numbers that are too small to be normal ones count as 0.
  */
 #define ISA "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"
 #include "product.h"
@@ -18,7 +17,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TILE 16    /* rows of w, or of x, in a tile */
 #define COLUMNS 32 /* of w in a tile */
 #define AHEAD 8    /* tiles from here whose rows are asked for from memory */
 #define REQUEST_PERMISSION 0x1023 /* of arch_prctl: may threads of this process use what the system saves for ... */
@@ -116,20 +114,7 @@ __attribute__((target(ISA))) void share_tiles(const struct product *p) {
   }
   _tile_release();
 }
-
-/* A thread's share of laying out x. */
-void prepare_tiles(const struct product *p) {
-  const long pairs = p->K / 2;
-  const long begin = pairs * thread_number() / thread_count(), end = pairs * (thread_number() + 1) / thread_count();
-  const uint32_t *x = p->x;
-  for (long m = 0, C; m < p->M; m += C) {
-    C = p->M - m < TILE ? p->M - m : TILE;
-    for (long k = begin; k < end; k++)
-      for (long c = 0; c < C; c++) p->pairs[m * pairs + k * C + c] = x[(m + c) * pairs + k];
-  }
-}
 #elif HAS_KERNELS
 int has_tiles(void) { return 0; }
-void prepare_tiles(const struct product *p) { (void)p; }
 void share_tiles(const struct product *p) { (void)p; }
 #endif

@@ -4,44 +4,93 @@
 #include "shares.h"
 
 #if HAS_KERNELS
-#define PART 2048 /* columns after which another row of w has its turn, where eight rows of x exceed the L1 cache */
+/* In 16 bits, the sum of a row of w and a row of x is made of CHAINS sums, each of every CHAINS-th pair of columns, in
+ * their order: the same whatever else is computed with them. An instruction adds a pair to each of 16 sums. */
+#define CHAINS 4
+#define ROWS 6 /* of w at a time: with their sums they fit into registers, with their lines into a set of the L1 cache */
 
-/* Columns [from, to) of R rows of w from n on times C rows of x from m on, in 16 bits. Several rows of w, for an
- * instruction adds to a sum only when the one before it has; of each, those are asked for from memory that come next.
- * Sums that go on are in `sums`, those that do not are left there. */
-INLINE void dot_halves(const struct product *p, long n, long m, long from, long to, __m512 *sums, const int R,
-                       const int C) {
-  const long K = p->K, whole = K / 32 * 32;
-  const uint16_t *w = (const uint16_t *)p->w + n * K, *x = (const uint16_t *)p->x + m * K;
-  __m512 total[2][8];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) total[r][c] = from ? sums[r * C + c] : _mm512_setzero_ps();
-  for (long k = from; k < to; k += 32) {
-    const __mmask32 mask = k < whole ? 0xffffffff : 0xffff;
-    __m512bh x_k[8];
-    UNROLL for (int c = 0; c < C; c++) x_k[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + c * K + k);
-    UNROLL for (int r = 0; r < R; r++) {
-      const __m512bh w_k = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * K + k);
-      _mm_prefetch((const char *)(w + r * K + k) + (R > 1 ? R * K * 2 : AHEAD), _MM_HINT_T0);
-      UNROLL for (int c = 0; c < C; c++) total[r][c] = _mm512_dpbf16_ps(total[r][c], w_k, x_k[c]);
-    }
+/* Up to four rows of w in turn, the pairs of columns k to k + 15 of each: out[i] gets pairs 4 i to 4 i + 3 of all four. */
+INLINE void turn(const uint32_t *const rows[4], long k, __mmask16 mask, __m512i out[4]) {
+  __m512i v[4], u[4];
+  UNROLL for (int r = 0; r < 4; r++) v[r] = _mm512_maskz_loadu_epi32(mask, rows[r] + k);
+  UNROLL for (int i = 0; i < 2; i++) {
+    u[2 * i] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x44);
+    u[2 * i + 1] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xee);
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
-    if (to < K) sums[r * C + c] = total[r][c];
-    else put(p, m + c, n + r, _mm512_reduce_add_ps(total[r][c]));
+  UNROLL for (int i = 0; i < 2; i++) {
+    out[2 * i] = _mm512_shuffle_i32x4(u[i], u[i + 2], 0x88);
+    out[2 * i + 1] = _mm512_shuffle_i32x4(u[i], u[i + 2], 0xdd);
+  }
 }
 
-/* Rows [begin, end) of w times C rows of x from m on, in 16 bits. */
-INLINE void dots_halves(const struct product *p, long begin, long end, long m, const int C) {
-  const int R = C > 4 ? 2 : 1;
-  const long K = p->K, part = C > 4 ? PART : K;
-  __m512 sums[BLOCK_ROWS * 8];
-  for (long from = 0; from < K; from += part) {
-    const long to = from + part < K ? from + part : K;
-    long n = begin;
-    for (; n + R <= end; n += R) dot_halves(p, n, m, from, to, sums + (n - begin) * C, R, C);
-    for (; n < end; n++) dot_halves(p, n, m, from, to, sums + (n - begin) * C, 1, C);
+/* R <= 8 rows of w from n on times C rows of x: lanes hold the chains of four rows of w. */
+INLINE void dots_of_rows(const struct product *p, long n, const int R, const int C) {
+  const long half = p->K / 2;
+  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->x, *rows[2][4];
+  UNROLL for (int r = 0; r < 8; r++) rows[r / 4][r % 4] = w + (r < R ? r : R - 1) * half;
+  __m512 sums[2][SIDE_BY_SIDE - 1];
+  UNROLL for (int c = 0; c < C; c++) sums[0][c] = sums[1][c] = _mm512_setzero_ps();
+  for (long k = 0; k < half; k += TILE) {
+    const __mmask16 mask = k + TILE <= half ? 0xffff : 0xff;
+    UNROLL for (int r = 0; r < 8; r++) _mm_prefetch((const char *)(w + 8 * half + 8 * k + r * TILE), _MM_HINT_T1);
+    __m512i w_k[2][4];
+    UNROLL for (int g = 0; g < 2; g++) turn(rows[g], k, mask, w_k[g]);
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (k + CHAINS * i >= half) break;
+      UNROLL for (int c = 0; c < C; c++) {
+        const __m128i pairs = _mm_loadu_si128((const __m128i *)(x + c * half + k + CHAINS * i));
+        const __m512bh x_k = (__m512bh)_mm512_broadcast_i32x4(pairs);
+        UNROLL for (int g = 0; g < 2; g++) sums[g][c] = _mm512_dpbf16_ps(sums[g][c], x_k, (__m512bh)w_k[g][i]);
+      }
+    }
   }
+  float y[16 * 2];
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int g = 0; g < 2; g++) _mm512_storeu_ps(y + 16 * g, sums[g][c]);
+    for (int r = 0; r < R; r++) put(p, c, n + r, (y[4 * r] + y[4 * r + 1]) + (y[4 * r + 2] + y[4 * r + 3]));
+  }
+}
+
+INLINE void share_few(const struct product *p, const int C) {
+  const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
+  long n = begin;
+  for (; n + 8 <= end; n += 8) dots_of_rows(p, n, 8, C);
+  if (n < end) dots_of_rows(p, n, (int)(end - n), C);
+}
+
+/* R rows of w from n on times a tile of x, laid side by side, from row m on: lanes hold the rows of the tile. As many rows
+ * of w that come next are asked for from memory, in the order in which they lie there. */
+INLINE void dots_of_tile(const struct product *p, long n, long m, const int R) {
+  const long half = p->K / 2;
+  const uint32_t *w = (const uint32_t *)p->w + n * half, *x = p->pairs + m * half;
+  __m512 sums[ROWS][CHAINS];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < CHAINS; i++) sums[r][i] = _mm512_setzero_ps();
+  for (long from = 0; from < half; from += TILE) {
+    const long to = from + TILE < half ? from + TILE : half;
+    if (m == 0) UNROLL for (int r = 0; r < R; r++)
+      _mm_prefetch((const char *)(w + R * half + R * from + r * TILE), _MM_HINT_T1);
+    for (long k = from; k < to; k += CHAINS)
+      UNROLL for (int i = 0; i < CHAINS; i++) {
+        const __m512bh x_k = (__m512bh)_mm512_load_si512(x + (k + i) * TILE);
+        UNROLL for (int r = 0; r < R; r++)
+          sums[r][i] = _mm512_dpbf16_ps(sums[r][i], x_k, (__m512bh)_mm512_set1_epi32((int)w[r * half + k + i]));
+      }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    const __m512 *s = sums[r];
+    float y[TILE];
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
+    for (long c = 0; c < TILE && m + c < p->M; c++) put(p, m + c, n + r, y[c]);
+  }
+}
+
+INLINE void share_laid_out(const struct product *p) {
+  const long begin = p->N * thread_number() / thread_count(), end = p->N * (thread_number() + 1) / thread_count();
+  long n = begin;
+  for (; n + ROWS <= end; n += ROWS)
+    for (long m = 0; m < p->M; m += TILE) dots_of_tile(p, n, m, ROWS);
+  for (; n < end; n++)
+    for (long m = 0; m < p->M; m += TILE) dots_of_tile(p, n, m, 1);
 }
 
 /* The columns 32 i to 32 i + 31 of a group of w, as 16-bit integers. */
@@ -80,11 +129,17 @@ INLINE void dot(const struct product *p, long n, long m, const int bits, const i
 }
 
 INLINE void dots(const struct product *p, long begin, long end, long m, const int bits, const int C) {
-  if (bits == 16) dots_halves(p, begin, end, m, C);
-  else for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
+  for (long n = begin; n < end; n++) dot(p, n, m, bits, C);
 }
 
-__attribute__((target(ISA))) void share_wide_half(const struct product *p) { share(p, 16); }
+__attribute__((target(ISA))) void share_wide_half(const struct product *p) {
+  switch (p->M) {
+    case 1: return share_few(p, 1);
+    case 2: return share_few(p, 2);
+    case 3: return share_few(p, 3);
+    default: share_laid_out(p);
+  }
+}
 __attribute__((target(ISA))) void share_wide_int8(const struct product *p) { share(p, 8); }
 __attribute__((target(ISA))) void share_wide_int4(const struct product *p) { share(p, 4); }
 

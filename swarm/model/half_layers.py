@@ -30,7 +30,7 @@ from swarm.model.weight_only import (
 COLUMNS = 16
 """The kernel for products takes a multiple of so many inputs."""
 
-KERNEL_ROWS = {Level.AVX2: DENSE_FROM_ROWS, Level.AVX512: 32, Level.AMX: 128}
+KERNEL_ROWS = {Level.AVX2: DENSE_FROM_ROWS, Level.AVX512: 64, Level.AMX: 128}
 """With as many rows, others are faster: torch, or products in floats where the processor has nothing for bfloat16."""
 
 NORM_COLUMNS = 8
