@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,12 @@ class LocalServer(Protocol):
         """Whether it still runs."""
 
 
+def _free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
 class ProcessServer:
     """A `swarm serve` process with a process group of its own.
 
@@ -86,15 +93,19 @@ class ProcessServer:
         join: str | None,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        metrics: bool = False,
     ) -> None:
         self._wanted = blocks
         self.link = ""
+        self.metrics_port = _free_port() if metrics else None
+        """Where Prometheus finds what it does, on 127.0.0.1."""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self._log_path = Path(self._directory.name, "log")
         self._link_path = Path(self._directory.name, "link")
         command = [sys.executable, "-m", "swarm.cli.app", "serve", model]
         command += ["--num-blocks" if isinstance(blocks, int) else "--blocks", str(blocks)]
         command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
+        command += [] if self.metrics_port is None else ["--metrics-port", str(self.metrics_port)]
         environment = {**os.environ, "SWARM_JOIN": join or "", **(environment or {})}
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -268,6 +279,7 @@ class LocalSwarm:
         arguments: further flags for `swarm serve`; processes only.
         settings: further fields of ServerConfig; threads only.
         join: the link of a swarm to join; default: a new one.
+        metrics: whether each server process tells Prometheus what it does, see ProcessServer.
         private: a new swarm that takes an invitation; `link` is one, `invite` and `revoke` are its owner's.
     """
 
@@ -283,6 +295,7 @@ class LocalSwarm:
         settings: Mapping[str, Any] | None = None,
         join: str | None = None,
         private: bool = False,
+        metrics: bool = False,
     ) -> None:
         if private and join is not None:
             raise BadRequest("a private local swarm is a new one: leave out either join or private")
@@ -295,6 +308,7 @@ class LocalSwarm:
         self._arguments = tuple(arguments)
         self._settings = _THREAD_SETTINGS | dict(settings or {})
         self._join = join
+        self._metrics = metrics
         self.servers: list[ProcessServer | ThreadServer] = []
         self._config_home: tempfile.TemporaryDirectory[str] | None = None
         self._owned: OwnedSwarm | None = None
@@ -383,7 +397,7 @@ class LocalSwarm:
             if self._owned is not None and join is None:
                 flags += ["--private", "--as", self._owned.name]
             home = {} if self._config_home is None else {"XDG_CONFIG_HOME": self._config_home.name}
-            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home)
+            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home, self._metrics)
         link = JoinLink.parse(join) if join else None
         owned = self._owned
         own = owned.own_invitation() if owned is not None else None
