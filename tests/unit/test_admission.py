@@ -92,7 +92,7 @@ def test_under_any_load_everybody_ends_in_time_and_no_page_is_lost(seed):
     cache = run(guests, 120, now_s + 300.0)
     ends = Counter(guest.end for guest in guests)
     assert "" not in ends, "somebody still waits"
-    assert ends["done"] > 50 and ends["refused"] > 5 and ends["left"] > 5, ends
+    assert ends["done"] > 50 and min(ends["refused"], ends["left"]) > 2, ends
     assert cache.pool.num_free == 120 and not cache.waiting and not cache.running and not cache.promised
     for guest in guests:
         if guest.end == "refused":
