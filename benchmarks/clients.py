@@ -23,6 +23,9 @@ from tasks import Request, Task, Told, sleep_until
 PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "transformers.generation.utils", "swarm.client.auto"]
 START_DELAY_S = 0.3
 """Between the order and the common start, so that all clients have heard of it."""
+STARTING = 4
+"""Processes that start at a time."""
+
 ANSWER_TIMEOUT_S = 1800.0
 """After so long without a word from any client the benchmark gives up."""
 
@@ -79,26 +82,32 @@ class Clients:
         self._arguments = (model_path, link)
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._ready: set[Connection] = set()
         self._waiting: set[int] = set()
 
     def __enter__(self) -> Clients:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         try:
-            for _ in range(-(-self.num_clients // self.per_process)):
+            for started in range(-(-self.num_clients // self.per_process)):
+                if started % STARTING == 0:
+                    self._wait_ready()
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_client_process, args=(theirs, *self._arguments), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
-            ready: set[Connection] = set()
-            while len(ready) < len(self._pipes):
-                ready |= {pipe for pipe, *_ in self._messages(set(self._pipes) - ready, ANSWER_TIMEOUT_S)}
+            self._wait_ready()
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _wait_ready(self) -> None:
+        """Wait for the processes started so far: if all started at once, some would not join the swarm in time."""
+        while len(self._ready) < len(self._pipes):
+            self._ready |= {pipe for pipe, *_ in self._messages(set(self._pipes) - self._ready, ANSWER_TIMEOUT_S)}
 
     def __exit__(self, *exc_info: object) -> None:
         for pipe in self._pipes:

@@ -153,7 +153,7 @@ def model_and_servers(setting: Setting) -> Iterator[tuple[LlamaForCausalLM, str,
         num_blocks = SHAPES[setting.shape]["num_hidden_layers"]
         cuts = [round(index * num_blocks / setting.num_servers) for index in range(setting.num_servers + 1)]
         ranges = list(itertools.pairwise(cuts))
-        with LocalSwarm(directory, ranges, dtype=setting.dtype, arguments=setting.serve_flags) as servers:
+        with LocalSwarm(directory, ranges, dtype=setting.dtype, arguments=setting.serve_flags, metrics=True) as servers:
             yield made.pop(), directory, servers
 
 

@@ -36,9 +36,13 @@ def main() -> None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results, oldest file first."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines() if line.strip()]
-    return [json.loads(line) for line in lines]
+    """All results, oldest file first. Those without a label get the name of their file."""
+    results: list[Result] = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in filter(str.strip, path.read_text().splitlines()):
+            result = json.loads(line)
+            results.append(result | {"label": result.get("label") or path.stem})
+    return results
 
 
 def draw_serve_load(results: list[Result], into: Path) -> None:
@@ -184,8 +188,9 @@ def _name(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     if y:  # not the bars, which have names in its place
-        axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

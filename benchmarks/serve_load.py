@@ -137,6 +137,7 @@ def _row(stage: Stage, setting: Setting, load: Load, number: int) -> dict[str, A
     swarm_runs: list[list[Request]] = []
     cpu: dict[str, list[float]] = {"clients": [], "servers": []}
     stage.clients.run(_decoding(load, number))
+    decodes = stage.watch.decodes()
     _run_local(stage.local, load, number, WARM_UP_TOKENS)
     started_s = time.monotonic()
     for sample in range(setting.num_samples):
@@ -149,7 +150,8 @@ def _row(stage: Stage, setting: Setting, load: Load, number: int) -> dict[str, A
         say(f"{number} clients, sample {sample + 1}: {rates[0]:.1f} tokens/s, local {rates[1]:.1f}")
         if time.monotonic() - started_s > load.limit_s:
             break
-    return {"clients": number} | _summary(load, local_runs, swarm_runs) | _cpu_per_token(cpu, swarm_runs)
+    shared = {"decode_batch_size": _batch_sizes(decodes, stage.watch.decodes())}
+    return {"clients": number} | _summary(load, local_runs, swarm_runs) | _cpu_per_token(cpu, swarm_runs) | shared
 
 
 def _decoding(load: Load, number: int, new_tokens: int = WARM_UP_TOKENS) -> list[Generate]:
@@ -244,6 +246,12 @@ def _cpu_per_token(cpu: dict[str, list[float]], swarm_runs: list[list[Request]])
             for name, each in cpu.items()
         }
     }
+
+
+def _batch_sizes(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> list[float | None]:
+    """Decode steps in a pass, the mean of each server."""
+    since = [(now[0] - then[0], now[1] - then[1]) for now, then in zip(after, before, strict=True)]
+    return [rounded(steps / passes) if passes else None for steps, passes in since]
 
 
 def _described(load: Load) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 from clients import tree_cpu_s
+from prometheus_client.parser import text_string_to_metric_families
 
 from swarm import PROTOCOL_VERSION
 from swarm.announcement import Announcement
@@ -62,6 +64,10 @@ class Watch:
         """Processor time of all servers so far."""
         return sum(tree_cpu_s(process.pid) for process in self._processes)
 
+    def decodes(self) -> list[tuple[float, float]]:
+        """Of each server: the decode steps it has run so far, and the passes that carried them."""
+        return [_decodes(server.metrics_port) for server in self._servers.servers]  # type: ignore[union-attr]
+
     def servers(self) -> list[Announcement]:
         """What they announce, in the order of their blocks."""
         return self._connection.loop.run(_servers(self._connection.network, self._fingerprint))
@@ -95,3 +101,10 @@ async def _load(network: Network, hop: Hop) -> Load:
         answer: Any = await pb_grpc.BlocksStub(channel).Describe(request, timeout=ANSWER_TIMEOUT_S)
     load = answer.load
     return Load(str(hop.blocks), load.num_sessions, load.cache_used_bytes, load.cache_total_bytes)
+
+
+def _decodes(port: int) -> tuple[float, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=ANSWER_TIMEOUT_S) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    return samples["swarm_decode_batch_size_sum"], samples["swarm_decode_batch_size_count"]

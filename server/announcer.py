@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 SURVEYED, SURVEY_PERIODS = 8, 8
 """How many other servers are called to see how far they are, and every how many announcements."""
 
+LINE_SERVERS = 3
+"""To how many of them something large is sent, to see what our own line carries, before there is traffic that tells."""
+
 SURVEY_BYTES = 50_000
 """About how much of the directory is read for that: each time another part of a large swarm's."""
 
@@ -109,9 +112,11 @@ class Announcer:
             logger.debug("no other servers can be looked up: %s", exc)
             return
         before = self._survey.here
-        await self._survey.visit([each for each in servers if each.state == "online"], SURVEYED)
+        online = [each for each in servers if each.state == "online"]
+        await self._survey.visit(online, SURVEYED)
         if before is None and self._survey.here is not None:
             await self.say()
+        await self._survey.measure_line(online, LINE_SERVERS)
 
     async def withdraw(self) -> None:
         """Take the announcement back, if the directory answers soon; it expires anyway."""

@@ -38,10 +38,12 @@ from .gate import Gate
 from .hardware import choose_device, free_bytes
 from .metrics import ServerCollector, serve_metrics
 from .moving import Mover
+from .overload import log_overload
 from .placement import plan_memory
 from .precision import Precision, choose_precision
 from .reachability import Reachability, open_reachability
 from .rebalancing import choose_blocks
+from .server_statistics import ServerStatistics, StatisticsReader
 from .service import BlocksService, ServedModel
 from .sessions import SessionTable
 from .tenure import Holding, open_tenure
@@ -59,6 +61,8 @@ class Running:
     model_name: str
     mover: Mover
     gate: Gate
+    statistics: Callable[[], ServerStatistics]
+    """Counts everything; called in any thread. Raises: ResourceError: the server has ended."""
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead; see Mover."""
@@ -134,10 +138,10 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         )
         certificate = dht.identity.tls_certificate()
         port, connections = await owned.enter_async_context(open_grpc(config, front, certificate, gate, dht.gate))
+        statistics = StatisticsReader(lambda: mover.present, gate.quotas, connections)
         if config.metrics_port is not None:
             address = (config.metrics_host, config.metrics_port)
-            collector = ServerCollector(lambda: mover.present, gate.quotas, connections)
-            owned.enter_context(serve_metrics(address, collector))
+            owned.enter_context(serve_metrics(address, ServerCollector(statistics)))
         reachability = await owned.enter_async_context(
             open_reachability(dht, config, port, certificate.certificate_der, rule, connector.forget)
         )
@@ -154,27 +158,34 @@ async def serve(config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[R
         initial_peers = tuple(await _link_peers(config, dht))
         name = public_name(checkpoint) if config.invitation is None else None
         link = JoinLink(initial_peers, name, invitation=config.guest_invitation).encode()
-        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover, gate))
-        await _until_stopped(stop, dht, announcing, mover)
+        on_ready(Running(link, dht.peer_id, public_name(checkpoint), mover, gate, statistics))
+        await _until_stopped(stop, dht, announcing, mover, statistics)
         await announcer.say(state="draining")
         await mover.drain()
 
 
-async def _until_stopped(stop: asyncio.Event, dht: Dht, announcing: asyncio.Task[None], mover: Mover) -> None:
-    """Wait for `stop`, and carry out moves meanwhile.
+async def _until_stopped(
+    stop: asyncio.Event,
+    dht: Dht,
+    announcing: asyncio.Task[None],
+    mover: Mover,
+    statistics: Callable[[], ServerStatistics],
+) -> None:
+    """Wait for `stop`, carry out moves meanwhile, and say so when there is too much to do.
 
     Raises: ResourceError: the DHT node ended by itself. What ended announcing, moving or an engine.
     """
     stopping, ended = asyncio.create_task(stop.wait()), asyncio.create_task(dht.wait_stopped())
     moving, computing = asyncio.create_task(mover.run()), asyncio.create_task(mover.wait_failed())
-    own = (stopping, ended, moving, computing)
+    logging_overload = asyncio.create_task(log_overload(statistics))
+    own = (stopping, ended, moving, computing, logging_overload)
     try:
         await asyncio.wait({*own, announcing}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in own:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
-    for task in (announcing, moving, computing):
+    for task in (announcing, moving, computing, logging_overload):
         if task.done() and not task.cancelled():
             task.result()
     if not stop.is_set():

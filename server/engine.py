@@ -24,6 +24,7 @@ from swarm.errors import CacheFull, SwarmError
 from . import scheduler
 from .compute import ComputeThread
 from .cores import POLL_S, Cores
+from .counters import EngineRecord, EngineStatistics
 from .execution import Executor, Slice
 from .kv_cache import StepInput
 from .pages import OutOfPages
@@ -101,34 +102,6 @@ class _Running:
     interrupting: bool = False
 
 
-@dataclass(slots=True)
-class EngineCounters:
-    """What the engine has done since its start."""
-
-    num_iterations: int = 0
-    num_decode_tokens: int = 0
-    num_prefill_tokens: int = 0
-    num_training_tokens: int = 0
-    num_shared_passes: int = 0
-    """Iterations that carried steps of more than one session."""
-    num_held: int = 0
-    """Times that steps were held for others to come."""
-    iteration_s: float = 0.0
-    training_s: float = 0.0
-    queued_s: float = 0.0
-    """Time that steps waited for their first pass, summed."""
-    num_steps: int = 0
-    num_out_of_pages: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    queue_length: int
-    counters: EngineCounters
-    batch_sizes: dict[int, int]
-    """Decode steps in one iteration -> how often."""
-
-
 class Engine:
     """Runs the steps of all sessions, and training work, in a compute thread. A context manager of the event loop."""
 
@@ -156,8 +129,7 @@ class Engine:
         self._free_since_s = 0.0
         self._last_number = 0
         self._closed = False
-        self._counters = EngineCounters()
-        self._batch_sizes: collections.Counter[int] = collections.Counter()
+        self._record = EngineRecord(time.monotonic())
 
     def __enter__(self) -> Engine:
         self._loop = asyncio.get_running_loop()
@@ -221,9 +193,15 @@ class Engine:
                 job.future.cancel()
 
     def statistics(self) -> EngineStatistics:
+        """Count everything; called in any thread."""
         with self._guard:
-            length = sum(len(queue) for queue in self._queues.values()) + len(self._training)
-            return EngineStatistics(length, self._counters, dict(self._batch_sizes))
+            now_s = time.monotonic()
+            heads = [queue[0] for queue in self._queues.values() if queue]
+            return self._record.read(
+                now_s,
+                queue_length=sum(len(queue) for queue in self._queues.values()) + len(self._training),
+                oldest_wait_s=max((now_s - job.arrived_s for job in heads if not job.done), default=0.0),
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -259,7 +237,8 @@ class Engine:
                     return self._training.pop(plan.training)
                 if plan.slices:
                     if slices := self._take_pages(plan.slices, now_s):
-                        self._counters.num_held += held
+                        if held:
+                            self._record.held()
                         return slices
                     continue  # they are marked as blocked now
                 self._cores.give_back()
@@ -294,6 +273,7 @@ class Engine:
             job = queue[0]
             late = job.blocked_since_s is not None and now_s - job.blocked_since_s > MAX_PAGES_WAIT_S
             if late:
+                self._record.gave_up()
                 self._settle([(job.future, CacheFull(f"no cache came free within {MAX_PAGES_WAIT_S:.0f} s"))])
             if not (late or job.future.cancelled()):
                 return job
@@ -348,8 +328,7 @@ class Engine:
         self.sessions.begun(session)
         job.blocked_since_s = None
         if job.done == 0:
-            self._counters.num_steps += 1
-            self._counters.queued_s += time.monotonic() - job.arrived_s
+            self._record.begun(job.kind, time.monotonic() - job.arrived_s)
         return Slice(session, job.step, job.done, length, copies)
 
     def _send_away_after(self, session: ServerSession) -> bool:
@@ -357,7 +336,8 @@ class Engine:
         youngest = self.sessions.younger_than(session)
         if youngest is None:
             return False
-        logger.warning("the KV cache is full: the session that came last is sent elsewhere")
+        self._record.sent_away()
+        logger.debug("the KV cache is full: the session that came last is sent elsewhere")
         error = CacheFull("the cache is full, and those that were here before need what is left of it")
         self._settle([(job.future, error) for job in self._queues.pop(youngest, ())])
         self._loop.call_soon_threadsafe(youngest.fail, error)
@@ -367,8 +347,8 @@ class Engine:
 
     def _wait_for_pages(self, job: _StepJob, now_s: float) -> None:
         if job.blocked_since_s is None:
-            self._counters.num_out_of_pages += 1
-            logger.warning("the KV cache is full: a step waits for pages")
+            self._record.out_of_pages()
+            logger.debug("the KV cache is full: a step waits for pages")
             job.blocked_since_s = now_s
         self._call_soon(partial(self.sessions.reclaim, job.session.caller))
         job.blocked_at = self.sessions.num_releases
@@ -383,19 +363,11 @@ class Engine:
             self.costs.observe(sum(each.num_tokens for each in group), time.perf_counter() - started_s)
             results += [(jobs[each], each, output) for each, output in zip(group, outputs, strict=True)]
         self._free_since_s = time.monotonic()
-        self._count(turn, self._free_since_s - began_s)
+        decodes = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
+        num_prefill_tokens = sum(each.num_tokens for _, each in turn) - sum(decodes)
+        with self._guard:
+            self._record.ran(decodes, num_prefill_tokens, len(turn), began_s=began_s, now_s=self._free_since_s)
         self._finish(results)
-
-    def _count(self, turn: Sequence[tuple[_StepJob, Slice]], seconds: float) -> None:
-        counters = self._counters
-        decoding = [each.num_tokens for job, each in turn if job.kind is Kind.DECODE]
-        counters.num_iterations += 1
-        counters.num_shared_passes += len(turn) > 1
-        counters.iteration_s += seconds
-        counters.num_decode_tokens += sum(decoding)
-        counters.num_prefill_tokens += sum(each.num_tokens for _, each in turn) - sum(decoding)
-        if decoding:
-            self._batch_sizes[len(decoding)] += 1
 
     def _run_group(self, group: Sequence[Slice]) -> Sequence[Tensor | BaseException]:
         """Run slices together; if that fails, each alone, so that an error reaches only whoever causes it."""
@@ -465,7 +437,10 @@ class Engine:
     # Training: long work in the compute thread, which lets others go first.
 
     def _run_training(self, job: _TrainingJob) -> None:
-        self._running = _Running(job, time.monotonic())
+        began_s = time.monotonic()
+        self._running = _Running(job, began_s)
+        with self._guard:
+            self._record.begun(Kind.TRAINING, began_s - job.arrived_s)
         try:
             result: Any = job.work(self)
         except Abandoned:
@@ -475,8 +450,9 @@ class Engine:
             result = exc
         finally:
             running, self._running = self._running, None
-        self._counters.training_s += time.monotonic() - running.began_s - running.other_s
-        self._counters.num_training_tokens += job.num_rows * job.length
+        now_s = time.monotonic()
+        with self._guard:
+            self._record.trained(job.num_rows * job.length, now_s - began_s - running.other_s, now_s)
         self._settle([(job.future, result)])
 
     def at_boundary(self) -> None:

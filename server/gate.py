@@ -124,4 +124,4 @@ class Gate(grpc.aio.ServerInterceptor):
     def log(self, caller: Caller, what: str) -> None:
         """Say something about a caller, once a minute at most."""
         if self.quotas.should_log(caller, time.monotonic()):
-            logger.warning("%s: %s", caller.key, what)
+            logger.info("%s: %s", caller.key, what)

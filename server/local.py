@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from swarm.ranges import BlockRange
 
 from .app import Running, serve
 from .config import ServerConfig
+from .server_statistics import ServerStatistics
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
@@ -63,9 +65,18 @@ class LocalServer(Protocol):
     def move(self, blocks: tuple[int, int]) -> None:
         """Let it serve these blocks instead, and wait until it has left the others."""
 
+    def statistics(self) -> ServerStatistics:
+        """Count what it does and has. Raises: ResourceError: it does not run."""
+
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
+
+
+def _free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 class ProcessServer:
@@ -82,15 +93,19 @@ class ProcessServer:
         join: str | None,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        metrics: bool = False,
     ) -> None:
         self._wanted = blocks
         self.link = ""
+        self.metrics_port = _free_port() if metrics else None
+        """Where Prometheus finds what it does, on 127.0.0.1."""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self._log_path = Path(self._directory.name, "log")
         self._link_path = Path(self._directory.name, "link")
         command = [sys.executable, "-m", "swarm.cli.app", "serve", model]
         command += ["--num-blocks" if isinstance(blocks, int) else "--blocks", str(blocks)]
         command += ["--link-file", str(self._link_path), "--exit-with-parent", *arguments]
+        command += [] if self.metrics_port is None else ["--metrics-port", str(self.metrics_port)]
         environment = {**os.environ, "SWARM_JOIN": join or "", **(environment or {})}
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -170,6 +185,9 @@ class ProcessServer:
         if found["blocks"] != str(wanted):
             raise ResourceError(f"the local server of blocks {self.blocks} did not move: {found[0]}")
 
+    def statistics(self) -> ServerStatistics:
+        raise BadRequest("a server in a process of its own tells Prometheus: use in_process=True, or --metrics-port")
+
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:  # once it was waited for, its number may belong to somebody else
             os.killpg(self.process.pid, number)
@@ -237,6 +255,12 @@ class ThreadServer:
     def resume(self) -> None:
         """Nothing to resume."""
 
+    def statistics(self) -> ServerStatistics:
+        """See LocalServer."""
+        if self.running is None or not self.alive:
+            raise ResourceError("this local server does not run")
+        return self.running.statistics()
+
     def move(self, blocks: tuple[int, int]) -> None:
         assert self.running is not None
         wanted = BlockRange(*blocks)
@@ -255,6 +279,7 @@ class LocalSwarm:
         arguments: further flags for `swarm serve`; processes only.
         settings: further fields of ServerConfig; threads only.
         join: the link of a swarm to join; default: a new one.
+        metrics: whether each server process tells Prometheus what it does, see ProcessServer.
         private: a new swarm that takes an invitation; `link` is one, `invite` and `revoke` are its owner's.
     """
 
@@ -270,6 +295,7 @@ class LocalSwarm:
         settings: Mapping[str, Any] | None = None,
         join: str | None = None,
         private: bool = False,
+        metrics: bool = False,
     ) -> None:
         if private and join is not None:
             raise BadRequest("a private local swarm is a new one: leave out either join or private")
@@ -282,6 +308,7 @@ class LocalSwarm:
         self._arguments = tuple(arguments)
         self._settings = _THREAD_SETTINGS | dict(settings or {})
         self._join = join
+        self._metrics = metrics
         self.servers: list[ProcessServer | ThreadServer] = []
         self._config_home: tempfile.TemporaryDirectory[str] | None = None
         self._owned: OwnedSwarm | None = None
@@ -345,6 +372,13 @@ class LocalSwarm:
         server.wait_ready()
         return server
 
+    def statistics(self) -> list[ServerStatistics]:
+        """Of each server that runs, in their order; of servers in this process only.
+
+        Raises: BadRequest: they are processes of their own, which tell Prometheus.
+        """
+        return [server.statistics() for server in self.servers if server.alive]
+
     def close(self) -> None:
         """End all servers."""
         for server in reversed(self.servers):
@@ -363,7 +397,7 @@ class LocalSwarm:
             if self._owned is not None and join is None:
                 flags += ["--private", "--as", self._owned.name]
             home = {} if self._config_home is None else {"XDG_CONFIG_HOME": self._config_home.name}
-            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home)
+            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home, self._metrics)
         link = JoinLink.parse(join) if join else None
         owned = self._owned
         own = owned.own_invitation() if owned is not None else None

@@ -31,7 +31,9 @@ from .rebalancing import (
     Population,
     is_alarming,
     own_move,
+    pipeline_rate,
     reconsider,
+    steady_line,
 )
 from .tenure import Holding, Tenure
 
@@ -58,7 +60,9 @@ class Mover:
         """What is in service; None: nothing at the moment."""
         self._owned = AsyncExitStack()
         self._blocks_per_s = 0.0
-        """As measured in the first tenure; 0: not yet."""
+        """What it computes, as measured in the first tenure; 0: not yet."""
+        self._line_bytes_per_s = 0.0
+        """What its line is taken to carry; 0: not known."""
         self._is_movable = config.moves and config.blocks is None
         """Whether it goes elsewhere without being told."""
         self._seen_N: Floats | None = None
@@ -81,7 +85,11 @@ class Mover:
 
     def _announced(self) -> dict[str, Any]:
         fields = {} if self.present is None else self.present.announced()
-        return fields | {"movable": self._is_movable, "blocks_per_s": self._blocks_per_s}
+        current = self._announcer.current
+        self._line_bytes_per_s = steady_line(self._line_bytes_per_s, fields.get("bytes_per_s", 0.0))
+        num_blocks = len(current.blocks if self.present is None else self.present.blocks)
+        rate = pipeline_rate(self._blocks_per_s, num_blocks, self._line_bytes_per_s, current.hidden_size)
+        return fields | {"movable": self._is_movable, "blocks_per_s": rate}
 
     async def move(self, blocks: BlockRange) -> None:
         """Serve these blocks instead, and stay there; returns when they are in service and the old ones are gone.

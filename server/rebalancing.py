@@ -67,6 +67,34 @@ PATIENCE_PERIODS = 2.0
 that have hindered each other shall not do so again and again."""
 
 
+BYTES_PER_NUMBER = 2
+"""Of hidden states on their way: about what servers compute in."""
+
+STEADY_LINE = 2.0
+"""What a line carries, as it is measured again and again, must differ by so much from what counts to count itself:
+placement goes by it, and moves that followed every measurement would never end."""
+
+
+def pipeline_rate(blocks_per_s: float, num_blocks: int, line_bytes_per_s: float, hidden_size: int) -> float:
+    """Return the blocks per second that a server adds to the swarm: as many as it computes, or as many as those tokens
+    have whose hidden states its line carries on, if that is less.
+
+    Args:
+        num_blocks: that each token passes here, before it leaves.
+        line_bytes_per_s: 0: not known, then only computing counts.
+    """
+    if line_bytes_per_s <= 0:
+        return blocks_per_s
+    return min(blocks_per_s, num_blocks * line_bytes_per_s / (BYTES_PER_NUMBER * hidden_size))
+
+
+def steady_line(counted: float, measured: float) -> float:
+    """Return what a line is taken to carry, after one more measurement; 0 of either: not known."""
+    if not (counted and measured):
+        return measured or counted
+    return measured if max(measured / counted, counted / measured) > STEADY_LINE else counted
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One server to other blocks."""

@@ -31,12 +31,16 @@ MAX_WAIT_S = 120.0
 """After so long without room the caller is sent elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoomStatistics:
     used_bytes: int
     num_waiting: int
     """Steps and batches that wait for room before they are read."""
     total_bytes: int
+    num_waited: int
+    """Those that others have kept waiting so far."""
+    num_refused: int
+    """Those that waited for too long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,9 +74,17 @@ class MessageRoom:
         self._used: collections.Counter[Caller] = collections.Counter()
         self._waiting: list[_Entry] = []
         self._oversize: _Entry | None = None
+        self._num_waited = self._num_refused = 0
 
     def statistics(self) -> RoomStatistics:
-        return RoomStatistics(self._used.total(), len(self._waiting), self._max_bytes)
+        """Count everything."""
+        return RoomStatistics(
+            used_bytes=self._used.total(),
+            num_waiting=len(self._waiting),
+            total_bytes=self._max_bytes,
+            num_waited=self._num_waited,
+            num_refused=self._num_refused,
+        )
 
     @asynccontextmanager
     async def hold(self, caller: Caller, num_bytes: int) -> AsyncIterator[None]:
@@ -90,12 +102,14 @@ class MessageRoom:
         entry = _Entry(caller, min(num_bytes, most), num_bytes > most, admitted)
         self._waiting.append(entry)
         self._admit()
+        self._num_waited += not (admitted.done() or self._waits_for_itself(entry))
         try:
             async with asyncio.timeout(MAX_WAIT_S):
                 await entry.admitted
         except BaseException as exc:
             self.release(entry)
             if isinstance(exc, TimeoutError):
+                self._num_refused += 1
                 raise TooManyRequests(
                     f"messages that others have not sent or taken yet left no room for {MAX_WAIT_S:.0f} s"
                 ) from exc

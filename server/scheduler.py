@@ -42,7 +42,7 @@ class SchedulerConfig:
 
     max_tokens: int = 512
     """Most tokens in an iteration. The oldest decode step, and a token per row of the first prefill, go in any case."""
-    prefill_slowdown: float = 1.8
+    prefill_slowdown: float = 1.6
     """How many times as long an iteration with prefill may take as its decode steps alone."""
     max_prefill_wait_s: float = 2.0
     """Prefills run shortest first; those that have waited so long go before the others, oldest first."""

@@ -35,10 +35,12 @@ from swarm.model.span import Span
 from swarm.ranges import BlockRange
 
 from .adapters import Lease
+from .admission import Applicant, choose
 from .callers import OWN, Caller
 from .kv_cache import PageNames, SessionCache, StepInput
 from .pages import PagePool
 from .room import Held
+from .session_statistics import SessionStatistics, SessionTableStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +136,10 @@ class ServerSession:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _Waiting(Applicant):
     """A session that waits for its first pages."""
 
-    caller: Caller
-    num_pages: int
-    admitted: asyncio.Future[None]
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True, eq=False)
@@ -148,20 +148,6 @@ class _Kept:
 
     session: ServerSession
     timer: asyncio.TimerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class SessionTableStatistics:
-    num_sessions: int
-    num_reclaimed: int
-    """Those that had to end because their callers held more than their share of the cache."""
-    num_kept: int
-    """Caches of sessions whose connection broke, waiting to be opened again."""
-    cache_used_bytes: int
-    cache_shared_bytes: int
-    """Held once, used by several sequences."""
-    cache_total_bytes: int
-    oldest_session_s: float
 
 
 class SessionTable:
@@ -200,6 +186,7 @@ class SessionTable:
         self.num_reclaimed = 0
         """Sessions that had to end because their callers held more than their share."""
         self._waiting: list[_Waiting] = []
+        self._num_waited = self._num_refused = 0
         self._promised: dict[object, int] = {}
         """Pages for sessions that were admitted and have not begun yet."""
 
@@ -299,17 +286,30 @@ class SessionTable:
         return self.pool.num_pages * self._bytes_per_page
 
     def statistics(self) -> SessionTableStatistics:
-        """Count everything."""
+        """Count everything; called in any thread."""
         now_s = time.monotonic()
         with self.guard:
+            sessions = [
+                SessionStatistics(
+                    age_s=now_s - each.opened_at_s,
+                    idle_s=now_s - each.used_at_s,
+                    batch_size=each.batch_size,
+                    num_tokens=each.cache.length,
+                    num_pages=each.cache.num_pages,
+                )
+                for each in sorted(self._sessions.values(), key=lambda each: each.opened_at_s)
+            ]
             return SessionTableStatistics(
-                num_sessions=len(self._sessions),
+                sessions=tuple(sessions),
                 num_kept=len(self._kept),
+                num_waiting=len(self._waiting),
                 num_reclaimed=self.num_reclaimed,
-                cache_used_bytes=self.cache_used_bytes,
-                cache_shared_bytes=self.pool.num_shared * self._bytes_per_page,
-                cache_total_bytes=self.cache_total_bytes,
-                oldest_session_s=max((now_s - each.opened_at_s for each in self._sessions.values()), default=0.0),
+                num_waited=self._num_waited,
+                num_refused=self._num_refused,
+                page_bytes=self._bytes_per_page,
+                num_pages=self.pool.num_pages,
+                num_free_pages=self.pool.num_free,
+                num_shared_pages=self.pool.num_shared,
             )
 
     @property
@@ -414,25 +414,28 @@ class SessionTable:
     def _most_headroom(self) -> int:
         return self.pool.num_pages // 16
 
-    def _fits(self, num_pages: int) -> bool:
+    def _most_room(self) -> int:
+        """The same, and what `give_way` could free."""
         with self.guard:
-            if self._room() + sum(kept.session.cache.num_pages for kept in self._kept.values()) < num_pages:
-                return False  # all that is kept would go in vain
+            return self._room() + sum(kept.session.cache.num_pages for kept in self._kept.values())
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Let kept caches give way until so many pages are free for a session; False: they had not enough."""
+        with self.guard:
             while self._room() < num_pages:
                 if not self.give_way():
                     return False
         return True
 
     async def _admit(self, num_pages: int, timeout_s: float, caller: Caller) -> object:
-        """Wait until there is room; return what stands for it in `_promised`.
-
-        Those come first whose callers hold least, then those who came first.
+        """Wait for room, see admission.py; return what stands for it in `_promised`.
 
         Raises: CacheFull: none came free in time.
         """
-        waiting = _Waiting(caller, num_pages, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(caller, num_pages)
         self._waiting.append(waiting)
         self.admit_waiting()
+        self._num_waited += waiting in self._waiting
         try:
             async with asyncio.timeout(timeout_s):
                 await waiting.admitted
@@ -442,6 +445,7 @@ class SessionTable:
                 self._waiting.remove(waiting)
             self.admit_waiting()
             if isinstance(exc, TimeoutError):
+                self._num_refused += 1
                 raise CacheFull(f"no room for {num_pages} pages of cache within {timeout_s:.1f} s") from exc
             raise
         return waiting
@@ -449,18 +453,20 @@ class SessionTable:
     def admit_waiting(self) -> None:
         """Let in those for whom there is room by now; called in the event loop."""
         while self._waiting:
-            first = self._waiting[0] if len(self._waiting) == 1 else self._first_waiting()
-            if not self._fits(first.num_pages):
-                self.reclaim(first.caller)
+            now = choose(self._waiting, self._pages_of_callers(), self._most_room())
+            if now.passed is not None:
+                self.reclaim(now.passed.caller)
+            if now.chosen is None:
                 return
-            self._waiting.remove(first)
-            if not first.admitted.done():  # else cancelled, and its task has not run since
-                self._promised[first] = first.num_pages
-                first.admitted.set_result(None)
-
-    def _first_waiting(self) -> _Waiting:
-        held = self._pages_of_callers()
-        return min(self._waiting, key=lambda each: held[each.caller])
+            if not self._make_room(now.chosen.num_pages):  # what is kept shares pages with what is in use
+                self.reclaim(now.chosen.caller)
+                return
+            if now.passed is not None:
+                now.passed.passed_pages += now.chosen.num_pages
+            self._waiting.remove(now.chosen)
+            if not now.chosen.admitted.done():  # else cancelled, and its task has not run since
+                self._promised[now.chosen] = now.chosen.num_pages
+                now.chosen.admitted.set_result(None)
 
     def _pages_of_callers(self) -> collections.Counter[Caller]:
         held: collections.Counter[Caller] = collections.Counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .engine import EngineStatistics
+from .counters import EngineStatistics
 
 WINDOW_S = 10.0
 """An average is over the steps of so long: one moment's queue says little of the next."""
@@ -37,5 +37,5 @@ class StepWaits:
         return now_s
 
     def _counted(self) -> tuple[int, float]:
-        counters = self._statistics().counters
-        return counters.num_steps, counters.queued_s
+        steps = self._statistics().step_queue_s
+        return steps.count, steps.total

@@ -221,7 +221,8 @@ class Announcement(BaseModel):
     decode_tokens_per_s: Rate
     forward_tokens_per_s: Rate
     blocks_per_s: Rate = 0.0
-    """Blocks run for single tokens, measured once, when nobody used it yet; 0: not known. Placement goes by it."""
+    """Blocks run for single tokens, measured once, when nobody used it yet, or as many as its line lets it pass on, if
+    that is less; 0: not known. Placement goes by it."""
     max_session_tokens: Count
     max_step_tokens: Count
     max_batch_tokens: Count

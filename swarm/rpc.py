@@ -177,6 +177,9 @@ async def errors_to_wire(context: grpc.aio.ServicerContext, call: str) -> AsyncI
     except SwarmError as exc:
         logger.info("%s failed: %s", call, exc)
         await abort(context, exc)
+    except DecodeError as exc:  # gRPC raises it where a message is read; nothing else is parsed in a handler
+        logger.info("%s refused: no message of this call: %s", call, exc)
+        await abort(context, BadRequest(f"what was sent is no message of {call}"))
     except grpc.aio.AbortError:
         raise
     except grpc.aio.UsageError as exc:

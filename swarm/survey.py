@@ -27,6 +27,9 @@ CALLS_PER_VISIT = 3
 
 VISIT_TIMEOUT_S = 5.0
 
+LINE_BYTES, LINE_CALLS, LINE_TIMEOUT_S = 512 << 10, 2, 10.0
+"""What is sent to see what a line carries, how often (the first one may find it asleep), and how long each may take."""
+
 MEMORY = 0.5
 """How much of an earlier measurement stays in the next."""
 
@@ -76,6 +79,35 @@ class Survey:
         self._called.update((server.peer_id, self._num_visits) for server in servers[:limit])
         await asyncio.gather(*(self._call(server) for server in servers[:limit]))
         self.settle()
+
+    async def measure_line(self, servers: Sequence[Announcement], limit: int) -> None:
+        """See what our own line carries, where nothing was sent yet that would tell: send something large to a few of
+        the servers that have answered, one after the other. Later it is learned from what is sent anyway.
+        """
+        if self._connector.throughput.to_peers:
+            return
+        for server in [each for each in servers if each.peer_id in self.rtts_s][:limit]:
+            await self._fill_line(server)
+
+    async def _fill_line(self, server: Announcement) -> None:
+        request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, padding=bytes(LINE_BYTES))
+        seconds = LINE_TIMEOUT_S  # what does not arrive in that time says that the line is at most so fast
+        try:
+            async with (
+                self._connector.lease(PeerAddress.of(server)) as channel,
+                errors_from_wire(server.peer_id),
+            ):
+                for _ in range(LINE_CALLS):
+                    started_s = time.monotonic()
+                    async with asyncio.timeout(LINE_TIMEOUT_S):
+                        await pb_grpc.BlocksStub(channel).Describe(request)
+                    seconds = min(seconds, time.monotonic() - started_s)
+        except SwarmError as exc:
+            logger.debug("the line to server %s cannot be measured: %s", server.peer_id, exc)
+            return
+        except TimeoutError:
+            logger.debug("the line to server %s is slow", server.peer_id)
+        self._connector.throughput.sent(server.peer_id, LINE_BYTES, max(seconds - self.rtts_s[server.peer_id], 1e-6))
 
     def met(self, server: Announcement, rtt_s: float, queue_s: float = 0.0) -> None:
         """Note a measurement; `settle` makes use of it."""

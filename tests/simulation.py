@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from swarm.server.scheduler import (
     Kind,
@@ -120,6 +121,16 @@ class Work:
     started_s: float | None = None
 
 
+class Pages(Protocol):
+    """What a server may have of a cache, see simulated_cache.py."""
+
+    def take(self, pieces: list[tuple[Work, int]]) -> set[Work]:
+        """Take the pages of so many tokens of each; return those that got theirs."""
+
+    def is_blocked(self, work: Work) -> bool:
+        """Whether it found none, and none have come free since."""
+
+
 @dataclass
 class Iteration:
     ended_s: float
@@ -152,6 +163,8 @@ class Server:
         self._training: _TrainingSlice | None = None
         self._free_since_s = 0.0
         self._look = 0
+        self.cache: Pages | None = None
+        """None: there is always room."""
 
     # -- the queue
     def arrive(self, work: Work) -> None:
@@ -170,7 +183,7 @@ class Server:
         waiting = [
             Waiting(w.number, w.kind, w.num_rows, w.length, w.arrived_s, w.return_s, w.begins_round)
             for w in self.waiting.values()
-            if not (running and w.kind is Kind.TRAINING)
+            if not (running and w.kind is Kind.TRAINING) and not (self.cache and self.cache.is_blocked(w))
         ]
         expected = self.returns.expected(self.clock.now_s)
         return Snapshot(self.clock.now_s, waiting, expected, self._free_since_s, self.machine.shared)
@@ -185,10 +198,25 @@ class Server:
         if plan.training is not None:
             self._begin_training(self.waiting[plan.training])
         elif plan.slices:
-            self._iterate(plan)
+            if pieces := self._take(plan):
+                self._iterate(pieces)
+            else:
+                self._next()  # they are blocked now
         elif plan.hold_until_s is not None:
             look = self._look
             self.clock.at(plan.hold_until_s, lambda: self._wake(look))
+
+    def pages_came_free(self) -> None:
+        if not self._busy:
+            self._next()
+
+    def _take(self, plan: Plan) -> list[tuple[Work, Slice]]:
+        """The pieces of a plan for which there are pages."""
+        pieces = [(self.waiting[each.number], each) for each in plan.slices]
+        if self.cache is None:
+            return pieces
+        taken = self.cache.take([(work, each.length) for work, each in pieces])
+        return [(work, each) for work, each in pieces if work in taken]
 
     def _wake(self, look: int) -> None:
         if not self._busy and look == self._look:
@@ -197,8 +225,7 @@ class Server:
     def _noisy(self, seconds: float) -> float:
         return seconds * (1 + self.noise * abs(self.random.gauss(0, 1)))
 
-    def _iterate(self, plan: Plan, then: Callable[[float], None] | None = None) -> None:
-        pieces = [(self.waiting[s.number], s) for s in plan.slices]
+    def _iterate(self, pieces: list[tuple[Work, Slice]], then: Callable[[float], None] | None = None) -> None:
         for work, _ in pieces:
             if work.started_s is None:
                 work.started_s = self.clock.now_s
@@ -268,8 +295,8 @@ class _TrainingSlice:
             return
         if may_interrupt(self.training_s, self.other_s, server.config):
             plan = compose(server.snapshot(), server.costs, server.config)
-            if plan.slices:
-                server._iterate(plan, self._interrupted)
+            if plan.slices and (pieces := server._take(plan)):
+                server._iterate(pieces, self._interrupted)
                 return
         began_s = server.clock.now_s
         server._busy = True

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
     SafetensorsParsingError,
+    StrictDataclassError,
 )
 from transformers import AutoConfig, PretrainedConfig
 
@@ -216,6 +217,8 @@ def _parse_config(source: CheckpointSource, path: Path) -> PretrainedConfig:
             f"{source.name_or_path!r} is of the type {model_type!r}, which the installed transformers cannot read "
             f"(a newer one may; code that ships with a checkpoint is never run): {exc}"
         ) from exc
+    except (AttributeError, TypeError, StrictDataclassError) as exc:  # what transformers raises about values
+        raise BadCheckpoint(f"{path} does not describe a model: {exc}") from exc
     except OSError as exc:
         raise BadCheckpoint(f"cannot read {path}: {exc}") from exc
 

@@ -20,6 +20,9 @@ class NoSurvey:
     async def visit(self, servers: object, most: int) -> None:
         pass
 
+    async def measure_line(self, servers: object, most: int) -> None:
+        pass
+
 
 class SlowDirectory:
     """Takes announcements one by one, as it is told."""

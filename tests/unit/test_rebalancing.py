@@ -17,13 +17,16 @@ from swarm.ranges import BlockRange
 from swarm.server.rebalancing import (
     MAX_FILLERS,
     MAX_RATIO,
+    STEADY_LINE,
     Move,
     Population,
     best_moves,
     choose_blocks,
     is_alarming,
     own_move,
+    pipeline_rate,
     reconsider,
+    steady_line,
 )
 
 NUM_BLOCKS = 12
@@ -74,6 +77,29 @@ def swarms(draw: st.DrawFn) -> Population:
         start = draw(st.integers(0, NUM_BLOCKS - length))
         servers.append((start, start + length, draw(st.floats(1.0, 1000.0))))
     return population(*servers)
+
+
+# What a server adds
+
+
+def test_a_server_behind_a_slow_line_counts_for_what_the_line_carries():
+    computed = 400.0  # blocks per second: 100 tokens per second through 4 blocks
+    assert pipeline_rate(computed, 4, 0.0, 4096) == computed, "nothing is known of its line"
+    assert pipeline_rate(computed, 4, 100e6, 4096) == computed
+    per_token = 2 * 4096
+    assert pipeline_rate(computed, 4, 20 * per_token, 4096) == pytest.approx(4 * 20)
+    lines = [announcement(name, 0, 12, changes) for name, changes in (("a", 100.0), ("b", 20.0))]
+    assert Population.of(lines, NUM_BLOCKS).coverage_N == pytest.approx([120.0] * 12)
+
+
+@given(st.lists(st.floats(1e3, 1e9), min_size=1, max_size=30))
+def test_what_a_line_counts_as_changes_only_with_what_it_carries(measured):
+    counted = 0.0
+    for now in measured:
+        before, counted = counted, steady_line(counted, now)
+        assert 1 / STEADY_LINE <= now / counted <= STEADY_LINE
+        assert counted == before or not before or not 1 / STEADY_LINE <= now / before <= STEADY_LINE
+        assert steady_line(counted, 0.0) == counted == steady_line(counted, 1.3 * counted)
 
 
 # Joining

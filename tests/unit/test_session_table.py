@@ -160,6 +160,27 @@ async def test_admission_is_a_promise():
         assert table.pool.num_free == 0
 
 
+async def test_a_session_too_large_for_the_present_room_lets_small_ones_past_as_much_as_it_wants_itself():
+    table = make_table(8)
+    async with visiting(table, make_key(), 13):  # 4 pages
+        large = Visitor(table, make_key(batch_size=6, max_tokens=4))
+        await settle()
+        small = []
+        for number in range(8):
+            small.append(Visitor(table, make_key(max_tokens=4)))
+            await settle()
+            assert (small[-1].session is not None) == (number < 6)
+            if number < 6:
+                await small[-1].leave()
+        assert large.session is None and table.statistics().num_waiting == 3
+    await settle()
+    assert large.session is not None, "what came free was kept for it"
+    for each in (large, *small[6:]):
+        await settle()
+        await each.leave()
+    assert table.pool.num_used == 0 and table.statistics().num_waited == 3
+
+
 async def test_those_who_wait_and_give_up_take_nothing_with_them():
     table = make_table(4)
     async with visiting(table, make_key(), 16) as holder:

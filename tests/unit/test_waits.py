@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.server.engine import EngineCounters, EngineStatistics
+from swarm.server.counters import EngineRecord
+from swarm.server.scheduler import Kind
 from swarm.server.waits import WINDOW_S, StepWaits
 from swarm.throughput import LATEST, LEAST_BYTES, Throughput
 
 
 def test_a_new_step_is_expected_to_wait_as_those_of_the_last_seconds_did():
-    counters, now_s = EngineCounters(), 0.0
-    waits = StepWaits(lambda: EngineStatistics(0, counters, {}), lambda: now_s)
+    record, now_s = EngineRecord(0.0), 0.0
+    waits = StepWaits(lambda: record.read(now_s, queue_length=0, oldest_wait_s=0.0), lambda: now_s)
     assert waits.expected_s() == 0.0
-    counters.num_steps, counters.queued_s = 10, 2.0
+    for kind in (Kind.DECODE, Kind.PREFILL) * 5:
+        record.begun(kind, 0.2)
+    record.begun(Kind.TRAINING, 9.0)
     assert waits.expected_s() == pytest.approx(0.2)
     now_s += WINDOW_S
     assert waits.expected_s() == pytest.approx(0.2)
     now_s += WINDOW_S / 2
     assert waits.expected_s() == pytest.approx(0.2), "none has come since"
-    counters.num_steps, counters.queued_s = 20, 2.1
+    for _ in range(10):
+        record.begun(Kind.DECODE, 0.01)
     assert waits.expected_s() == pytest.approx(0.01)
     now_s += WINDOW_S
     waits.expected_s()
