@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -51,14 +51,10 @@ class Chooser(LogitsProcessor):
 
     It comes after the library's own processors and leaves one token possible. Log probabilities are those of what it
     gets: before bias, penalties and temperature.
-
-    Args:
-        constrain: given logits [V], returns them with minus infinity for tokens that may not come next.
     """
 
-    def __init__(self, sampling: Sampling, constrain: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._constrain = constrain
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -88,7 +84,7 @@ class Chooser(LogitsProcessor):
         if penalizes and self._counts:
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
             adjusted_V[list(self._counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        return adjusted_V if self._constrain is None else self._constrain(adjusted_V)
+        return adjusted_V
 
     def _choose(self, logits_V: Tensor) -> int:
         sampling = self._sampling

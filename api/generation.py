@@ -58,8 +58,6 @@ class Order:
     max_tokens: int
     sampling: Sampling
     stops: Sequence[str] = ()
-    constraint: Callable[[], Callable[[Tensor], Tensor]] | None = None
-    """Makes what says which tokens may come next; called once, in the thread of the generation."""
 
 
 @dataclass(slots=True)
@@ -168,14 +166,13 @@ class Generation:
         Raises: SwarmError; Cancelled: it was, or its model was closed.
         """
         order, engine = self._order, self._engine
-        constrain = order.constraint() if order.constraint is not None else None
         session = engine.model.inference_session(len(order.prompt_ids) + order.max_tokens)
         try:
             with self._lock:
                 self._session = session
                 if self._cancelled:
                     raise Cancelled
-            chooser = Chooser(order.sampling, constrain)
+            chooser = Chooser(order.sampling)
             watcher = _Watcher(engine, order, chooser, emit)
             config = copy.deepcopy(self._config)
             config.max_new_tokens = order.max_tokens

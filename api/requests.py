@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +31,6 @@ class Job:
     echoes: Sequence[Sequence[int]] = ()
     """Completions: the prompts that answers are to begin with; the choices of one follow one another."""
     num_top_logprobs: int | None = None
-    has_tools: bool = False
-    """Chat: whether an answer may be calls of tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +63,12 @@ class Reader:
         """Raises: ApiError: something in it cannot be."""
         if body.top_logprobs is not None and not body.logprobs:
             raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
-        ids = self._chat_ids(body.messages, tools)
+        ids = self._chat_ids(body.messages)
         max_tokens, param = body.max_completion_tokens, "max_completion_tokens"
         if max_tokens is None:
             max_tokens, param = body.max_tokens, "max_tokens"
         sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
-        return self._job(body, [ids], max_tokens, param, sampling, has_tools=bool(tools))
+        return self._job(body, [ids], max_tokens, param, sampling)
 
     def embedding(self, body: EmbeddingBody) -> list[list[int]]:
         """The token ids of each input. Raises: ApiError: something in it cannot be."""
@@ -168,20 +164,16 @@ class Reader:
                 raise bad("there must be at least one token", param)
         return lists
 
-    def _chat_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer
-        template = self.chat_template or tokenizer.chat_template
-        if not template:
+        if not (self.chat_template or tokenizer.chat_template):
             raise bad(
                 "this model has no chat template: use /v1/completions, or start the API with --chat-template FILE",
                 code="no_chat_template",
             )
-        if tools and not (isinstance(template, dict) or "tools" in template):
-            raise bad("the chat template of this model knows no tools", "tools")
         try:
             text = tokenizer.apply_chat_template(
                 [_plain(message) for message in messages],
-                tools=list(tools) or None,
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -198,24 +190,6 @@ def _plain(message: Message) -> dict[str, Any]:
     """As chat templates expect it."""
     content = message.content
     if not isinstance(content, str):
-        content = "".join(part.text for part in content or ())
-    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    for name in ("name", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            plain[name] = value
-    if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
-    return plain
-
-
-def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of a tool with its arguments as an object, which templates print as JSON."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise bad("each of tool_calls needs a function with a name", "messages")
-    arguments = function.get("arguments") or "{}"
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        raise bad("the arguments of tool_calls must be JSON", "messages") from None
-    return {"type": "function", "function": {"name": function["name"], "arguments": parsed}}
+        content = "".join(part.text for part in content)
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    return plain if message.name is None else plain | {"name": message.name}

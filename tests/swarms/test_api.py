@@ -303,6 +303,9 @@ def test_wrong_requests_say_which_field(client):
     refused(lambda: chat(client, messages=[]), bad, "messages")
     refused(lambda: chat(client, messages=[{"role": "king", "content": "x"}]), bad, "messages.0.role")
     refused(lambda: chat(client, top_logprobs=2), bad, "top_logprobs")
+    refused(lambda: chat(client, response_format={"type": "json_object"}), bad, "response_format.type")
+    tool = {"type": "function", "function": {"name": "f"}}
+    refused(lambda: chat(client, tools=[tool]), bad, "tools")
     error = refused(lambda: complete(client, max_tokens=600), bad, "max_tokens")
     assert error.code == "context_length_exceeded" and error.type == "invalid_request_error"
     assert "512" in error.message
