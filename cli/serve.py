@@ -89,7 +89,9 @@ def serve_command(
     work_share: Annotated[float, limit("Share of the time that one may take from others.")] = LIMITS.work_share,
     limit_loopback: Annotated[bool, limit("Programs of this machine are callers, too.")] = False,
     session_grace: Annotated[float, typer.Option(help="Seconds that a cache outlives a broken connection.")] = 30.0,
-    kept_mib: Annotated[int, typer.Option(help="Activations kept for backward; 0: computed again.")] = 1024,
+    kept_mib: Annotated[
+        int, typer.Option(help="Activations kept for backward; 0: none; default: from free memory.", show_default=False)
+    ] = -1,
     metrics_port: Annotated[int, typer.Option(help="TCP port for Prometheus; 0: none.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="IP address of the metrics port.")] = "127.0.0.1",
     drain_timeout: Annotated[float, typer.Option(help="Seconds for running sessions when stopping.")] = 20.0,
@@ -159,7 +161,7 @@ def serve_command(
             loopback_is_caller=limit_loopback,
         ),
         session_grace_s=session_grace,
-        kept_activation_bytes=kept_mib << 20,
+        kept_activation_bytes=None if kept_mib < 0 else kept_mib << 20,
         metrics_port=metrics_port or None,
         metrics_host=metrics_host,
         drain_timeout_s=drain_timeout,
@@ -212,6 +214,8 @@ def _serve_until_signal(config: ServerConfig, link_file: Path | None, orders: Or
     async def work(lifetime: Lifetime) -> None:
         def on_ready(running: Running) -> None:
             lifetime.ready = True
+            memory = running.mover.tenure.holding.memory
+            keep_freed_memory(memory.kept_bytes + memory.graph_bytes)
             progress.stop()
             _print_ready(running, config)
             if link_file is not None:  # whoever waits for it finds that it was said as well

@@ -149,6 +149,7 @@ class _RemoteFunction(torch.autograd.Function):
         if call.differentiable:
             ctx.blocks, ctx.batch, ctx.traces = blocks, batch, traces
             ctx.like = [(tensor.device, tensor.dtype) for tensor in tensors]
+            ctx.prompts_like = None if prompts is None else (prompts.device, prompts.dtype)
         return y_BLD.to(x_BLD.device)
 
     @staticmethod
@@ -159,7 +160,7 @@ class _RemoteFunction(torch.autograd.Function):
         gradients = blocks._loop.run(blocks._compute.backward(ctx.batch, ctx.traces, grad))
         dprompts = gradients.dprompts_NBPD
         if dprompts is not None:
-            dprompts = dprompts[blocks.blocks.start :].to(grad_BLD.device)
+            dprompts = dprompts[blocks.blocks.start :].to(*ctx.prompts_like)
         dadapters = [each for number in blocks.blocks for each in gradients.dadapters.get(number, ())]
         cast = [gradient.to(*like) for gradient, like in zip(dadapters, ctx.like, strict=True)]
         return None, gradients.dx_BLD.to(grad_BLD.device), dprompts, *cast

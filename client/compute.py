@@ -126,6 +126,7 @@ class Gradients:
 
     dx_BLD: Tensor
     dprompts_NBPD: Tensor | None
+    """float32."""
     dadapters: Mapping[int, Sequence[Tensor]]
     """Number of a block -> gradients of its adapter's tensors, in the order of their names, float32."""
 
@@ -236,16 +237,19 @@ class RemoteCompute:
             needs = self._needs_of(batch, rest)
             hops = await self._network.route(needs, attempt)
             return await self._prepared(
-                batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=False)
+                batch, hops, lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=False)
             )
 
         return await self._network.retrying(attempt)
 
-    async def _prepared(self, batch: Batch, hop: Hop, call: Callable[[], Awaitable[T]]) -> T:
-        """Call when a hop has been sent its adapters: the time that they take is not the call's, nor is it raced."""
+    async def _prepared(self, batch: Batch, hops: Sequence[Hop], call: Callable[[], Awaitable[T]]) -> T:
+        """Call the first of some hops when all have been sent their adapters, at the same time.
+
+        The time that these take is not the call's, nor is it raced.
+        """
         batch_size, length, _ = batch.x_BLD.shape
-        with self._network.working(hop, batch_size * length):
-            return await self._network.uploads.calling([hop], batch.adapters, self._needs.fingerprint, call)
+        with self._network.working(hops[0], batch_size * length):
+            return await self._network.uploads.calling(hops, batch.adapters, self._needs.fingerprint, call)
 
     async def _raced(
         self,
@@ -269,7 +273,7 @@ class RemoteCompute:
                 raise NoRoute(f"no other server has all of {hop.blocks}")
             logger.info("a batch takes long at %s: asking %s as well", hop, others[0])
             others_asked.append(others[0])
-            return await self._prepared(batch, others[0], lambda: run(others[0]))
+            return await self._prepared(batch, others[:1], lambda: run(others[0]))
 
         size = needs.batch_tokens * len(hop.blocks)
         times = self._times.get((hop.peer_id, is_backward))
@@ -287,7 +291,7 @@ class RemoteCompute:
 
     async def _backward_part(self, batch: Batch, trace: Trace, grad_BLD: Tensor) -> Gradients:
         prompts = batch.prompts_NBPD
-        dprompts = None if prompts is None else torch.zeros_like(prompts)
+        dprompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
         dadapters: dict[int, Sequence[Tensor]] = {}
         segments = list(trace.segments)
         while segments:
@@ -306,7 +310,7 @@ class RemoteCompute:
                     return await self._call(hop, replace(batch, x_BLD=segment.x_BLD), grad, segment.forward_id)
 
                 return await self._prepared(
-                    batch, hops[0], lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=True)
+                    batch, hops, lambda: self._raced(run, batch, hops[0], needs, attempt, is_backward=True)
                 )
 
             result = await self._network.retrying(attempt)
@@ -340,13 +344,13 @@ class RemoteCompute:
         seconds = time.monotonic() - began_s
         self._took(hop, is_backward, batch_size * length * len(hop.blocks), seconds)
         self._network.took_batch(hop, seconds, expected_s * (BACKWARD_COST if is_backward else 1))
-        dtype, gradients = batch.x_BLD.dtype, iter([each for each in rest if each is not None])
+        gradients = iter([each for each in rest if each is not None])
         dadapters = {
             number: [next(gradients) for _ in adapter.tensors()]
             for number, adapter in zip(hop.blocks, adapters or (), strict=False)
             if adapter is not None and is_backward
         }
-        return Gradients(y_BLD.to(dtype), None if dprompts is None else dprompts.to(dtype), dadapters)
+        return Gradients(y_BLD.to(batch.x_BLD.dtype), dprompts, dadapters)
 
     def _answer_shapes(self, hop: Hop, batch: Batch, is_backward: bool) -> list[torch.Size | None]:
         """Shapes of the tensors that a call returns."""

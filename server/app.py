@@ -224,6 +224,7 @@ async def _choose_holding(config: ServerConfig, checkpoint: Checkpoint, dht: Dht
         num_model_blocks=num_model_blocks,
         num_blocks=wanted,
         adapter_bytes=config.adapter_bytes,
+        kept_bytes=config.kept_activation_bytes,
     )
     if config.cache_bytes is not None:
         memory = replace(memory, cache_bytes=config.cache_bytes)

@@ -1,35 +1,31 @@
 """Forward and Backward: batches through a range of blocks, no cache. What they compute, without any network.
 
-Runs in the compute thread, in slices of rows, and lets others go first at every boundary between submodules.
+Runs in the compute thread, in slices whose graphs fit into the room that there is for them (activations.py).
 """
 
 from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from swarm.model.adapters import BlockAdapter
-from swarm.model.dropout import Dropout
-from swarm.model.edits import Adapters
+from swarm.errors import PromptTooLong
+from swarm.model.narrow import narrow
 from swarm.model.span import Span
 from swarm.ranges import BlockRange
 from swarm.rows import some_rows
 from swarm.v1 import blocks_pb2 as pb
 
+from .activations import Cut, KeptActivations, cut
 from .adapters import Lease
+from .autograd_graphs import Graph, Piece, TooLarge, build, pull, run
 from .engine import Turns
 
 # B batch, L length, D hidden, N blocks, P virtual tokens
-
-MAX_KEPT_S = 120.0
-"""How long activations wait for their Backward."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,28 +62,16 @@ class Batch:
         """Tokens that each sequence attends to, a prefix included."""
         return self.length + (0 if self.adapters is None else self.adapters.num_prefix_tokens)
 
-    @property
-    def changes(self) -> tuple[Adapters | None, int | None, int]:
-        """What happens in the blocks beside the client's tensors."""
-        adapters = None if self.adapters is None else self.adapters.adapters
-        return adapters, self.dropout_seed, self.first_row
-
-    @property
-    def num_gradient_bytes(self) -> int:
-        """What the answer to a Backward takes, uncompressed: `Gradients`."""
-        tensors = [self.x_BLD] if self.prompts_NBPD is None else [self.x_BLD, self.prompts_NBPD]
-        of_adapters = sum(tensor.numel() for tensor in _adapter_tensors(self)) * torch.float32.itemsize
-        return sum(tensor.nbytes for tensor in tensors) + of_adapters
-
-    def rows(self, start: int, end: int) -> Batch:
+    def rows(self, start: int, end: int) -> Piece:
         """The sequences [start, end)."""
-        return replace(
-            self,
+        return Piece(
             x_BLD=self.x_BLD[start:end],
             mask_BL=some_rows(self.mask_BL, start, end),
             position_ids_BL=some_rows(self.position_ids_BL, start, end),
             prompts_NBPD=some_rows(self.prompts_NBPD, start, end, dim=1),
-            grad_BLD=None if self.grad_BLD is None else self.grad_BLD[start:end],
+            adapters=None if self.adapters is None else self.adapters.adapters,
+            learns=self.adapters is not None and not self.adapters.is_hosted,
+            dropout_seed=self.dropout_seed,
             first_row=self.first_row + start,
         )
 
@@ -98,225 +82,189 @@ class Gradients:
 
     dx_BLD: Tensor
     dprompts_NBPD: Tensor | None
+    """float32."""
     dadapters: Sequence[Tensor]
     """float32: of all tensors of the adapters, block by block, in the order of their names."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Graph:
-    """Some rows of a batch on their way through a span, ready for backward."""
-
-    start: int
-    end: int
-    inputs: list[Tensor]
-    """Hidden states, prompts if there are any, and the tensors of the adapters; leaves."""
-    changes: tuple[Adapters | None, int | None, int]
-    y_BLD: Tensor
-    num_bytes: int
-    """Without the adapters."""
-
-    @property
-    def adapters(self) -> list[BlockAdapter]:
-        return [adapter for adapter in self.changes[0] or () if adapter is not None]
-
-    def fits(self, batch: Batch) -> bool:
-        """Whether the batch has the shapes of the one that this was made of, and the same changes."""
-        part = batch.rows(self.start, self.end)
-        shapes = [part.x_BLD.shape] + ([] if part.prompts_NBPD is None else [part.prompts_NBPD.shape])
-        shapes += [tensor.shape for tensor in _adapter_tensors(part)]
-        return self.changes == part.changes and shapes == [tensor.shape for tensor in self.inputs]
-
-
-class KeptActivations:
-    """Activations of recent Forward calls, within a budget, for the Backward that may follow; the oldest go first.
-
-    They keep the adapters that they were computed with, which count once however many slices have them.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.used_bytes = 0
-        self.num_hits = 0
-        """Slices whose activations did not have to be computed again."""
-        self._kept: collections.OrderedDict[bytes, tuple[float, list[_Graph]]] = collections.OrderedDict()
-        self._users: collections.Counter[BlockAdapter] = collections.Counter()
-        """How many slices keep an adapter."""
-
-    def room(self, num_bytes: int) -> bool:
-        """Whether so much can be kept, were all else dropped."""
-        return num_bytes <= self.max_bytes
-
-    def keep(self, forward_id: bytes, graphs: list[_Graph], now_s: float) -> None:
-        """Keep these until they are taken, drop what is too old or too much."""
-        self._remove(forward_id)
-        self._kept[forward_id] = now_s, graphs
-        for graph in graphs:
-            self.used_bytes += graph.num_bytes
-            for adapter in graph.adapters:
-                self.used_bytes += 0 if self._users[adapter] else adapter.num_bytes
-                self._users[adapter] += 1
-        while self._kept:
-            oldest, (kept_s, _) = next(iter(self._kept.items()))
-            if self.used_bytes <= self.max_bytes and now_s - kept_s <= MAX_KEPT_S:
-                break
-            self._remove(oldest)
-
-    def take(self, forward_id: bytes) -> list[_Graph]:
-        """Return what is kept of this Forward, and keep it no longer."""
-        graphs = self._remove(forward_id)
-        self.num_hits += len(graphs)
-        return graphs
-
-    def _remove(self, forward_id: bytes) -> list[_Graph]:
-        _, graphs = self._kept.pop(forward_id, (0.0, []))
-        for graph in graphs:
-            self.used_bytes -= graph.num_bytes
-            for adapter in graph.adapters:
-                self._users[adapter] -= 1
-                if not self._users[adapter]:
-                    del self._users[adapter]
-                    self.used_bytes -= adapter.num_bytes
-        return graphs
-
-
 def run_forward(span: Span, batch: Batch, turns: Turns, kept: KeptActivations) -> Tensor:
-    """Return the hidden states that leave the span, [B, L, D], on the CPU."""
-    graphs: list[_Graph] = []
+    """Return the hidden states that leave the span, [B, L, D], on the CPU.
+
+    Where a Backward may follow, the activations of as many rows are kept as there is room for.
+    """
     outputs, at = [], 0
-    num_bytes = sum(adapter.num_bytes for adapter in {*(batch.changes[0] or ())} if adapter is not None)
-    with _boundaries(span, turns):
+    kept.drop(batch.forward_id)
+    keeps, finished = bool(batch.forward_id), False
+    try:
         while at < batch.num_rows:
-            end = min(batch.num_rows, at + turns.rows(batch.num_rows - at, batch.context_length))
-            # What the next slice will take is not known; that of the last one is the best guess.
-            expected = num_bytes + (graphs[-1].num_bytes if graphs else 0)
-            if batch.forward_id and kept.room(expected):
-                graphs.append(_graph(span, batch, at, end))
-                num_bytes += graphs[-1].num_bytes
-                outputs.append(graphs[-1].y_BLD.detach().cpu())
+            num_rows = turns.rows(batch.num_rows - at, batch.context_length)
+            graph = _keep(span, batch, at, num_rows, turns, kept) if keeps else None
+            if graph is not None:
+                y_BLD, at = graph.y_BLD.detach(), graph.end
             else:
-                with torch.inference_mode():
-                    part = batch.rows(at, end)
-                    outputs.append(_run_span(span, part, _on_device(span, part)).cpu())
-            at = end
-    if graphs:
-        kept.keep(batch.forward_id, graphs, time.monotonic())
+                keeps = False
+                y_BLD, at = run(span, batch.rows(at, at + num_rows), turns), at + num_rows
+            outputs.append(y_BLD.cpu())
+        finished = True
+    finally:
+        if not finished:
+            kept.drop(batch.forward_id)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _keep(span: Span, batch: Batch, start: int, num_rows: int, turns: Turns, kept: KeptActivations) -> Graph | None:
+    """Run at most so many rows and keep their activations; None: there is no room for any."""
+    sizes, num_blocks = kept.sizes, len(span.blocks)
+    while True:
+        piece = batch.rows(start, start + num_rows)
+        row_bytes = sizes.row_bytes(piece.kind)
+        if row_bytes is not None:
+            kept.make_room((batch.num_rows - start) * row_bytes * num_blocks, time.monotonic())
+        room_bytes = kept.free_bytes(piece.adapters or ())
+        chosen = cut(num_rows, num_blocks, row_bytes, 0, room_bytes)
+        if room_bytes <= 0 or chosen.num_blocks < num_blocks:
+            return None
+        piece = batch.rows(start, start + chosen.num_rows)
+        try:
+            graph = build(span, piece, start, turns, room_bytes=room_bytes)
+        except TooLarge as exc:
+            sizes.exceeded(piece.kind, chosen, exc.num_bytes)
+            continue
+        sizes.built(piece.kind, graph)
+        kept.keep(batch.forward_id, graph, time.monotonic())
+        return graph
 
 
 def run_backward(span: Span, batch: Batch, grad_BLD: Tensor, turns: Turns, kept: KeptActivations) -> Gradients:
     """Return the gradients of the inputs, [B, L, D], of the prompts and of the adapters.
 
-    Activations that the Forward of this batch has left here are used; the others are computed again.
+    Activations that the Forward of this batch has left here are used; the others are computed again, in slices.
+
+    Raises: PromptTooLong: those of one sequence in one block take more than there is room for.
     """
-    graphs = collections.deque(graph for graph in kept.take(batch.forward_id) if graph.fits(batch))
-    prompts = batch.prompts_NBPD
-    dprompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
-    dadapters = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in _adapter_tensors(batch)]
-    gradients, at = [], 0
-    with _boundaries(span, turns):
-        while at < batch.num_rows:
-            if graphs and graphs[0].start == at:
-                graph = graphs.popleft()
-            else:
-                before = graphs[0].start if graphs else batch.num_rows
-                graph = _graph(span, batch, at, min(before, at + turns.rows(before - at, batch.context_length)))
-            dy_BLD = grad_BLD[at : graph.end].to(graph.y_BLD.device, graph.y_BLD.dtype)
-            grads = torch.autograd.grad(graph.y_BLD, graph.inputs, dy_BLD, materialize_grads=True)
-            gradients.append(grads[0].cpu())
-            if dprompts is not None:
-                rows = slice(at, graph.end) if dprompts.shape[1] > 1 else slice(None)
-                dprompts[:, rows] += grads[1].cpu()
-            for total, gradient in zip(dadapters, grads[len(grads) - len(dadapters) :], strict=True):
-                total += gradient
-            at = graph.end
-            del graph, grads
-    dx_BLD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    dprompts = None if dprompts is None else dprompts.to(span.dtype)
-    return Gradients(dx_BLD, dprompts, [total.cpu() for total in dadapters])
-
-
-def _adapter_tensors(batch: Batch) -> list[Tensor]:
-    """Those that get gradients."""
-    adapters = batch.changes[0] or ()
-    if batch.adapters is not None and batch.adapters.is_hosted:
-        return []
-    return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors().values()]
-
-
-def _on_device(span: Span, batch: Batch) -> list[Tensor]:
-    """The tensors that gradients may be wanted of: hidden states, prompts if there are any, and those of adapters."""
-    tensors = [batch.x_BLD] if batch.prompts_NBPD is None else [batch.x_BLD, batch.prompts_NBPD]
-    return [tensor.to(span.device, span.dtype) for tensor in tensors] + _adapter_tensors(batch)
-
-
-def _run_span(span: Span, batch: Batch, inputs: list[Tensor]) -> Tensor:
-    device = span.device
-    adapters, seed, first_row = batch.changes
-    rest = inputs[1 if batch.prompts_NBPD is None else 2 :]
-    if rest and adapters:
-        tensors = iter(rest)
-        adapters = [each and each.with_tensors([next(tensors) for _ in each.tensors()]) for each in adapters]
-    return span(
-        inputs[0],
-        attention_mask_BT=None if batch.mask_BL is None else batch.mask_BL.to(device),
-        position_ids_BL=None if batch.position_ids_BL is None else batch.position_ids_BL.to(device),
-        prompts_NBPD=None if batch.prompts_NBPD is None else inputs[1],
-        adapters=adapters,
-        dropout=None if seed is None else Dropout(seed, first_row, batch.length),
+    graphs = collections.deque(
+        graph for graph in kept.take(batch.forward_id) if graph.fits(batch.rows(graph.start, graph.end))
     )
+    sums, at = _Sums(batch, span.dtype), 0
+    while at < batch.num_rows:
+        if graphs and graphs[0].start == at:
+            graph = graphs.popleft()
+            at = graph.end
+            sums.add(graph, 0, pull(graph, grad_BLD[graph.start : at], turns))
+            del graph
+        else:
+            before = graphs[0].start if graphs else batch.num_rows
+            num_rows = turns.rows(before - at, batch.context_length)
+            at = _Slice(span, batch, at, turns, kept).pull(num_rows, grad_BLD, sums)
+    return sums.gradients()
 
 
-def _graph(span: Span, batch: Batch, start: int, end: int) -> _Graph:
-    """Run forward on some rows, with all that backward needs."""
-    part = batch.rows(start, end)
-    known = [*span.parameters(), *span.buffers(), *_adapter_tensors(batch)]
-    with torch.enable_grad(), _counting_saved(known) as saved:
-        inputs = [tensor.detach().requires_grad_() for tensor in _on_device(span, part)]
-        y_BLD = _run_span(span, part, inputs)
-    return _Graph(start, end, inputs, part.changes, y_BLD, saved.num_bytes)
+class _Sums:
+    """The gradients of a batch, from those of its slices."""
+
+    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+        self._dx_BLD = torch.empty(batch.x_BLD.shape, dtype=dtype)
+        prompts = batch.prompts_NBPD
+        self._dprompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
+        piece, numbers = batch.rows(0, batch.num_rows), range(len(batch.blocks))
+        leaves = [piece.through(piece.x_BLD, number, number + 1).leaves() for number in numbers]
+        self._dadapters = [[torch.zeros_like(each, dtype=torch.float32) for each in of_block] for of_block in leaves]
+
+    def add(self, graph: Graph, first_block: int, grads: Sequence[Tensor]) -> None:
+        """Add the gradients of a graph's inputs; those of its hidden states count if it begins at the first block."""
+        rows, end = slice(graph.start, graph.end), first_block + graph.num_blocks
+        if not first_block:
+            self._dx_BLD[rows] = grads[0]
+        if self._dprompts is not None:
+            self._dprompts[first_block:end, rows if self._dprompts.shape[1] > 1 else slice(None)] += grads[1].cpu()
+        totals = [total for of_block in self._dadapters[first_block:end] for total in of_block]
+        for total, gradient in zip(totals, grads[len(grads) - len(totals) :], strict=True):
+            total += gradient
+
+    def gradients(self) -> Gradients:
+        dadapters = [total.cpu() for of_block in self._dadapters for total in of_block]
+        return Gradients(self._dx_BLD, self._dprompts, dadapters)
 
 
-@dataclass(slots=True)
-class _Saved:
-    num_bytes: int = 0
+class _Slice:
+    """Some rows whose activations are computed again: at once, or a row in several parts of the span."""
 
+    def __init__(self, span: Span, batch: Batch, start: int, turns: Turns, kept: KeptActivations) -> None:
+        self._span = span
+        self._batch = batch
+        self._start = start
+        self._turns = turns
+        self._kept = kept
+        self._states: dict[int, Tensor] = {}
+        """Block of the span -> what enters it, of the first row; where a part begins."""
 
-@contextmanager
-def _counting_saved(known: Sequence[Tensor]) -> Iterator[_Saved]:
-    """Count the bytes that autograd keeps for backward, each storage once, those of known tensors not at all."""
-    saved = _Saved()
-    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+    def pull(self, num_rows: int, grad_BLD: Tensor, sums: _Sums) -> int:
+        """Add the gradients of at most so many rows; return the end of those that it were.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            saved.num_bytes += storage.nbytes()
-        return tensor.detach()  # the tensor itself may be the output of the node that keeps it: a cycle
+        Raises: PromptTooLong: there is not room for one row in one block.
+        """
+        end_block, dy_BLD = len(self._span.blocks), grad_BLD
+        while True:
+            chosen = self._cut(num_rows, end_block)
+            graph, first_block = self._graph(chosen, end_block)
+            if graph is None:
+                continue
+            if end_block == len(self._span.blocks):
+                num_rows = graph.num_rows
+                dy_BLD = grad_BLD[graph.start : graph.end]
+            grads = pull(graph, dy_BLD, self._turns)
+            sums.add(graph, first_block, grads)
+            if not first_block:
+                return graph.end
+            dy_BLD, end_block = grads[0], first_block
+            del graph, grads
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    def _cut(self, num_rows: int, num_blocks: int) -> Cut:
+        piece = self._batch.rows(self._start, self._start + 1)
+        row_bytes = self._kept.sizes.row_bytes(piece.kind)
+        state_bytes = piece.x_BLD.numel() * self._span.dtype.itemsize
+        return cut(num_rows, num_blocks, row_bytes, state_bytes, self._kept.graph_bytes)
 
+    def _graph(self, chosen: Cut, end_block: int) -> tuple[Graph | None, int]:
+        """The graph of the last of some blocks, and the first of them; None: it took more than was expected."""
+        first_block = end_block - chosen.num_blocks
+        piece = self._batch.rows(self._start, self._start + chosen.num_rows)
+        part = piece.through(self._state(piece, first_block, chosen.num_blocks), first_block, end_block)
+        states_bytes = sum(state.nbytes for number, state in self._states.items() if number <= first_block)
+        room_bytes = self._kept.graph_bytes - states_bytes
+        try:
+            graph = build(self._part(first_block, end_block), part, self._start, self._turns, room_bytes=room_bytes)
+        except TooLarge as exc:
+            if chosen == Cut(1, 1):
+                raise self._refusal(exc.num_bytes) from None
+            self._kept.sizes.exceeded(piece.kind, chosen, exc.num_bytes)
+            return None, first_block
+        self._kept.sizes.built(piece.kind, graph)
+        self._states = {number: state for number, state in self._states.items() if number < first_block}
+        return graph, first_block
 
-@contextmanager
-def _boundaries(span: Span, turns: Turns) -> Iterator[None]:
-    """Call `turns.at_boundary` between the submodules of every block, on the way forward and on the way back."""
+    def _state(self, piece: Piece, block: int, num_blocks: int) -> Tensor:
+        """What enters a block; on the way there, parts of so many blocks leave theirs."""
+        if not block:
+            return piece.x_BLD
+        at = max((number for number in self._states if number <= block), default=0)
+        x_BLD = self._states.get(at, piece.x_BLD)
+        while at < block:
+            end = at + (block - at - 1) % num_blocks + 1
+            x_BLD = run(self._part(at, end), piece.through(x_BLD, at, end), self._turns)
+            self._states[end] = x_BLD
+            at = end
+        return x_BLD
 
-    def before(_module: nn.Module, _args: Any) -> None:
-        turns.at_boundary()
+    def _part(self, start: int, end: int) -> Span:
+        if end - start == len(self._span.blocks):
+            return self._span
+        first = self._span.blocks.start
+        return narrow(self._span, BlockRange(first + start, first + end))
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        if isinstance(y, Tensor) and y.requires_grad:
-            y.register_hook(lambda _gradient: turns.at_boundary())
-
-    handles = []
-    for layer in span.layers:
-        for child in layer.children():
-            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
-                handles += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _refusal(self, num_bytes: int) -> PromptTooLong:
+        return PromptTooLong(
+            f"the gradients of a sequence of {self._batch.context_length} tokens need more than {num_bytes >> 20} MiB "
+            f"for the activations of one block, this server has {self._kept.graph_bytes >> 20} MiB: "
+            "use shorter sequences"
+        )

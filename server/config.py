@@ -84,8 +84,9 @@ class ServerConfig:
     """Adapters that it hosts, for clients to choose by name."""
     adapter_bytes: int | None = None
     """Budget for what clients change in the blocks; None: from the free memory; 0: they may change nothing."""
-    kept_activation_bytes: int = 1 << 30
-    """Budget for activations of Forward calls that wait for their Backward; 0: always computed again."""
+    kept_activation_bytes: int | None = None
+    """Budget for activations of Forward calls that wait for their Backward; None: from the free memory; 0: they are
+    always computed again."""
     metrics_port: int | None = None
     """TCP port where Prometheus finds this server's metrics; None: nowhere."""
     metrics_host: str = "127.0.0.1"
@@ -114,7 +115,7 @@ class ServerConfig:
             raise BadRequest(f"num_blocks must be at least 1, got {self.num_blocks}")
         if self.quantization not in CHOICES:
             raise BadRequest(f"quantization must be one of {', '.join(CHOICES)}, not {self.quantization!r}")
-        if self.session_grace_s < 0 or self.kept_activation_bytes < 0:
+        if self.session_grace_s < 0 or (self.kept_activation_bytes or 0) < 0:
             raise BadRequest("session_grace_s and kept_activation_bytes must not be negative")
         names = [each.name for each in self.adapters]
         if len(set(names)) < len(names) or len(names) > MAX_HOSTED_ADAPTERS:

@@ -23,19 +23,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names of glibc's mallopt(3)."""
 
 KEPT_FREE_BYTES = 1 << 29
-"""So much free memory a process keeps at most, for the next tensors."""
+"""So much free memory a process keeps at most, for the next tensors, beside what it has budgets for."""
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(budget_bytes: int = 0) -> None:
     """Let this process keep the memory that tensors leave behind, for the next ones.
 
     Left alone, glibc gives it back to the system after most operations on a batch, and the next operation pays for new
     pages: a fifth of the time of a forward pass at 124M. Where there is no glibc, nothing is done.
+
+    Args:
+        budget_bytes: what comes and goes as a whole, as activations do in every step of training.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_ARENA_MAX, 1)  # the compute thread would have an arena that knows no threshold
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
+        most = (1 << 31) - 1  # of an int
+        libc.mallopt(M_TRIM_THRESHOLD, min(most, KEPT_FREE_BYTES + budget_bytes))
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that it takes
 
 

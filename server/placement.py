@@ -16,8 +16,15 @@ MAX_ADAPTER_BYTES = 512 << 20
 """Room for adapters, where nobody says how much; an eighth of what the blocks leave, if that is less, and no more than
 leaves the smallest cache its room."""
 
+MAX_KEPT_BYTES = 2 << 30
+"""Room for activations that wait for their Backward, where nobody says how much; a quarter of what the blocks leave, if
+that is less."""
+
 RESERVE_FRACTION = 0.15
-"""Share of the free memory left for activations and for the rest of the machine."""
+"""Share of the free memory left for what passes compute with, and for the rest of the machine."""
+
+GRAPH_FRACTION, MAX_GRAPH_BYTES = 0.05, 1 << 30
+"""The part of it that activations may take while a Backward computes them again, and what it is at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +45,10 @@ class MemoryPlan:
     cache_bytes: int
     adapter_bytes: int
     """For what clients change in the blocks."""
+    kept_bytes: int
+    """For activations of a Forward that wait for its Backward."""
+    graph_bytes: int
+    """For those that a Backward computes again; a part of what is left to the machine."""
 
 
 def choose_quantization(
@@ -64,36 +75,45 @@ def plan_memory(
     num_model_blocks: int,
     num_blocks: int | None = None,
     adapter_bytes: int | None = None,
+    kept_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Return how many blocks fit, with room for CACHE_TOKENS of cache each, and the budgets of cache and adapters.
+    """Return how many blocks fit, with room for CACHE_TOKENS of cache each, and the budgets of all else.
 
     Args:
         num_blocks: wanted number of blocks; None: as many as fit.
         adapter_bytes: wanted room for adapters; None: some of what the blocks leave.
+        kept_bytes: wanted room for kept activations; None: the same.
     Raises: ResourceError: not even one block fits, or fewer than the wanted number.
     """
-    usable = _usable(free_bytes) - (adapter_bytes or 0)
+    usable = _usable(free_bytes) - (adapter_bytes or 0) - (kept_bytes or 0)
     smallest = needs.bytes_per_block + needs.cache_bytes_per_token * LEAST_CACHE_TOKENS
     wanted = num_blocks if num_blocks is not None else max(1, min(num_model_blocks, usable // _with_cache(needs)))
     if wanted * smallest > usable:
         raise ResourceError(
             f"{wanted} block{'s' * (wanted > 1)} of this model need{'s' * (wanted == 1)} at least "
             f"{_mib(wanted * smallest)} MiB, {_mib(max(0, usable))} MiB can be used here"
-            f"{f' beside {_mib(adapter_bytes)} MiB for adapters' if adapter_bytes else ''}: free some memory, "
+            f"{f' beside {_mib(adapter_bytes)} MiB for adapters' if adapter_bytes else ''}"
+            f"{f' beside {_mib(kept_bytes)} MiB for kept activations' if kept_bytes else ''}: free some memory, "
             f"{'give adapters less (--adapter-mib), ' if adapter_bytes else ''}"
+            f"{'keep fewer activations (--kept-mib), ' if kept_bytes else ''}"
             f"{'ask for fewer blocks (--num-blocks), ' if wanted > 1 else ''}or use fewer bits (--quantization)"
         )
     left = usable - wanted * needs.bytes_per_block
+    spare = left - wanted * (smallest - needs.bytes_per_block)
     if adapter_bytes is None:
-        adapter_bytes = min(MAX_ADAPTER_BYTES, left // 8, left - wanted * (smallest - needs.bytes_per_block))
-        left -= adapter_bytes
+        adapter_bytes = min(MAX_ADAPTER_BYTES, left // 8, spare)
+        left, spare = left - adapter_bytes, spare - adapter_bytes
+    if kept_bytes is None:
+        kept_bytes = min(MAX_KEPT_BYTES, left // 4, spare)
+        left -= kept_bytes
     cache_bytes = min(left, 4 * CACHE_TOKENS * needs.cache_bytes_per_token * wanted)
-    return MemoryPlan(wanted, cache_bytes, adapter_bytes)
+    graph_bytes = min(MAX_GRAPH_BYTES, int(free_bytes * GRAPH_FRACTION))
+    return MemoryPlan(wanted, cache_bytes, adapter_bytes, kept_bytes, graph_bytes)
 
 
 def fits(needs: MemoryNeeds, memory: MemoryPlan, *, free_bytes: int) -> bool:
-    """Whether blocks, their cache and their adapters fit into what is free now."""
-    budgets = memory.cache_bytes + memory.adapter_bytes
+    """Whether blocks and all that is planned for them fit into what is free now."""
+    budgets = memory.cache_bytes + memory.adapter_bytes + memory.kept_bytes
     return memory.num_blocks * needs.bytes_per_block + budgets <= _usable(free_bytes)
 
 

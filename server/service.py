@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,8 +26,9 @@ from swarm.v1 import blocks_pb2 as pb
 from swarm.v1 import blocks_pb2_grpc as pb_grpc
 
 from . import checks
+from .activations import KeptActivations
 from .adapters import AdapterStore, Lease
-from .batches import Batch, KeptActivations, run_backward, run_forward
+from .batches import Batch, run_backward, run_forward
 from .callers import Caller
 from .checks import ServiceLimits
 from .decoding import Decoding
@@ -320,7 +322,7 @@ def _batch_bytes(unpacker: Unpacker, wire: pb.ComputeOpen, lease: Lease, *, is_b
     num_output_bytes = raw_bytes(wire.hidden_states)
     if is_backward:
         num_output_bytes += lease.num_gradient_bytes
-        num_output_bytes += raw_bytes(wire.prompts) if wire.HasField("prompts") else 0
+        num_output_bytes += math.prod(wire.prompts.shape) * 4 if wire.HasField("prompts") else 0  # float32
     return checks.room_bytes(unpacker.num_raw_bytes, num_output_bytes)
 
 

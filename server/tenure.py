@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,8 @@ from swarm.model.targets import find_targets
 from swarm.peers import Connector
 from swarm.ranges import BlockRange
 
+from .activations import EXPIRY_PERIOD_S, KeptActivations
 from .adapters import AdapterStore
-from .batches import KeptActivations
 from .checks import room_bytes
 from .compute import ComputeThread
 from .config import ServerConfig
@@ -146,7 +147,8 @@ async def open_tenure(
                 await asyncio.to_thread(speeds.note, what, speed)
         owned.callback(sessions.drop_kept)
         engine = owned.enter_context(Engine(thread, cores, sessions, executor, speed.costs(), config.scheduler))
-        kept = KeptActivations(config.kept_activation_bytes)
+        kept = KeptActivations(holding.memory.kept_bytes, holding.memory.graph_bytes)
+        owned.callback(_expire_regularly(kept))
         adapters = AdapterStore(holding.memory.adapter_bytes, targets, span.device)
         for hosted in model.hosted:
             adapters.host(hosted, holding.blocks)
@@ -216,6 +218,20 @@ def _open_cache(config: ServerConfig, span: Span, cache_bytes: int) -> tuple[Ses
     executor = PackedExecutor(KVStore(layout, num_pages * page_tokens, scrap_slots=num_scrap * page_tokens))
     executor.prepare(span)
     return sessions, executor
+
+
+def _expire_regularly(kept: KeptActivations) -> Callable[[], None]:
+    """Drop what is too old now and then, without traffic; returns what ends that."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def expire() -> None:
+        nonlocal timer
+        kept.expire(time.monotonic())
+        timer = loop.call_later(EXPIRY_PERIOD_S, expire)
+
+    timer = loop.call_later(EXPIRY_PERIOD_S, expire)
+    return lambda: timer.cancel()
 
 
 def _room_bytes(config: ServerConfig, span: Span) -> int:

@@ -143,7 +143,7 @@ class Change(ABC):
 class Lora(Change):
     """A product of low rank beside the module (Hu et al. 2021, LoRA): y + scaling * B A x.
 
-    It is computed in the dtype of A, as PEFT does. rsLoRA is another scaling.
+    A x is computed in the dtype of A, as PEFT does. rsLoRA is another scaling.
     """
 
     kind: ClassVar[str] = "lora"
@@ -164,8 +164,11 @@ class Lora(Change):
         x = x.to(self.a_RI.dtype)
         if drop is not None and self.dropout:
             x = drop(x, self.dropout)
-        low = functional.linear(functional.linear(x, self.a_RI), self.b_OR.to(self.a_RI.dtype))
-        return (y + low * self.scaling).to(y.dtype)
+        dtype = torch.promote_types(y.dtype, x.dtype)
+        low, b_RO = functional.linear(x, self.a_RI).flatten(0, -2).to(dtype), self.b_OR.to(dtype).T
+        # One operation instead of three, each of which would read and write all of y.
+        sums = torch.addmm(y.flatten(0, -2).to(dtype), low, b_RO, alpha=self.scaling)
+        return sums.view(y.shape).to(y.dtype)
 
 
 @dataclass(frozen=True, eq=False)

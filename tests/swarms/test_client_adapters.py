@@ -29,8 +29,9 @@ from swarm.model.adapters import BlockAdapter, Lora
 from swarm.ranges import BlockRange
 from swarm.rpc import translate
 from swarm.server import LocalSwarm, service
+from swarm.server.activations import KeptActivations
 from swarm.server.adapters import LEAST_BYTES, AdapterStore
-from swarm.server.batches import Batch, KeptActivations, run_forward
+from swarm.server.batches import Batch, run_forward
 from swarm.server.room import answer
 from swarm.v1 import blocks_pb2 as pb
 
@@ -383,7 +384,7 @@ async def test_an_adapter_counts_once_among_the_activations_that_are_kept(llama)
     with store.lease([adapter.digest, b""], blocks) as lease:
         used_bytes = []
         for num_rows in (8, 1):
-            kept = KeptActivations(1 << 30)
+            kept = KeptActivations(1 << 30, 1 << 30)
             for forward_id in (bytes(16), bytes([1] * 16)):
                 batch = Batch(blocks, torch.randn(8, 3, 64), None, None, None, None, pb.CODEC_RAW, forward_id, lease)
                 run_forward(span, batch, Rows(num_rows), kept)

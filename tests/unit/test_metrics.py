@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_engine import BLOCKS, Bench, open_bench
 
 from swarm.errors import ResourceError
+from swarm.server.activations import KeptActivations
 from swarm.server.adapters import AdapterStore
-from swarm.server.batches import KeptActivations
 from swarm.server.callers import Caller
 from swarm.server.limits import LimitsConfig, Quotas, What
 from swarm.server.metrics import ServerCollector, serve_metrics
@@ -55,7 +55,7 @@ async def read_metrics(port: int) -> dict[tuple[str, str], float]:
 def in_service(bench: Bench) -> Any:
     """What a collector reads of a tenure."""
     adapters = AdapterStore(0, {}, torch.device("cpu"))
-    kept, room = KeptActivations(1 << 20), MessageRoom(1 << 20)
+    kept, room = KeptActivations(1 << 20, 1 << 20), MessageRoom(1 << 20)
     return SimpleNamespace(
         blocks=BLOCKS, engine=bench.engine, sessions=bench.table, kept=kept, adapters=adapters, room=room
     )

@@ -32,7 +32,8 @@ def test_a_plan_never_takes_more_than_there_is(free_mib, num_blocks):
     except ResourceError:
         return
     assert plan.num_blocks == num_blocks and plan.cache_bytes > 0
-    assert plan.num_blocks * NEEDS.bytes_per_block + plan.cache_bytes <= free_mib * MIB
+    budgets = plan.cache_bytes + plan.adapter_bytes + plan.kept_bytes + plan.graph_bytes
+    assert plan.num_blocks * NEEDS.bytes_per_block + budgets <= free_mib * MIB
 
 
 def test_too_little_memory_for_one_block_is_said_with_numbers():
@@ -50,6 +51,13 @@ def test_room_for_adapters_never_takes_that_of_the_smallest_cache(spare_bytes, n
     assert plan.adapter_bytes >= 0 and (spare_bytes < 1 << 20 or plan.adapter_bytes > 0)
 
 
+def test_the_room_for_kept_activations_is_the_wanted_one_or_a_part_of_what_blocks_leave():
+    plans = [plan_memory(NEEDS, free_bytes=4 << 30, num_model_blocks=12, kept_bytes=n) for n in (None, 0, 300 * MIB)]
+    assert [plan.kept_bytes for plan in plans] == [plans[0].kept_bytes, 0, 300 * MIB]
+    assert 0 < plans[0].kept_bytes <= (4 << 30) - 12 * NEEDS.bytes_per_block
+    assert all(plan.graph_bytes == int(0.05 * (4 << 30)) for plan in plans)
+
+
 def test_too_little_memory_beside_the_wanted_room_for_adapters_says_so():
     with pytest.raises(ResourceError, match=r"55 MiB can be used here beside 30 MiB for adapters: .*--adapter-mib"):
         plan_memory(NEEDS, free_bytes=100 * MIB, num_model_blocks=12, adapter_bytes=30 * MIB)
@@ -61,6 +69,8 @@ def test_too_little_memory_for_the_wanted_blocks_advises_fewer():
 
 
 def test_further_blocks_fit_if_they_and_their_cache_do():
-    memory = MemoryPlan(num_blocks=2, cache_bytes=40 * MIB, adapter_bytes=10 * MIB)
+    memory = MemoryPlan(
+        num_blocks=2, cache_bytes=30 * MIB, adapter_bytes=10 * MIB, kept_bytes=10 * MIB, graph_bytes=5 * MIB
+    )
     assert fits(NEEDS, memory, free_bytes=300 * MIB)
     assert not fits(NEEDS, memory, free_bytes=290 * MIB)
