@@ -192,6 +192,12 @@ class Engine:
             for job in self._queues.pop(session, ()):
                 job.future.cancel()
 
+    @property
+    def queue_length(self) -> int:
+        """Steps and batches that wait."""
+        with self._guard:
+            return sum(len(queue) for queue in self._queues.values()) + len(self._training)
+
     def statistics(self) -> EngineStatistics:
         """Count everything; called in any thread."""
         with self._guard:
@@ -199,7 +205,7 @@ class Engine:
             heads = [queue[0] for queue in self._queues.values() if queue]
             return self._record.read(
                 now_s,
-                queue_length=sum(len(queue) for queue in self._queues.values()) + len(self._training),
+                queue_length=self.queue_length,
                 oldest_wait_s=max((now_s - job.arrived_s for job in heads if not job.done), default=0.0),
             )
 

@@ -73,7 +73,7 @@ class LocalServer(Protocol):
         """Whether it still runs."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
@@ -93,11 +93,12 @@ class ProcessServer:
         join: str | None,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        *,
         metrics: bool = False,
     ) -> None:
         self._wanted = blocks
         self.link = ""
-        self.metrics_port = _free_port() if metrics else None
+        self.metrics_port = free_port() if metrics else None
         """Where Prometheus finds what it does, on 127.0.0.1."""
         self._directory = tempfile.TemporaryDirectory(prefix="swarm-local-")
         self._log_path = Path(self._directory.name, "log")
@@ -397,7 +398,8 @@ class LocalSwarm:
             if self._owned is not None and join is None:
                 flags += ["--private", "--as", self._owned.name]
             home = {} if self._config_home is None else {"XDG_CONFIG_HOME": self._config_home.name}
-            return ProcessServer(self._model, blocks, join, [*flags, *self._arguments, *arguments], home, self._metrics)
+            flags += [*self._arguments, *arguments]
+            return ProcessServer(self._model, blocks, join, flags, home, metrics=self._metrics)
         link = JoinLink.parse(join) if join else None
         owned = self._owned
         own = owned.own_invitation() if owned is not None else None

@@ -29,11 +29,14 @@ def overload(before: ServerStatistics, now: ServerStatistics) -> dict[str, int]:
         for what, count in now.quotas.refused.items()
     }
     if now.tenure is not None:
-        old = before.tenure
-        if old is not None and old.engine.started_at_s != now.tenure.engine.started_at_s:
-            old = None  # other blocks: counts have begun anew
-        found |= _in_tenure(old, now.tenure)
+        found |= _in_tenure(_earlier(before, now.tenure), now.tenure)
     return {name: count for name, count in found.items() if count > 0}
+
+
+def _earlier(before: ServerStatistics, now: TenureStatistics) -> TenureStatistics | None:
+    """What was counted of the same blocks; None: of others, and counts have begun anew."""
+    old = before.tenure
+    return old if old is not None and old.engine.started_at_s == now.engine.started_at_s else None
 
 
 def _in_tenure(before: TenureStatistics | None, now: TenureStatistics) -> dict[str, int]:
@@ -72,8 +75,8 @@ def describe(found: dict[str, int], before: ServerStatistics, now: ServerStatist
     parts: dict[str, object] = dict(found)
     if (tenure := now.tenure) is not None:
         steps = tenure.engine.step_queue_s
-        if before.tenure is not None and before.tenure.engine.started_at_s == tenure.engine.started_at_s:
-            steps = steps.since(before.tenure.engine.step_queue_s)
+        if (earlier := _earlier(before, tenure)) is not None:
+            steps = steps.since(earlier.engine.step_queue_s)
         parts |= {
             "queue_p95_s": f"{steps.quantile(0.95):g}",
             "oldest_wait_s": f"{tenure.engine.oldest_wait_s:.1f}",

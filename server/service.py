@@ -140,7 +140,7 @@ class BlocksService(pb_grpc.BlocksServicer):
                 num_sessions=self._sessions.num_sessions,
                 cache_used_bytes=self._sessions.cache_used_bytes,
                 cache_total_bytes=self._sessions.cache_total_bytes,
-                queue_length=self._engine.statistics().queue_length,
+                queue_length=self._engine.queue_length,
                 queue_s=self._waits.expected_s(),
             ),
             can_rewind=self._can_rewind,

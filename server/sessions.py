@@ -415,7 +415,7 @@ class SessionTable:
         return self.pool.num_pages // 16
 
     def _most_room(self) -> int:
-        """The same, and what `give_way` could free."""
+        """Pages for a session that comes now, with those that `give_way` could free."""
         with self.guard:
             return self._room() + sum(kept.session.cache.num_pages for kept in self._kept.values())
 

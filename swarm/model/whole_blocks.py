@@ -30,7 +30,7 @@ from swarm.ranges import BlockRange
 logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 31
-"""With more of them most products are torch's (`half_layers.KERNEL_ROWS`), and the way there no longer counts."""
+"""With more of them the way to each product no longer counts."""
 
 MOST_SCORES = 1 << 16
 """With more pairs of a token and a key, of sequences that have several tokens, torch's attention is made for that."""

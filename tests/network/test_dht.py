@@ -24,6 +24,7 @@ from swarm.dht import Dht, DhtConfig, open_dht
 from swarm.directory import SwarmClock
 from swarm.errors import BadRequest, PeerUnavailable, ResourceError
 from swarm.identity import Identity
+from swarm.server.local import free_port
 
 MODEL = "f" * 64
 NOBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
@@ -142,7 +143,7 @@ async def test_restarted_node_with_the_same_identity_takes_over(
 
 
 async def test_others_learn_of_a_restarted_bootstrap_node(identities: list[Identity], make_announcement: Make) -> None:
-    config = DhtConfig(identity_path=identities[0].path, port=_free_port())
+    config = DhtConfig(identity_path=identities[0].path, port=free_port())
     async with open_dht(config) as bootstrap:
         peers = tuple(await bootstrap.multiaddrs())
         opened = open_dht(DhtConfig(initial_peers=peers, identity_path=identities[1].path))
@@ -164,7 +165,7 @@ async def test_others_learn_of_a_restarted_bootstrap_node(identities: list[Ident
 
 
 async def test_node_may_be_given_its_own_address(identities: list[Identity]) -> None:
-    port = _free_port()
+    port = free_port()
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{identities[0].peer_id}"
     config = DhtConfig(initial_peers=(address,), identity_path=identities[0].path, port=port)
     async with open_dht(config) as dht:
@@ -172,7 +173,7 @@ async def test_node_may_be_given_its_own_address(identities: list[Identity]) -> 
 
 
 async def test_unreachable_peers_are_named(identity_paths: list[Path]) -> None:
-    address = f"/ip4/127.0.0.1/tcp/{_free_port()}/p2p/{NOBODY}"
+    address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{NOBODY}"
     with pytest.raises(PeerUnavailable, match=address):
         async with open_dht(DhtConfig(initial_peers=(address,), identity_path=identity_paths[0])):
             pass
@@ -367,8 +368,3 @@ async def _announce(server: Dht, announcement: Announcement) -> bool:
     except PeerUnavailable:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

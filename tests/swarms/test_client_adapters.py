@@ -159,10 +159,16 @@ def test_clients_with_different_adapters_decode_in_shared_passes(swarms, model_t
         barrier.wait()
         return generate(client, ids)
 
+    def have_shared() -> bool:
+        return all(num_shared(engine) > num for engine, num in zip(engines, before, strict=True))
+
     with ThreadPoolExecutor(len(clients)) as pool:
-        ours = list(pool.map(decode, clients))
-    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
-    assert all(num_shared(engine) > num for engine, num in zip(engines, before, strict=True))
+        for _ in range(5):  # on a busy machine, chance may keep them apart for once
+            ours = list(pool.map(decode, clients))
+            assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
+            if have_shared():
+                break
+    assert have_shared()
 
 
 def test_sessions_share_pages_only_with_the_same_adapters(llama, swarms):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tiny import load_local, random_ids
 from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import BadRequest, ProtocolError, SwarmError
 from swarm.server import LocalSwarm
+from swarm.server.local import free_port
 from swarm.v1 import blocks_pb2 as pb
 
 ROOM_BYTES = 16 << 20
@@ -61,8 +61,7 @@ class Target:
 @pytest.fixture(scope="module")
 def target(tiny_model: Callable[..., Path]) -> Iterator[Target]:
     path = tiny_model("llama")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = (
         "--adapter-mib",
         str(ROOM_BYTES >> 20),

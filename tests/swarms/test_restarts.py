@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from swarms_help import wait_until
-from test_turnover import free_port
 from tiny import NUM_BLOCKS, load_local, random_ids
 
 from swarm import AutoDistributedModelForCausalLM
@@ -23,7 +22,7 @@ from swarm.errors import NoRoute
 from swarm.identity import Identity
 from swarm.link import JoinLink
 from swarm.ranges import BlockRange
-from swarm.server.local import ProcessServer
+from swarm.server.local import ProcessServer, free_port
 
 PERIODS_ALIVE = 4
 NUM_TOKENS = 48

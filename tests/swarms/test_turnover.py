@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from swarm.link import JoinLink
 from swarm.model.checkpoint import CheckpointSource
 from swarm.ranges import BlockRange
 from swarm.server.config import ServerConfig
-from swarm.server.local import ThreadServer
+from swarm.server.local import ThreadServer, free_port
 
 
 def start(path: Path, through: ThreadServer | None = None, **config: Any) -> ThreadServer:
@@ -36,11 +35,6 @@ def start(path: Path, through: ThreadServer | None = None, **config: Any) -> Thr
     )
     server.wait_ready()
     return server
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def known_to(model: Any) -> set[str]:

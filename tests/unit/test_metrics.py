@@ -21,15 +21,10 @@ from swarm.server.adapters import AdapterStore
 from swarm.server.batches import KeptActivations
 from swarm.server.callers import Caller
 from swarm.server.limits import LimitsConfig, Quotas, What
+from swarm.server.local import free_port
 from swarm.server.metrics import ServerCollector, serve_metrics
 from swarm.server.room import MessageRoom
 from swarm.server.server_statistics import StatisticsReader
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def read_text(port: int) -> str:
