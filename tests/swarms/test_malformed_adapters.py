@@ -19,6 +19,7 @@ from tiny import load_local, random_ids
 from swarm import PROTOCOL_VERSION, AutoDistributedModelForCausalLM
 from swarm.errors import BadRequest, ProtocolError, SwarmError
 from swarm.server import LocalSwarm
+from swarm.server.hardware import KEPT_FREE_BYTES
 from swarm.server.local import free_port
 from swarm.v1 import blocks_pb2 as pb
 
@@ -26,8 +27,8 @@ ROOM_BYTES = 16 << 20
 GROWTH_BYTES = 48 << 20
 """What allocators may keep of what was sent, which is several times that."""
 
-WARM_UP, MEASURED = 80, 20
-"""Uploads until the allocators of all threads have taken what they keep, and those of each time that is compared."""
+NUM_LARGE = 100
+"""Large uploads: together more than the process keeps of what has been freed, and than GROWTH_BYTES."""
 
 
 class Target:
@@ -156,20 +157,19 @@ async def assert_put_refused(stub: Any, target: Target, error: type[SwarmError],
 
 
 async def test_large_files_that_are_refused_at_their_end_leave_nothing(target: Target) -> None:
-    before, rss_bytes = await target.held(), list[int]()
+    before, rss_bytes = await target.held(), target.rss_bytes
     data = bytes(7 << 20)
     parts = [data[at : at + (1 << 20)] for at in range(0, len(data), 1 << 20)]
     async with open_stub(target.server) as stub:
-        for number in range(WARM_UP + 2 * MEASURED):
+        for number in range(NUM_LARGE):
             digest = hashlib.sha256(data).digest() if number % 2 else bytes(32)
             wire = pb.AdapterFile(digest=digest, num_bytes=len(data), data=parts[0])
             await assert_put_refused(
                 stub, target, BadRequest, "whole safetensors" if number % 2 else "not that of", wire, *parts[1:]
             )
-            rss_bytes.append(target.rss_bytes)
     await target.wait_holds(before)
-    earlier, later = min(rss_bytes[WARM_UP:-MEASURED]), min(rss_bytes[-MEASURED:])  # what it comes back to
-    assert MEASURED * len(data) > 2 * GROWTH_BYTES and later < earlier + GROWTH_BYTES
+    allowed_bytes = KEPT_FREE_BYTES + GROWTH_BYTES
+    assert NUM_LARGE * len(data) > allowed_bytes and target.rss_bytes < rss_bytes + allowed_bytes
 
 
 async def test_uploads_that_are_broken_off_leave_nothing(target: Target) -> None:

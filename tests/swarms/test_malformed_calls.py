@@ -61,7 +61,6 @@ class Victim:
         server = self.client.explain_route()[0].server
         pem = certificate_pem(server.tls_certificate)
         async with open_channel(server.direct[0], pem, TLS_NAME) as channel, asyncio.timeout(CALL_TIMEOUT_S):
-            # gRPC writes them: a write of our own that comes after the server's refusal would end the call with another.
             call = channel.stream_stream(f"/swarm.v1.Blocks/{method}")(iter(messages))
             with contextlib.suppress(grpc.aio.AioRpcError):
                 async for _ in call:
