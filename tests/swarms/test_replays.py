@@ -69,7 +69,7 @@ def test_servers_that_are_well_run_again_only_what_those_after_them_lack(swarm, 
             ran = [num_run(servers[peer_id]) - counts[peer_id] for peer_id in after]
     finally:
         remote.close()
-    assert [one == other for one, other in zip(before, after, strict=True)] == [hop != lost for hop in range(3)]
+    assert after[lost] != before[lost] and after[lost + 1 :] == before[lost + 1 :]  # those before it run again anyway
     least = [2 * (PROMPT_TOKENS * of_all + STEPS) for of_all in runs_all]
     # Those before the lost one may have run the step that failed before they knew.
     assert all(count in (few, few + 2 * (hop < lost)) for hop, (count, few) in enumerate(zip(ran, least, strict=True)))
